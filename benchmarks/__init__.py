@@ -1,0 +1,1 @@
+"""Measurements of whole models. Each is a command (`python -m benchmarks.minilm`); figures go to results/."""

@@ -1,0 +1,18 @@
+"""fxprune makes pruned PyTorch models actually smaller and faster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .errors import FxPruneError
+from .measure import benchmark
+from .plan import Existing, Plan, Rule, Unstructured
+from .report import Report
+from .transform import transform
+
+# From a checkout that is not installed, triton_kernels/ stands beside this package instead of inside it.
+if not (Path(__file__).parent / "triton_kernels").exists() and (Path(__file__).parent.parent / "triton_kernels").exists():
+    __path__.append(str(Path(__file__).parent.parent))
+
+__version__ = "0.1.0"
+__all__ = ["Existing", "FxPruneError", "Plan", "Report", "Rule", "Unstructured", "benchmark", "transform"]

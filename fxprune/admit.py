@@ -1,0 +1,137 @@
+"""admit: what transform accepts. Everything is looked at before anything is done, and nothing is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from .capture import Program
+from .errors import InputError
+from .plan import Candidate
+from .weights import names_of_parameters, uses
+
+
+def admit_model(model: object) -> None:
+    """Raises InputError for what is not a model, is in training mode, is on meta, or has weights that are not finite."""
+    if isinstance(model, ExportedProgram):
+        _finite(dict(model.named_parameters()))
+        return
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise InputError(
+            "cannot transform a compiled model",
+            where=type(model._orig_mod).__name__,
+            why="torch.compile has wrapped it",
+            do="Pass the model itself; fxprune compiles the result.",
+        )
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"cannot transform a {type(model).__name__}",
+            why="it is not a torch.nn.Module, GraphModule or ExportedProgram",
+            do="Wrap a function in an nn.Module.",
+        )
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    if training and not isinstance(model, torch.fx.GraphModule):
+        raise InputError(
+            "cannot transform a model in training mode",
+            where=", ".join(training[:3]) + (f" and {len(training) - 3} more" if len(training) > 3 else ""),
+            why="dropout and batch-norm would be captured as they behave in training",
+            do="Call model.eval() first.",
+        )
+    _finite(dict(model.named_parameters()))
+
+
+def _finite(parameters: Mapping[str, Tensor]) -> None:
+    meta = [name for name, p in parameters.items() if p.is_meta]
+    if meta:
+        raise InputError(
+            "cannot transform a model on the meta device",
+            where=f'"{meta[0]}"' + (f" and {len(meta) - 1} more" if len(meta) > 1 else ""),
+            why="its weights have no values",
+            do="Materialise it first: model.to_empty(device=...) and load a state_dict.",
+        )
+    for name, p in parameters.items():
+        if p.is_floating_point() and p.numel() and p.dtype.itemsize > 1:
+            low, high = torch.aminmax(p.detach())
+            if not bool(torch.isfinite(low) & torch.isfinite(high)):
+                bad = int((~torch.isfinite(p.detach())).sum())
+                raise InputError(
+                    "cannot transform a model with non-finite weights",
+                    where=f'"{name}" {list(p.shape)}',
+                    why=f"{bad} of {p.numel()} elements are NaN or infinite, and have no magnitude to rank",
+                    do="Repair the checkpoint, or replace them: torch.nan_to_num.",
+                )
+
+
+def admit_call(model: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example call as (args, kwargs). Raises InputError where it is none."""
+    if isinstance(args, Tensor):
+        raise InputError(
+            "cannot read the example inputs",
+            why="they are one tensor, not a tuple of the call's arguments",
+            do="Write example_inputs=(x,).",
+        )
+    if args is not None and not isinstance(args, (tuple, list)):
+        raise InputError(
+            "cannot read the example inputs", why=f"they are a {type(args).__name__}", do="Pass a tuple of arguments."
+        )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise InputError("cannot read the example kwargs", why=f"they are a {type(kwargs).__name__}", do="Pass a dict.")
+    if args is None and kwargs is None and isinstance(model, ExportedProgram) and model.example_inputs is not None:
+        args, kwargs = model.example_inputs
+    return tuple(args or ()), dict(kwargs or {})
+
+
+def run_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The user's model on the example. Raises InputError with the model's own error as cause where it fails."""
+    runnable = model.module() if isinstance(model, ExportedProgram) else model
+    try:
+        with torch.no_grad():
+            return runnable(*args, **kwargs)
+    except Exception as error:
+        shapes = ", ".join(
+            f"{list(t.shape)} {t.dtype} on {t.device}"
+            for t in torch.utils._pytree.tree_leaves((args, kwargs))
+            if isinstance(t, Tensor)
+        )
+        raise InputError(
+            "cannot run the model on the example inputs",
+            where=f"{type(model).__name__}({shapes or 'no tensors'})",
+            why=f"it raises {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+            do="Pass example_inputs= and kwargs= with which model(*example_inputs, **kwargs) works.",
+        ) from error
+
+
+def candidates(program: Program) -> dict[str, Candidate]:
+    """Every parameter of a program under its first name, and whether a plan may prune it."""
+    found = uses(program)
+    result = {}
+    for name in dict.fromkeys(names_of_parameters(program).values()):
+        tensor = program.get_parameter(name)
+        kinds = {u.kind for u in found.get(name, [])} - {""}
+        result[name] = Candidate(tuple(tensor.shape), tensor.dtype, *_prunable(tensor, name in found, kinds))
+    return result
+
+
+def candidates_without_graph(model: nn.Module) -> dict[str, Candidate]:
+    """The same from the parameters alone, before there is a graph: only shape and dtype are known."""
+    result = {}
+    for name, tensor in model.named_parameters():
+        plain = name.removesuffix("_orig")
+        result[plain] = Candidate(tuple(tensor.shape), tensor.dtype, *_prunable(tensor, True, {"linear"}))
+    return result
+
+
+def _prunable(tensor: Tensor, is_read: bool, kinds: set[str]) -> tuple[bool, str]:
+    if not tensor.is_floating_point():
+        return False, f"{str(tensor.dtype).removeprefix('torch.')} is not floating point"
+    if tensor.dim() < 2:
+        return False, f"{tensor.dim()}-D"
+    if not is_read:
+        return False, "the captured graph does not read it"
+    if not kinds:
+        return False, "not read by a linear, conv, matmul or embedding"
+    return True, ""

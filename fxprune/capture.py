@@ -1,0 +1,236 @@
+"""capture: model + example inputs -> Program. The only caller of torch.export.
+
+A Program is a plain torch.fx.GraphModule of ATen ops (export's training IR), parameters as get_attr nodes under the
+model's own names, each standing right before its first use, fake values in meta["val"]. It shares its parameters with
+the user's model, which is never touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from . import compat
+from .entry import EntryCheck, TensorInput, entry_check
+from .errors import CaptureError, InputError
+from .existing import fold_existing
+
+Program = torch.fx.GraphModule
+
+
+@dataclasses.dataclass
+class Capture:
+    """A program, what it demands of its inputs, the masks the model came with (True = kept), and notes for the report."""
+
+    program: Program
+    entry: EntryCheck
+    existing: dict[str, Tensor]
+    notes: list[str]
+
+
+def capture(
+    model: nn.Module | ExportedProgram,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    dynamic_shapes: Any = None,
+    *,
+    static: bool = False,
+) -> Capture:
+    """Captures `model(*args, **kwargs)` as a graph of ATen ops.
+
+    Without `dynamic_shapes`, dim 0 of every tensor input is dynamic where the model allows it; `static=True` fixes every
+    size. `dynamic_shapes` is handed to torch.export as it is. Raises CaptureError with torch's own error as its cause.
+    """
+    args, kwargs = tuple(args), dict(kwargs)
+    if isinstance(model, ExportedProgram):
+        return _finish(model, model.module(), None, args, kwargs, {}, [])
+    shadow, existing = fold_existing(model)
+    compat.register_foreign_outputs()
+    notes: list[str] = []
+    attempts = _attempts(args, kwargs, dynamic_shapes, static)
+    for index, (shapes, note) in enumerate(attempts):
+        last = index == len(attempts) - 1
+        try:
+            exported = _export(shadow, args, kwargs, shapes)
+            forward = type(shadow).forward.__get__(shadow)
+            return _finish(exported, exported.module(), forward, args, kwargs, existing, notes)
+        except LookupError as error:
+            if last:
+                raise _capture_error(model, error) from error
+            reason = f"a condition speaks of something that is not an input ({error})"
+        except Exception as error:
+            if last:
+                raise _capture_error(model, error) from error
+            reason = str(error).strip().split("\n", 1)[0][:200]
+        notes.append(f"{note}: {reason}")
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _attempts(
+    args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, static: bool
+) -> list[tuple[Any, str]]:
+    """What to try in order: (dynamic shapes, what to note when it fails)."""
+    if dynamic_shapes is not None:
+        return [(dynamic_shapes, "")]
+    batches = ShapesCollection()
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] > 0:
+            batches[leaf] = {0: Dim.AUTO}
+    if static or len(batches) == 0:
+        return [(None, "")]
+    return [(batches, "dim 0 could not stay dynamic"), (None, "")]
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+    with torch.no_grad(), compat.sizes_of_one_stay_dynamic(), compat.quiet_export():
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def _finish(
+    exported: ExportedProgram,
+    unlifted: torch.fx.GraphModule,
+    forward: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    existing: dict[str, Tensor],
+    notes: list[str],
+) -> Capture:
+    entry = entry_check(unlifted, exported, forward, args, kwargs)
+    program = _rewrap(unlifted)
+    _refuse_training_ops(program)
+    fixed = [
+        path
+        for path, want in zip(entry.paths, entry.inputs, strict=True)
+        if isinstance(want, TensorInput) and want.sizes and isinstance(want.sizes[0], int)
+    ]
+    if fixed and not notes:
+        notes.append(f"dim 0 is fixed by the model in {', '.join(fixed)}")
+    return Capture(program, entry, existing, notes)
+
+
+def _rewrap(unlifted: torch.fx.GraphModule) -> Program:
+    """A plain GraphModule: no guard module (EntryCheck has its conditions), parameters fetched where they are used."""
+    graph = unlifted.graph
+    for node in list(graph.nodes):
+        if node.op == "call_module" and node.target == "_guards_fn":
+            graph.erase_node(node)
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and node.users:
+            order = {n: i for i, n in enumerate(graph.nodes)} if len(node.users) > 1 else {}
+            first = min(node.users, key=lambda n: order.get(n, 0))
+            first.prepend(node)
+    graph.lint()
+    graph._tracer_cls = None
+    program = torch.fx.GraphModule(unlifted, graph, class_name="Program")
+    program._tracer_cls = None
+    program.eval()
+    return program
+
+
+def _refuse_training_ops(program: Program) -> None:
+    for node in program.graph.nodes:
+        training = None
+        if node.target is torch.ops.aten.dropout.default:
+            training = node.args[2] if node.args[1] else False
+        elif node.target is torch.ops.aten.batch_norm.default:
+            training = node.args[5]
+        if training:
+            raise InputError(
+                "cannot transform a model in training mode",
+                where=f"node {node.name}",
+                why="dropout or batch-norm was captured with training=True",
+                do="Call model.eval() before capturing.",
+            )
+
+
+def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
+    """torch's failure with the user's own line, where the traceback has one."""
+    package = Path(torch.__file__).parent
+    own = Path(__file__).parent
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if package not in Path(f.filename).parents and own not in Path(f.filename).parents
+    ]
+    where = type(model).__name__
+    if frames:
+        where += f", {frames[-1].filename}:{frames[-1].lineno} ({(frames[-1].line or '').strip()})"
+    text = str(error).strip().split("\n\n", 1)[0].replace("\n", " ")
+    return CaptureError(
+        "cannot capture the model as a graph",
+        where=where,
+        why=f"torch.export says {type(error).__name__}: {text[:600]}",
+        do="Change that line to something torch.export can trace (its full error is the cause of this one), or pass an "
+        "ExportedProgram of your own.",
+    )
+
+
+def from_dynamo(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parameters: Mapping[int, str]) -> Capture:
+    """A program from what Dynamo hands a backend: torch-level IR whose parameters are placeholders.
+
+    `parameters` maps the position of each parameter among the placeholders to its name; they become get_attr nodes.
+    Floats that Dynamo made placeholders (batch-norm's eps) become constants. Sizes stay symbolic, and the conditions on
+    them are Dynamo's own guards, so the entry check is empty.
+    """
+    graph = torch.fx.Graph()
+    root = nn.Module()
+    copied: dict[torch.fx.Node, Any] = {}
+    free: list[Any] = []
+    for index, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
+        value = example_inputs[index]
+        if index in parameters:
+            name = parameters[index]
+            _assign(root, name, value)
+            copied[node] = graph.get_attr(name)
+        elif isinstance(value, (float, torch.SymFloat)):
+            copied[node] = float(value)
+        else:
+            copied[node] = graph.placeholder(node.name)
+            free.append(value)
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            _assign(root, str(node.target), _fetch(gm, str(node.target)))
+        elif node.op == "call_module":
+            root.add_module(str(node.target), gm.get_submodule(str(node.target)))
+        if node.op != "placeholder":
+            copied[node] = graph.node_copy(node, lambda n: copied[n])
+    bound = torch.fx.GraphModule(root, graph)
+    with torch.no_grad():
+        program = make_fx(bound, tracing_mode="symbolic", pre_dispatch=True, _allow_non_fake_inputs=True)(*free)
+    for name, tensor in list(program.named_parameters()) + list(program.named_buffers()):
+        tensor.requires_grad_(False) if tensor.is_leaf and not isinstance(tensor, nn.Parameter) else None
+        del name
+    program._tracer_cls = None
+    names = tuple(n.name for n in program.graph.nodes if n.op == "placeholder")
+    entry = EntryCheck(names, names, (None,) * len(names), ())
+    return Capture(program, entry, {}, [])
+
+
+def _assign(root: nn.Module, name: str, value: Any) -> None:
+    *path, leaf = name.split(".")
+    for part in path:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    if isinstance(value, nn.Parameter):
+        root.register_parameter(leaf, value)
+    elif isinstance(value, Tensor):
+        root.register_buffer(leaf, value)
+    else:
+        setattr(root, leaf, value)
+
+
+def _fetch(root: nn.Module, name: str) -> Any:
+    value: Any = root
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value

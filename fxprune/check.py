@@ -1,0 +1,195 @@
+"""check: the result held against the oracle, the captured model with the selection applied and nothing else changed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .capture import Capture, Program
+from .entry import TensorInput
+from .errors import CheckError, InputError
+from .select import Selection
+from .weights import names_of_parameters
+
+# max|a - b| / max|b| per output tensor, end to end over a whole model. A half type loses about one unit in the last place
+# at every rounding that a compiler moves; over tens of layers that adds up to these.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Arguments of one call, with words that say what it is."""
+
+    label: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckRow:
+    """One comparison: what with what, on which input, the largest relative error over the outputs, and its tolerance."""
+
+    what: str
+    call: str
+    error: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is within the tolerance (a NaN error is not)."""
+        return self.error <= self.tolerance
+
+
+class Oracle(torch.fx.Interpreter):
+    """Runs a captured program with the selection's values and zeros applied as weights are fetched, one at a time."""
+
+    def __init__(self, program: Program, selection: Selection) -> None:
+        super().__init__(program)
+        self._selection = selection
+        self._canonical = names_of_parameters(program)
+
+    def fetch_attr(self, target: str) -> Any:
+        """The parameter or buffer, masked where the selection masks it."""
+        value = super().fetch_attr(target)
+        name = self._canonical.get(target)
+        return value if name is None else self._selection.apply(name, value.detach())
+
+    def outputs(self, call: Call) -> list[Any]:
+        """Flat outputs of one call."""
+        with torch.no_grad():
+            flat = self.module.graph.process_inputs(*_in_order(self.module, call))  # pyright: ignore
+            return pytree.tree_leaves(self.run(*flat, enable_io_processing=False))
+
+
+def _in_order(program: Any, call: Call) -> list[Any]:
+    info = getattr(program.graph._codegen, "pytree_info", None)
+    if info is None:
+        return [*call.args, *call.kwargs.values()]
+    names = [n for n in info.orig_args if n != "self"]
+    return [*call.args, *(call.kwargs[n] for n in names[len(call.args) :])]
+
+
+def outputs(function: Any, call: Call) -> list[Any]:
+    """Flat outputs of any callable, without gradients."""
+    with torch.no_grad():
+        return [
+            v.detach().clone() if isinstance(v, Tensor) else v
+            for v in pytree.tree_leaves(function(*call.args, **call.kwargs))
+        ]
+
+
+def compare(what: str, call: Call, expected: Sequence[Any], got: Sequence[Any]) -> CheckRow:
+    """Largest max|a - b| / max|b| over the output tensors.
+
+    Floating outputs that are not finite must be so in the same places; other outputs must be equal.
+    """
+    worst, tolerance = 0.0, TOLERANCE[torch.float32]
+    if len(expected) != len(got):
+        return CheckRow(f"{what}: {len(expected)} outputs expected, {len(got)} given", call.label, float("nan"), 0.0)
+    for a, b in zip(got, expected, strict=True):
+        error, limit = _difference(a, b)
+        if not error / limit <= worst / tolerance:
+            worst, tolerance = error, limit
+    return CheckRow(what, call.label, worst, tolerance)
+
+
+def _difference(got: Any, expected: Any) -> tuple[float, float]:
+    exact = TOLERANCE[torch.float64]
+    if not isinstance(expected, Tensor) or not isinstance(got, Tensor):
+        return (0.0 if type(got) is type(expected) and got == expected else float("inf")), exact
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        return float("inf"), exact
+    if expected.numel() == 0:
+        return 0.0, exact
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return (0.0 if torch.equal(got, expected) else float("inf")), exact
+    limit = TOLERANCE.get(torch.empty((), dtype=expected.dtype).real.dtype, TOLERANCE[torch.float32])
+    finite = torch.isfinite(expected)
+    if not torch.equal(torch.nan_to_num(got[~finite]), torch.nan_to_num(expected[~finite])):
+        return float("inf"), limit
+    if not bool(finite.any()):
+        return 0.0, limit
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    a, b = got[finite].to(wide), expected[finite].to(wide)
+    scale = float(b.abs().max())
+    error = float((a - b).abs().max())
+    return (error / scale if scale > 0 else error), limit
+
+
+def second_call(call: Call, seed: int = 0) -> Call:
+    """Another input of the same sizes: floats drawn anew around the example's mean and spread, other tensors shuffled."""
+    generator = torch.Generator().manual_seed(seed)
+    fresh: dict[int, Tensor] = {}
+
+    def redraw(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in fresh:
+            fresh[id(leaf)] = _redraw(leaf, generator)
+        return fresh[id(leaf)]
+
+    args, kwargs = pytree.tree_map(redraw, (call.args, call.kwargs))
+    return Call("second input", args, kwargs)
+
+
+def _redraw(leaf: Tensor, generator: torch.Generator) -> Tensor:
+    if leaf.numel() == 0 or leaf.is_complex():
+        return leaf
+    if leaf.is_floating_point():
+        noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
+        centre = leaf.detach().double().cpu()
+        spread = float(centre.std()) if leaf.numel() > 1 else 1.0
+        return (noise * (spread or 1.0) + float(centre.mean())).to(leaf.dtype).to(leaf.device)
+    order = torch.randperm(leaf.numel(), generator=generator).to(leaf.device)
+    return leaf.reshape(-1)[order].reshape(leaf.shape)
+
+
+def resized_call(capture: Capture, call: Call) -> Call | None:
+    """The call at another size in every dynamic dimension, or None where nothing is dynamic or no other size is allowed."""
+    flat = capture.entry.flatten(call.args, call.kwargs)
+    sizes: dict[str, int] = {}
+    for want, got in zip(capture.entry.inputs, flat, strict=True):
+        if isinstance(want, TensorInput):
+            sizes.update({s: got.shape[d] for d, s in enumerate(want.sizes) if isinstance(s, str)})
+    if not sizes:
+        return None
+    for change in (lambda n: n + 1, lambda n: 2 * n, lambda n: n - 1, lambda n: n // 2, lambda n: 4 * n):
+        new = {symbol: change(size) for symbol, size in sizes.items()}
+        if min(new.values()) < 1 or new == sizes:
+            continue
+        leaves = iter(zip(capture.entry.inputs, flat, strict=True))
+
+        def resize(_: Any, leaves: Any = leaves, new: dict[str, int] = new) -> Any:
+            want, got = next(leaves)
+            if not isinstance(want, TensorInput):
+                return got
+            for dim, size in enumerate(want.sizes):
+                if isinstance(size, str):
+                    got = got.index_select(dim, torch.arange(new[size], device=got.device) % got.shape[dim])
+            return got
+
+        args, kwargs = pytree.tree_map(resize, (call.args, call.kwargs))
+        try:
+            capture.entry.check(args, kwargs)
+        except InputError:
+            continue
+        shapes = ", ".join(str(list(t.shape)) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        return Call(f"second size {shapes}", args, kwargs)
+    return None
+
+
+def refuse(row: CheckRow, what_next: str) -> CheckError:
+    """The error for a comparison that failed."""
+    return CheckError(
+        f"{row.what}: the outputs differ by {row.error:.2e} relative, {row.tolerance:.0e} is allowed",
+        where=row.call,
+        why="the graph does not compute what the model computes",
+        do=what_next,
+    )
+
+

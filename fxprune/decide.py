@@ -1,0 +1,92 @@
+"""decide: from a captured program and a plan (or the pruning that is already there) to a Selection."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from torch import Tensor
+
+from .admit import candidates
+from .capture import Capture
+from .errors import InputError
+from .mask import PackedMask
+from .plan import Plan
+from .report import Report
+from .select import Selection, select
+from .weights import names_of_parameters
+
+# A weight with fewer zeros than this, and no mask, was not pruned: an embedding's padding row is no pruning.
+PRUNED_FROM = 0.01
+
+
+def choose_selection(capture: Capture, plan: Plan | None, replay: Selection | None, report: Report) -> Selection:
+    """The selection for a program: replayed, or by plan, or the masks and zeros that the model came with."""
+    program = capture.program
+    if replay is not None:
+        _check_replay(capture, replay)
+        return replay
+    names = names_of_parameters(program)
+    known = candidates(program)
+    weights = {name: program.get_parameter(name).detach() for name, c in known.items() if c.prunable}
+    existing = _existing(capture, names, weights)
+    aliases = {other: first for other, first in names.items() if other != first}
+    plan = plan if plan is not None else Plan([])
+    binding = plan.bind(known, aliases)
+    report.notes += [f"rule {r} passed over {name}: {why}" for r, name, why in binding.skipped]
+    report.notes += [f"{name}: rule {later} replaces rule {earlier}" for name, earlier, later in binding.overridden]
+    report.notes += [f"{name}: excluded from rule {r} by {by!r}" for r, name, by in binding.excluded]
+    return select(weights, existing, plan, binding)
+
+
+def _existing(
+    capture: Capture, names: dict[str, str], weights: dict[str, Tensor]
+) -> dict[str, PackedMask | Tensor]:
+    masks: dict[str, PackedMask | Tensor] = {}
+    for name, mask in capture.existing.items():
+        if names.get(name) in weights:
+            masks[names[name]] = mask
+    for name, weight in weights.items():
+        if name not in masks and weight.numel():
+            kept = int(torch.count_nonzero(weight))
+            if kept <= (1 - PRUNED_FROM) * weight.numel():
+                masks[name] = weight != 0
+    return masks
+
+
+def _check_replay(capture: Capture, replay: Selection) -> None:
+    names = set(names_of_parameters(capture.program).values())
+    for name, mask in replay.mask.items():
+        if name not in names:
+            raise InputError(
+                "cannot replay the selection",
+                where=f'"{name}"',
+                why="the model has no parameter of this name",
+                do="Use it with the model it was made for.",
+            )
+        shape = tuple(capture.program.get_parameter(name).shape)
+        if tuple(mask.shape) != shape:
+            raise InputError(
+                "cannot replay the selection",
+                where=f'"{name}" {list(shape)}',
+                why=f"its mask has shape {list(mask.shape)}",
+                do="Use it with the model it was made for.",
+            )
+
+
+def batches(capture: Capture, sizes: tuple[int, ...]) -> dict[sympy.Symbol, tuple[int, ...]]:
+    """The sizes to tune for, for the symbol of dim 0 of each input tensor."""
+    result: dict[sympy.Symbol, tuple[int, ...]] = {}
+    if not sizes:
+        return result
+    for node in capture.program.graph.nodes:
+        value = node.meta.get("val") if node.op == "placeholder" else None
+        if isinstance(value, Tensor) and value.dim() and isinstance(value.shape[0], torch.SymInt):
+            result.update({symbol: sizes for symbol in value.shape[0].node.expr.free_symbols})
+    if not result:
+        raise InputError(
+            "cannot tune for several sizes",
+            where='options["tune_for"]',
+            why="dim 0 of no input is dynamic: " + ("; ".join(capture.notes) or "every size was fixed"),
+            do="Leave it out, or make dim 0 dynamic with dynamic_shapes=.",
+        )
+    return result

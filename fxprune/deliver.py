@@ -1,0 +1,104 @@
+"""deliver: the fastest program that computes what the pruned model computes, compiled, checked and timed.
+
+The packed program is tried first; where it is not faster than the dense one the dense one is emitted, where torch.compile
+fails the graph is emitted eager, and the report says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from . import native
+from .capture import Capture, Program
+from .check import Call, CheckRow, refuse
+from .emit import PrunedModule, emit, own_storage
+from .measure import device_name
+from .passes.edit import copy_program
+from .passes.lower import Lowered
+from .prove import Proof
+from .report import ModelTiming, Report
+from .settings import Settings
+from .timing import interleave, median
+
+
+def deliver(
+    captured: Capture,
+    folded: Program,
+    packed: Program,
+    lowered: list[Lowered],
+    proof: Proof,
+    settings: Settings,
+    report: Report,
+) -> tuple[PrunedModule, list[Lowered]]:
+    """The result and what became of each weight. Raises CheckError where no form of it is right."""
+    report.kernels = native.status().detail
+    theirs = {t.data_ptr() for t in pytree.tree_leaves((dict(captured.program.named_parameters()), dict(captured.program.named_buffers())))}
+    any_packed = any(w.choice.layout != "dense" for w in lowered)
+    for program, is_packed in ((packed, True), (folded, False)):
+        if is_packed and not any_packed:
+            continue
+        own_storage(program, theirs)
+        result, rows = _compiled(program, captured, proof, settings, report)
+        wrong = [row for row in rows if not row.ok]
+        if wrong and not is_packed:
+            raise refuse(wrong[0], "Please report it with FXPRUNE_TRACE=<dir>; transform(..., options={'compile': False}) avoids the compiler.")
+        if wrong:
+            report.notes.append(f"the packed result was wrong on the {wrong[0].call} ({wrong[0].error:.1e}) and was dropped")
+            lowered = _all_dense(lowered, "the packed model was wrong")
+            continue
+        if is_packed and settings.measure and settings.layout is None:
+            report.timing = _time(captured, result, proof.example, settings)
+            if report.timing.ratio < 1.0:
+                why = f"the whole model measured slower packed ({report.timing.ratio:.2f}x)"
+                report.notes.append(f"{why}, so it was emitted dense")
+                report.timing = None
+                lowered = _all_dense(lowered, why)
+                del result
+                continue
+        report.checks += rows
+        return result, lowered
+    raise AssertionError("unreachable: the dense program was returned or refused")
+
+
+def _compiled(
+    program: Program, captured: Capture, proof: Proof, settings: Settings, report: Report
+) -> tuple[PrunedModule, list[CheckRow]]:
+    arguments = settings.compile_arguments()
+    result = emit(copy_program(program), captured.entry, arguments)
+    report.compiled = "eager graph (compile=False)" if arguments is None else "torch.compile" + (" with freezing" if settings.freezing else "") + (f", mode {settings.mode}" if settings.mode else "")
+    if arguments is not None:
+        try:
+            result(*proof.example.args, **proof.example.kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            report.notes.append(f"torch.compile failed, so the graph is emitted eager: {reason}")
+            report.compiled = "eager graph (torch.compile failed)"
+            result = emit(copy_program(program), captured.entry, None)
+    return result, proof.hold(result, program)
+
+
+def _time(captured: Capture, result: PrunedModule, example: Call, settings: Settings) -> ModelTiming:
+    """The whole model against the dense program over the user's own weights (zeros cost a dense kernel what values do)."""
+    dense = emit(copy_program(captured.program), captured.entry, settings.compile_arguments() if result.meta["compile"] is not None else None)
+    calls = [lambda m=m: m(*example.args, **example.kwargs) for m in (dense, result)]
+    samples = interleave(calls, seconds=1.5, min_rounds=7)
+    timing = ModelTiming(median(samples[0]), median(samples[1]), torch.get_num_threads(), device_name(example.args, example.kwargs))
+    del dense, calls
+    gc.collect()
+    return timing
+
+
+def _all_dense(lowered: list[Lowered], why: str) -> list[Lowered]:
+    def dense(w: Lowered) -> Lowered:
+        if w.choice.layout == "dense":
+            return w
+        refused: dict[str, Any] = {**w.choice.refused, w.choice.layout: why}
+        choice = dataclasses.replace(w.choice, layout="dense", why=why, refused=refused)
+        return dataclasses.replace(w, choice=choice, bytes=w.dense_bytes)
+
+    return [dense(w) for w in lowered]

@@ -1,0 +1,110 @@
+"""emit: Program -> PrunedModule, the compiled torch.fx.GraphModule that transform returns."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .capture import Program
+from .entry import EntryCheck
+from .errors import FxPruneError
+from .report import Report
+from .select import Selection
+
+
+class PrunedModule(torch.fx.GraphModule):
+    """A pruned, compiled model: the same call signature and output structure as the model it came from.
+
+    Calls are checked against what the model was captured for, and run under no_grad. `report` and `selection` live in
+    `meta`, where they survive a deepcopy. `forward` is the bare graph, without the check.
+    """
+
+    @property
+    def report(self) -> Report:
+        """What happened to every weight, why, how exact the result is and how fast."""
+        return self.meta["report"]
+
+    @property
+    def selection(self) -> Selection:
+        """The masks (and values) that were applied; `transform(model, selection=...)` replays them."""
+        return self.meta["selection"]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.meta["entry"].check(args, kwargs)
+        with torch.no_grad():
+            return super().__call__(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> PrunedModule:
+        if mode:
+            raise FxPruneError(
+                "cannot train this result",
+                why="its masks are folded, its weights packed and its graph frozen for inference",
+                do="Train the original model and transform again.",
+            )
+        return super().train(False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrunedModule:
+        with warnings.catch_warnings():
+            # torch deep-copies its own tree specs through a name it has deprecated.
+            warnings.simplefilter("ignore", FutureWarning)
+            result = super().__deepcopy__(memo)
+        _compile(result)
+        return result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rebuild, (state, *rest) = super().__reduce__()
+        # What torch.compile made does not pickle; the loaded module compiles anew.
+        state.pop("_compiled_call_impl", None)
+        return _rebuild, (rebuild, (state, *rest))
+
+
+def _rebuild(rebuild: Callable[..., torch.fx.GraphModule], arguments: tuple[Any, ...]) -> PrunedModule:
+    plain = rebuild(*arguments)
+    result = PrunedModule(plain, plain.graph, class_name="PrunedModule")
+    result.meta = arguments[0]["meta"]
+    result.eval()
+    _compile(result)
+    return result
+
+
+def emit(program: Program, entry: EntryCheck, compile_options: Mapping[str, Any] | None) -> PrunedModule:
+    """A PrunedModule over the program's tensors, compiled lazily with torch.compile's arguments `compile_options`.
+
+    None leaves it eager. The first call compiles.
+    """
+    for node in program.graph.nodes:
+        # Fake values hold the capture's shape environment, which neither pickles nor is of use after emission.
+        node.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+    result = PrunedModule(program, program.graph, class_name="PrunedModule")
+    result.graph._tracer_cls = None
+    result._tracer_cls = None
+    result.eval()
+    for parameter in result.parameters():
+        parameter.requires_grad_(False)
+    result.meta = {"entry": entry, "compile": dict(compile_options) if compile_options is not None else None}
+    _compile(result)
+    return result
+
+
+def own_storage(program: Program, theirs: set[int]) -> None:
+    """Clones the parameters and buffers whose storage is among `theirs` (data pointers), once per tied tensor."""
+    clones: dict[int, torch.Tensor] = {}
+    for module in program.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None or tensor.data_ptr() not in theirs:
+                    continue
+                if id(tensor) not in clones:
+                    copy = tensor.detach().clone()
+                    parameter = isinstance(tensor, nn.Parameter)
+                    clones[id(tensor)] = nn.Parameter(copy, requires_grad=False) if parameter else copy
+                table[name] = clones[id(tensor)]  # pyright: ignore[reportArgumentType]
+
+
+def _compile(module: PrunedModule) -> None:
+    if module.meta["compile"] is not None:
+        module.compile(**module.meta["compile"])

@@ -1,0 +1,114 @@
+"""choose: the layout that measures fastest for a site, on the device at hand; dense unless another clearly wins."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..timing import interleave, median
+from . import LAYOUTS
+from .dense import best_dense, predict_dense
+from .site import Packed, Site
+
+# A sparse layout must beat dense by this factor at the geometric mean of the declared sizes, and lose at none.
+MARGIN = 1.05
+SECONDS_PER_SITE = 0.12
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Predicted and measured seconds of one layout at one number of tokens."""
+
+    layout: str
+    tokens: int
+    predicted: float
+    measured: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What was taken for a site, what was refused and why, and the figures behind it."""
+
+    layout: str
+    why: str
+    refused: dict[str, str]
+    timings: tuple[Timing, ...]
+    reused: bool = False
+
+
+class Chooser:
+    """Remembers what it measured: sites alike in shape, sparsity (to 2%), sizes and device are measured once."""
+
+    def __init__(self, *, only: str | None = None) -> None:
+        self.only = only
+        self._known: dict[tuple[object, ...], Choice] = {}
+
+    def choose(self, site: Site) -> tuple[Choice, Packed | None]:
+        """The choice for a site, and its weight packed unless the choice is dense."""
+        refused: dict[str, str] = {}
+        fitting: list[str] = []
+        for name, layout in LAYOUTS.items():
+            fit = layout.fits(site)
+            if fit.ok:
+                fitting.append(name)
+            else:
+                refused[name] = fit.why
+        if self.only is not None:
+            return self._forced(site, refused, fitting)
+        if not fitting:
+            return Choice("dense", "no sparse layout fits", refused, ()), None
+        key = _likeness(site)
+        if key in self._known:
+            choice = dataclasses.replace(self._known[key], reused=True)
+            return choice, LAYOUTS[choice.layout].pack(site) if choice.layout != "dense" else None
+        choice, packed = _measure(site, fitting, refused)
+        self._known[key] = choice
+        return choice, packed
+
+    def _forced(self, site: Site, refused: dict[str, str], fitting: list[str]) -> tuple[Choice, Packed | None]:
+        if self.only is not None and self.only in fitting:
+            return Choice(self.only, "asked for by options", refused, ()), LAYOUTS[self.only].pack(site)
+        why = "asked for by options" if self.only == "dense" else f"{self.only} does not fit"
+        return Choice("dense", why, refused, ()), None
+
+
+def _likeness(site: Site) -> tuple[object, ...]:
+    weight = site.weight
+    kept = int(torch.count_nonzero(weight)) / max(1, weight.numel())
+    threads = torch.get_num_threads()
+    return (*weight.shape, round(kept * 50), site.tokens, str(weight.dtype), str(weight.device), threads)
+
+
+def _measure(site: Site, fitting: list[str], refused: dict[str, str]) -> tuple[Choice, Packed | None]:
+    packed = {name: LAYOUTS[name].pack(site) for name in fitting}
+    timings: list[Timing] = []
+    gains: dict[str, list[float]] = {name: [] for name in fitting}
+    for tokens in site.tokens:
+        x = torch.randn(tokens, site.weight.shape[1], dtype=site.weight.dtype, device=site.weight.device)
+        dense = best_dense(site, x)
+        sparse = [_bind(name, x, packed[name], site.bias) for name in fitting]
+        samples = [median(s) for s in interleave([*dense, *sparse], seconds=SECONDS_PER_SITE / len(site.tokens))]
+        baseline = min(samples[: len(dense)])
+        timings.append(Timing("dense", tokens, predict_dense(site, tokens), baseline))
+        for name, seconds in zip(fitting, samples[len(dense) :], strict=True):
+            timings.append(Timing(name, tokens, LAYOUTS[name].predict(site, tokens), seconds))
+            gains[name].append(baseline / seconds)
+    means = {name: math.exp(sum(map(math.log, g)) / len(g)) for name, g in gains.items()}
+    best = max(means, key=lambda name: means[name])
+    sizes = "/".join(map(str, site.tokens))
+    if means[best] >= MARGIN and min(gains[best]) >= 1.0:
+        choice = Choice(best, f"{means[best]:.2f}x dense at {sizes} tokens", refused, tuple(timings))
+        return choice, packed[best]
+    for name in fitting:
+        refused = {**refused, name: f"{means[name]:.2f}x dense at {sizes} tokens; {MARGIN:.2f}x is asked"}
+    choice = Choice("dense", "no sparse layout is clearly faster", refused, tuple(timings))
+    return choice, None
+
+
+def _bind(name: str, x: Tensor, packed: Packed, bias: Tensor | None) -> Callable[[], Tensor]:
+    layout = LAYOUTS[name]
+    return lambda: layout.call(x, packed, bias, "")

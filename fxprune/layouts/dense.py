@@ -1,0 +1,29 @@
+"""dense: the weight as it is, zeros and all. Always fits; what the layouts are measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .site import Site
+
+# Multiply-adds per second and thread that a good dense kernel reaches; only orders the report's predictions.
+_FLOPS_PER_THREAD = 7e10
+
+
+def predict_dense(site: Site, tokens: int) -> float:
+    """Seconds for x [tokens, i] by operation count."""
+    return 2 * tokens * site.weight.numel() / (_FLOPS_PER_THREAD * torch.get_num_threads())
+
+
+def best_dense(site: Site, x: Tensor) -> list[Callable[[], Tensor]]:
+    """The dense ways to compute this site for x [m, i] that a compiled model may use: torch's, and MKL's prepacked."""
+    weight, bias = site.weight, site.bias
+    ways: list[Callable[[], Tensor]] = [lambda: functional.linear(x, weight, bias)]
+    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkl.is_available() and len(x) > 0:
+        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, len(x))
+        ways.append(lambda: torch.ops.mkl._mkl_linear(x, packed, weight, bias, len(x)))
+    return ways

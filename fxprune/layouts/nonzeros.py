@@ -1,0 +1,164 @@
+"""The nonzeros layout: a weight stored by its nonzero values and their 16-bit columns, for fp32 on the CPU.
+
+W [o, i] is cut into row blocks of NB rows and nK K-blocks of Kb columns. One row's part of one K-block is a
+segment; the segments of a block are sorted by their number of nonzeros, which makes the kernel's trip counts
+predictable.
+
+    values    float32 [nnz]                  the nonzeros by (row block, K-block, segment)
+    columns   int16   [nnz]                  column within the K-block
+    order     int16   [o * nK]               the row within the row block that a segment belongs to
+    counts    int16   [o * nK]               number of nonzeros of a segment
+    starts    int64   [row blocks * nK + 1]  where a block begins in values and columns
+    geometry  int64   [4]                    o, i, NB, Kb
+
+Kb is chosen for the number of tokens the site is tuned for; the result is right for any number.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from fxprune import native
+from fxprune.layouts.site import Fit, Packed, Site
+
+# Seconds of `predict` on one thread: per nonzero and 8 tokens, per nonzero and tile of up to 64 tokens, per
+# nonzero for a single token, per element of x and y transposed, and per call. Fitted on an AVX-512 server.
+_PER_NONZERO_8 = 0.175e-9
+_PER_NONZERO_TILE = 0.2e-9
+_PER_NONZERO_1 = 0.28e-9
+_PER_ELEMENT = 0.2e-9
+_PER_CALL = 5e-6
+_ROWS = 256
+
+
+class Nonzeros:
+    """Stores every nonzero with its column; multiplies by broadcasting nonzeros over tokens."""
+
+    name = "nonzeros"
+    op = torch.ops.fxprune.nonzeros_linear.default
+
+    def fits(self, site: Site) -> Fit:
+        """Whether `site` can be stored so; `why` also says when only the slow plain-torch kernel runs."""
+        weight = site.weight
+        if weight.dtype != torch.float32:
+            return Fit(False, f"{weight.dtype} is not float32")
+        if weight.device.type != "cpu":
+            return Fit(False, f"the weight is on {weight.device}, the kernel runs on the CPU")
+        if weight.dim() != 2:
+            return Fit(False, f"the weight has {weight.dim()} dimensions, not 2")
+        if weight.numel() == 0:
+            return Fit(False, f"the weight is empty {tuple(weight.shape)}")
+        if site.activation not in native.ACTIVATIONS:
+            return Fit(False, f"the kernel has no activation {site.activation!r}")
+        state = native.status()
+        slow = "" if state.available else "only the slow plain-torch kernel: "
+        return Fit(True, slow + state.detail)
+
+    def predict(self, site: Site, tokens: int) -> float:
+        """Seconds of one call with `tokens` rows of x: nonzeros at the kernel's rate, plus the transposes."""
+        o, i = site.weight.shape
+        nonzeros = int(torch.count_nonzero(site.weight))
+        threads = torch.get_num_threads()
+        if tokens == 1:
+            return _PER_CALL + nonzeros * _PER_NONZERO_1 / threads
+        per_nonzero = -(-tokens // 8) * _PER_NONZERO_8 + -(-tokens // 64) * _PER_NONZERO_TILE
+        return _PER_CALL + (nonzeros * per_nonzero + tokens * (o + i) * _PER_ELEMENT) / threads
+
+    def pack(self, site: Site) -> Packed:
+        """The weight's nonzeros (elements with any bit set, so -0.0 too), ready for the kernel."""
+        weight = site.weight.detach().contiguous()
+        o, i = weight.shape
+        rows, k_block = _row_block(o), _k_block(weight, site.tokens)
+        k_blocks = -(-i // k_block)
+        column = torch.arange(k_block, dtype=torch.int16)
+        parts: dict[str, list[Tensor]] = {"values": [], "columns": [], "order": [], "counts": [], "sizes": []}
+        # Row block by row block, so that temporaries stay small beside the weight.
+        for block in weight.split(rows):
+            padded = torch.nn.functional.pad(block, (0, k_blocks * k_block - i))
+            segments = padded.view(len(block), k_blocks, k_block).transpose(0, 1)
+            counts = (segments.view(torch.int32) != 0).sum(-1)
+            counts, order = counts.sort(dim=1, stable=True)
+            segments = segments.take_along_dim(order.unsqueeze(-1), 1)
+            kept = segments.view(torch.int32) != 0
+            parts["values"].append(segments[kept])
+            parts["columns"].append(column.expand_as(kept)[kept])
+            parts["order"].append(order.to(torch.int16).flatten())
+            parts["counts"].append(counts.to(torch.int16).flatten())
+            parts["sizes"].append(counts.sum(1))
+        tensors = {name: torch.cat(part) for name, part in parts.items()}
+        tensors["starts"] = torch.nn.functional.pad(tensors.pop("sizes").cumsum(0), (1, 0))
+        tensors["geometry"] = torch.tensor([o, i, rows, k_block])
+        return Packed(self.name, (o, i), tensors)
+
+    def unpack(self, packed: Packed) -> Tensor:
+        """The weight [o, i], bit for bit as it was packed."""
+        return native.to_dense(*(packed.tensors[name] for name in self.arguments(packed)))
+
+    def arguments(self, packed: Packed) -> tuple[str, ...]:
+        """Names of the packed tensors in the order in which `op` takes them, after x."""
+        return ("values", "columns", "order", "counts", "starts", "geometry")
+
+    def call(
+        self, x: Tensor, packed: Packed, bias: Tensor | None, activation: str = "",
+        residual: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """activation(x [..., i] @ W^T + bias) + residual [..., o]."""
+        tensors = (packed.tensors[name] for name in self.arguments(packed))
+        return self.op(x, *tensors, bias, residual, packed.shape[0], activation)
+
+    def lower(
+        self,
+        graph: Graph,
+        packed: Packed,
+        tensors: dict[str, Node],
+        x: Node,
+        bias: Node | None,
+        activation: str,
+    ) -> Node:
+        """One node that computes `call` for x, with a get_attr node for each packed tensor."""
+        arguments = (tensors[name] for name in self.arguments(packed))
+        return graph.call_function(self.op, (x, *arguments, bias, None, packed.shape[0], activation))
+
+    def eager(
+        self, x: Tensor, packed: Packed, bias: Tensor | None = None, residual: Tensor | None = None,
+        activation: str = "",
+    ) -> Tensor:  # fmt: skip
+        """`call` with the op's own order of arguments."""
+        return self.call(x, packed, bias, activation, residual)
+
+
+def _row_block(o: int) -> int:
+    """Rows per block: about 256, and an even number of equal blocks, for two threads to share them."""
+    if o < 32:
+        return o
+    blocks = 2 * -(-o // (2 * _ROWS))
+    return _round_up(-(-o // blocks), 8)
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def _k_block(weight: Tensor, tokens: tuple[int, ...]) -> int:
+    """Columns per block such that the activations of one tile stay near L1, for the largest number of tokens.
+
+    Each block reads and writes every sum once more: a sparser weight, with less work per sum, takes larger
+    blocks.
+    """
+    i = weight.shape[1]
+    most = max(tokens, default=64)
+    density = int(torch.count_nonzero(weight)) / weight.numel()
+    if most <= 1:
+        target = 16384
+    elif most <= 8:
+        target = 1024
+    elif most <= 16:
+        target = 512
+    elif most <= 32:
+        target = 256
+    else:
+        target = 128 if density > 0.25 else 192 if density > 0.07 else 384
+    blocks = -(-i // target)
+    return min(i, _round_up(-(-i // blocks), 8))

@@ -1,0 +1,79 @@
+"""Site, Fit and Packed: what a layout is asked about, what it answers, and what it makes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+from torch import Tensor
+from torch.fx import Graph, Node
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One weight where it is used.
+
+    `weight` [o, i] has +0.0 wherever the mask removed an element, so "nonzero" means that some bit is set. `tokens` are the
+    numbers of rows M of the activations that the layout is tuned for. `activation` is the function that follows the op
+    ("", "relu", "gelu", "gelu_tanh" or "silu") and can be computed with it.
+    """
+
+    name: str
+    node: str
+    weight: Tensor
+    bias: Tensor | None
+    tokens: tuple[int, ...]
+    activation: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """Whether a layout can hold a site's weight; if not, why in words."""
+
+    ok: bool
+    why: str = ""
+
+    @staticmethod
+    def yes(why: str = "") -> Fit:
+        return Fit(True, why)
+
+    @staticmethod
+    def no(why: str) -> Fit:
+        return Fit(False, why)
+
+
+@dataclasses.dataclass
+class Packed:
+    """A weight [o, i] in a layout: plain tensors whose names are the save format."""
+
+    layout: str
+    shape: tuple[int, int]
+    tensors: dict[str, Tensor]
+
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+class Layout(Protocol):
+    """How a masked weight is stored and multiplied.
+
+    `unpack(pack(site))` equals the site's weight bit for bit. `call` computes act(x @ weight.T + bias) for x [..., i],
+    and `lower` adds the same as one node to a graph, with a get_attr node for each packed tensor.
+    """
+
+    name: str
+
+    def fits(self, site: Site) -> Fit: ...
+
+    def predict(self, site: Site, tokens: int) -> float: ...
+
+    def pack(self, site: Site) -> Packed: ...
+
+    def unpack(self, packed: Packed) -> Tensor: ...
+
+    def call(self, x: Tensor, packed: Packed, bias: Tensor | None, activation: str) -> Tensor: ...
+
+    def lower(
+        self, graph: Graph, packed: Packed, tensors: dict[str, Node], x: Node, bias: Node | None, activation: str
+    ) -> Node: ...

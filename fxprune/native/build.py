@@ -1,0 +1,119 @@
+"""Compile the C++ kernels once per machine and torch version, and keep the object in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from fxprune.errors import BuildError
+
+HERE = Path(__file__).parent
+SOURCE = HERE / "nonzeros.cpp"
+# torch 2.11's stable ABI: the object does not depend on the C++ ABI of the torch it was built with.
+FLAGS = (
+    "-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-fno-math-errno",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+)  # fmt: skip
+TIMEOUT = 300
+
+
+def cache_dir() -> Path:
+    """FXPRUNE_CACHE_DIR, else fxprune/ in the user's cache directory."""
+    chosen = os.environ.get("FXPRUNE_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxprune"
+
+
+def compiler() -> list[str]:
+    """The C++ compiler's command: $CXX (which may carry arguments) or the first of g++, c++, clang++."""
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    for command in [chosen] if chosen else [["g++"], ["c++"], ["clang++"]]:
+        found = shutil.which(command[0])
+        if found:
+            return [found, *command[1:]]
+    what = f"$CXX ({chosen[0]})" if chosen else "g++, c++ or clang++"
+    raise BuildError("no C++ compiler", why=f"{what} is not on the PATH")
+
+
+def flags() -> list[str]:
+    """The compiler's flags; FXPRUNE_NATIVE_FLAGS adds to them (e.g. -mno-avx512f)."""
+    return [*FLAGS, *shlex.split(os.environ.get("FXPRUNE_NATIVE_FLAGS", ""))]
+
+
+@cache
+def cpu() -> str:
+    """What -march=native depends on: the machine's kind and the features its processor reports."""
+    lines: set[str] = set()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.split(":")[0].strip() in ("flags", "Features", "model name", "model", "CPU part"):
+                lines.add(line)
+    except OSError:
+        lines.add(platform.processor())
+    return "\n".join([platform.system(), platform.machine(), *sorted(lines)])
+
+
+def key(command: list[str]) -> str:
+    """A hash of everything that the object depends on."""
+    ask = [*command, "--version"]
+    version = subprocess.run(ask, capture_output=True, text=True, check=False, timeout=TIMEOUT)
+    digest = hashlib.sha256()
+    for source in sorted([SOURCE, *HERE.glob("*.h")]):
+        digest.update(source.read_bytes())
+    for part in (*call(command, ""), version.stdout, torch.__version__, cpu()):
+        digest.update(b"\0" + part.encode())
+    return digest.hexdigest()[:24]
+
+
+def build() -> Path:
+    """Path of the compiled object, compiled now unless the cache has it. Raises BuildError."""
+    command = compiler()
+    target = cache_dir() / f"nonzeros-{key(command)}.so"
+    if target.exists():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Written beside its final name and moved there in one step: others see all of it or nothing.
+        handle, temporary = tempfile.mkstemp(suffix=".so", prefix="building-", dir=target.parent)
+        os.close(handle)
+    except OSError as error:
+        why, do = str(error), "Set FXPRUNE_CACHE_DIR to a writable directory."
+        raise BuildError("cannot write the compiled kernels", where=str(target), why=why, do=do) from error
+    try:
+        compile_to(command, temporary)
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return target
+
+
+def call(command: list[str], target: str) -> list[str]:
+    """The whole command that compiles SOURCE to `target`."""
+    home = Path(torch.__file__).parent
+    include, lib = f"-I{home / 'include'}", f"-L{home / 'lib'}"
+    # No rpath: by the time the object is loaded, torch's library is in the process and is found by its name.
+    return [*command, *flags(), include, "-o", target, str(SOURCE), lib, "-ltorch_cpu"]
+
+
+def compile_to(command: list[str], target: str) -> None:
+    """Run the compiler on SOURCE; its first error line becomes the BuildError's reason."""
+    try:
+        done = subprocess.run(
+            call(command, target), capture_output=True, text=True, check=False, timeout=TIMEOUT
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError("cannot run the C++ compiler", where=command[0], why=str(error)) from error
+    if done.returncode != 0:
+        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        why = errors[0].strip() if errors else f"exit status {done.returncode}"
+        raise BuildError("the C++ kernels do not compile", where=shlex.join(command), why=why)

@@ -1,0 +1,227 @@
+// fxprune::nonzeros_linear for the CPU: y = activation(x @ W^T + bias) + residual, W stored by its nonzeros.
+//
+// Stored format of W [o, i] (layouts/nonzeros.py packs it): row blocks of NB rows, K-blocks of Kb columns,
+// blocks in the order (row block, K-block). In a block the rows are sorted by their number of nonzeros. Row r
+// of row block b, K-block k has its `order` and `counts` at b * NB * nK + k * rows(b) + r.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "microkernels.h"
+
+namespace fxprune {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Bytes of sums that wait in L2 (half of a common one); bytes up to which a block of activations serves best,
+// measured: past L1, but its lines come from L2 in order of need; and the work, in nonzeros times eight
+// tokens, that a thread must have to be worth waking.
+constexpr int64_t kTileBytes = 512 << 10;
+constexpr int64_t kBlockBytes = 96 << 10;
+constexpr int64_t kSerialWork = 16 << 10;
+
+struct Problem {
+  const float* values;
+  const uint16_t* columns;
+  const int16_t* order;
+  const int16_t* counts;
+  const int64_t* starts;  // [row blocks * K-blocks + 1] into values and columns
+  int64_t o, i, row_block, k_block, row_blocks, k_blocks;
+  const float* x;
+  const float* bias;
+  const float* residual;
+  float* y;
+  int64_t tokens;
+
+  int64_t first_row(int64_t block) const { return std::min(o, block * row_block); }
+
+  Segments segments(int64_t block, int64_t k) const {
+    const int64_t row = first_row(block), rows = first_row(block + 1) - row;
+    const int64_t start = starts[block * k_blocks + k], at = row * k_blocks + k * rows;
+    return {values + start, columns + start, order + at, counts + at, rows};
+  }
+};
+
+// Memory that a thread keeps between calls, so that a call allocates nothing but its result.
+float* scratch(int which, int64_t floats) {
+  struct Buffer {
+    std::unique_ptr<float, decltype(&std::free)> memory{nullptr, &std::free};
+    int64_t size = 0;
+  };
+  static thread_local Buffer buffers[2];
+  Buffer& buffer = buffers[which];
+  if (buffer.size < floats) {
+    const size_t bytes = (floats * sizeof(float) + 4095) / 4096 * 4096;
+    buffer.memory.reset(static_cast<float*>(std::aligned_alloc(4096, bytes)));
+    buffer.size = buffer.memory ? floats : 0;
+    if (!buffer.memory) throw std::bad_alloc();
+  }
+  return buffer.memory.get();
+}
+
+// One tile of up to T tokens, from row block `begin` to `end`. Columns outside, rows inside: a block of
+// activations is packed once, stays in L1 and meets every row, while the sums wait in L2.
+template <int T, int InFlight, Activation kind>
+void run_tile(const Problem& p, int64_t token, int64_t begin, int64_t end) {
+  const int64_t tokens = std::min<int64_t>(T, p.tokens - token);
+  const int64_t together = std::max<int64_t>(1, kTileBytes / (p.row_block * T * 4));
+  float* block = T == 1 ? nullptr : scratch(0, p.k_block * T);
+  float* tile = scratch(1, (std::min(together, p.row_blocks) * p.row_block + kBlock) * T);
+  for (int64_t low = begin; low < end; low += together) {
+    const int64_t high = std::min(end, low + together), first = p.first_row(low);
+    for (int64_t k = 0; k < p.k_blocks; ++k) {
+      const int64_t column = k * p.k_block;
+      const float* x = p.x + token * p.i + column;
+      if constexpr (T > 1) pack<T>(x, p.i, tokens, std::min(p.k_block, p.i - column), block);
+      for (int64_t b = low; b < high; ++b) {
+        const Segments s = p.segments(b, k);
+        float* sums = tile + (p.first_row(b) - first) * T;
+        if constexpr (T == 1) {
+          k ? dot<true>(s, x, sums) : dot<false>(s, x, sums);
+        } else {
+          k ? multiply<T, InFlight, true>(s, block, sums) : multiply<T, InFlight, false>(s, block, sums);
+        }
+      }
+    }
+    const int64_t at = token * p.o + first;
+    const float* bias = p.bias ? p.bias + first : nullptr;
+    const float* residual = p.residual ? p.residual + at : nullptr;
+    const Epilogue e{bias, residual, p.y + at, p.o};
+    unpack<T, kind>(tile, p.first_row(high) - first, tokens, e);
+  }
+}
+
+template <Activation kind>
+void run_tile(int64_t lanes, const Problem& p, int64_t token, int64_t begin, int64_t end) {
+  switch (lanes) {
+    case 1: return run_tile<1, 1, kind>(p, token, begin, end);
+    case 4: return run_tile<4, 4, kind>(p, token, begin, end);
+    case 8: return run_tile<8, 4, kind>(p, token, begin, end);
+    case 16: return run_tile<16, 4, kind>(p, token, begin, end);
+    case 32: return run_tile<32, 2, kind>(p, token, begin, end);
+    default: return run_tile<64, 1, kind>(p, token, begin, end);
+  }
+}
+
+using RunTile = void (*)(int64_t, const Problem&, int64_t, int64_t, int64_t);
+
+RunTile choose(const std::string& activation) {
+  if (activation.empty()) return run_tile<Activation::kNone>;
+  if (activation == "relu") return run_tile<Activation::kRelu>;
+  if (activation == "gelu") return run_tile<Activation::kGelu>;
+  if (activation == "gelu_tanh") return run_tile<Activation::kGeluTanh>;
+  if (activation == "silu") return run_tile<Activation::kSilu>;
+  throw std::runtime_error("nonzeros_linear: unknown activation '" + activation + "'");
+}
+
+// Lanes for the next tile: the smallest that holds all that is left, but no more than keep the block in L1.
+int64_t lanes_for(int64_t left, int64_t k_block) {
+  if (left == 1) return 1;
+  int64_t lanes = left <= 4 ? 4 : left <= 8 ? 8 : left <= 16 ? 16 : left <= 32 ? 32 : 64;
+  while (lanes > 16 && lanes * k_block * 4 > kBlockBytes) lanes /= 2;
+  return lanes;
+}
+
+void run(const Problem& p, RunTile run_tile) {
+  struct Tile {
+    int64_t token, lanes;
+  };
+  std::vector<Tile> tiles;
+  for (int64_t token = 0; token < p.tokens;) {
+    const int64_t lanes = lanes_for(p.tokens - token, p.k_block);
+    tiles.push_back({token, lanes});
+    token += lanes;
+  }
+  // Tasks are (tile, row block), tile by tile; a thread takes a contiguous range and so packs few tiles'
+  // activations.
+  const int64_t tasks = static_cast<int64_t>(tiles.size()) * p.row_blocks;
+  const int64_t work = p.starts[p.row_blocks * p.k_blocks] * ((p.tokens + 7) / 8);
+  const int64_t grain = std::max<int64_t>(1, tasks * kSerialWork / std::max<int64_t>(work, 1));
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const Tile& tile = tiles[begin / p.row_blocks];
+      const int64_t block = begin % p.row_blocks, stop = std::min(p.row_blocks, block + (end - begin));
+      run_tile(tile.lanes, p, tile.token, block, stop);
+      begin += stop - block;
+    }
+  });
+}
+
+void require(bool condition, const char* what) {
+  if (!condition) throw std::runtime_error(std::string("nonzeros_linear: ") + what);
+}
+
+template <class T>
+const T* data(const Tensor& t, ScalarType type, int64_t numel, const char* what) {
+  require(t.is_cpu() && t.scalar_type() == type && t.numel() == numel && t.is_contiguous(), what);
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+Tensor nonzeros_linear(
+    const Tensor& input, const Tensor& values, const Tensor& columns, const Tensor& order,
+    const Tensor& counts, const Tensor& starts, const Tensor& geometry, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& residual, int64_t out_features, const std::string& activation) {
+  require(input.scalar_type() == ScalarType::Float, "x must be float32");
+  require(input.dim() >= 1, "x must have at least one dimension");
+  const RunTile run_tile = choose(activation);
+
+  Problem p = {};
+  const int64_t* sizes = data<int64_t>(geometry, ScalarType::Long, 4, "geometry must be int64 [4]");
+  p.o = sizes[0], p.i = sizes[1], p.row_block = sizes[2], p.k_block = sizes[3];
+  require(p.o >= 1 && p.i >= 1 && p.row_block >= 1 && p.k_block >= 1, "geometry must be positive");
+  require(p.row_block <= INT16_MAX && p.k_block <= INT16_MAX, "a block is too large for 16-bit indices");
+  require(out_features == p.o, "out_features differs from the packed weight's");
+  p.row_blocks = (p.o + p.row_block - 1) / p.row_block;
+  p.k_blocks = (p.i + p.k_block - 1) / p.k_block;
+
+  const int64_t nonzeros = values.numel(), segments = p.o * p.k_blocks, blocks = p.row_blocks * p.k_blocks;
+  p.values = data<float>(values, ScalarType::Float, nonzeros, "values must be a contiguous float32 tensor");
+  p.columns = data<uint16_t>(columns, ScalarType::Short, nonzeros, "columns must be int16, one per value");
+  p.order = data<int16_t>(order, ScalarType::Short, segments, "order must be int16, one per segment");
+  p.counts = data<int16_t>(counts, ScalarType::Short, segments, "counts must be int16, one per segment");
+  p.starts = data<int64_t>(starts, ScalarType::Long, blocks + 1, "starts must be int64 [blocks + 1]");
+  require(p.starts[0] == 0 && p.starts[blocks] == nonzeros && std::is_sorted(p.starts, p.starts + blocks + 1),
+          "starts must rise from 0 to the number of values");
+
+  const Tensor x = input.is_contiguous() ? input : torch::stable::contiguous(input);
+  const auto shape = x.sizes();
+  require(shape[shape.size() - 1] == p.i, "the last dimension of x differs from the weight's in_features");
+  std::vector<int64_t> out_shape(shape.begin(), shape.end());
+  out_shape.back() = p.o;
+  Tensor y = torch::stable::new_empty(x, out_shape);
+  p.tokens = x.numel() / p.i;
+  p.x = data<float>(x, ScalarType::Float, p.tokens * p.i, "x must be on the CPU");
+  if (bias) p.bias = data<float>(*bias, ScalarType::Float, p.o, "bias must be contiguous float32 [out_features]");
+  std::optional<Tensor> added;  // keeps a contiguous copy alive
+  if (residual) {
+    const auto given = residual->sizes();
+    require(std::equal(given.begin(), given.end(), out_shape.begin(), out_shape.end()),
+            "residual must have the shape of the output");
+    added = residual->is_contiguous() ? *residual : torch::stable::contiguous(*residual);
+    const int64_t numel = p.tokens * p.o;
+    p.residual = data<float>(*added, ScalarType::Float, numel, "residual must be float32 on the CPU");
+  }
+  p.y = static_cast<float*>(y.mutable_data_ptr());
+  if (p.tokens > 0) run(p, run_tile);
+  return y;
+}
+
+}  // namespace
+}  // namespace fxprune
+
+// Which vector instructions this object was compiled for.
+extern "C" const char* fxprune_isa() { return FXPRUNE_ISA; }
+
+STABLE_TORCH_LIBRARY_IMPL(fxprune, CPU, m) {
+  m.impl("nonzeros_linear", TORCH_BOX(&fxprune::nonzeros_linear));
+}

@@ -1,0 +1,45 @@
+"""What passes share: copying a program and replacing its tensors without touching the original."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..capture import Program
+
+
+def copy_program(program: Program) -> Program:
+    """A program with its own graph and module containers; the tensors are shared."""
+    graph = torch.fx.Graph()
+    copied: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in program.graph.nodes:
+        copied[node] = graph.node_copy(node, lambda n: copied[n])
+    graph._codegen = program.graph._codegen
+    result = torch.fx.GraphModule(program, graph, class_name="Program")
+    result._tracer_cls = None
+    result.meta = dict(program.meta)
+    result.eval()
+    return result
+
+
+def owner(program: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds the parameter `name`, and the parameter's last name."""
+    path, _, leaf = name.rpartition(".")
+    return program.get_submodule(path), leaf
+
+
+def replace_parameter(program: Program, names: list[str], value: Tensor) -> None:
+    """Puts one new parameter under all of its names."""
+    parameter = nn.Parameter(value, requires_grad=False)
+    for name in names:
+        module, leaf = owner(program, name)
+        module._parameters[leaf] = parameter
+
+
+def drop_unused(program: Program) -> None:
+    """Removes parameters and buffers that no get_attr node reads any more."""
+    read = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
+    for path, module in program.named_modules():
+        for table in (module._parameters, module._buffers):
+            for leaf in [k for k in table if f"{path}.{k}".lstrip(".") not in read]:
+                del table[leaf]

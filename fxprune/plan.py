@@ -1,0 +1,376 @@
+"""What the user asks for: rules, each a name pattern, a sparsity pattern and an amount. Knows no graph."""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from difflib import SequenceMatcher, get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, cast
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from .errors import PlanError
+from .score import SCORES
+
+_SCOPES = ("local", "global")
+_FORMAT = 1  # of the JSON
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Mask the elements with the smallest scores.
+
+    `amount` is a fraction of the whole weight (float, 0.0 to 1.0) or a number of elements (int): 1.0 is
+    everything, 1 is one element. Elements that are zero or masked already count towards it. `score` is a
+    name from `fxprune.score.SCORES` or a function from the weight to finite non-negative scores of the same
+    shape.
+    """
+
+    amount: int | float
+    score: str | Callable[[Tensor], Tensor] = "l1"
+
+    kind: ClassVar[str] = "unstructured"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "amount", _amount(self.amount))
+        if isinstance(self.score, str):
+            if self.score not in SCORES:
+                raise PlanError(
+                    f'no score is named "{self.score}"',
+                    where="Unstructured(score=...)",
+                    why=f"there are: {', '.join(SCORES)}",
+                    do="Name one of them, or give a function Tensor -> Tensor.",
+                )
+        elif not callable(self.score):
+            raise PlanError(
+                "cannot use this score",
+                where="Unstructured(score=...)",
+                why=f"{type(self.score).__name__} is neither a name nor a function",
+                do=f"Name one of {', '.join(SCORES)}, or give a function Tensor -> Tensor.",
+            )
+
+    def count(self, size: int) -> int:
+        """How many of `size` elements to mask: fractions round half to even, as in torch.nn.utils.prune."""
+        return self.amount if isinstance(self.amount, int) else round(self.amount * size)
+
+    def describe(self) -> str:
+        """The amount and score in words."""
+        amount = f"{self.amount} elements" if isinstance(self.amount, int) else f"{100 * self.amount:g}%"
+        score = self.score if isinstance(self.score, str) else getattr(self.score, "__name__", "a function")
+        return f"{amount} by {score}"
+
+
+@dataclass(frozen=True)
+class Existing:
+    """Keep the mask that a weight already has, or, where it has none, its exact zeros as the mask."""
+
+    kind: ClassVar[str] = "existing"
+
+    def describe(self) -> str:
+        """What is kept, in words."""
+        return "the masks or zeros already there"
+
+
+Sparsity = Unstructured | Existing
+_SPARSITIES: dict[str, type[Sparsity]] = {kind.kind: kind for kind in (Unstructured, Existing)}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Apply `sparsity` to every weight whose name matches `pattern`.
+
+    `pattern` is a glob (`*`, `?`, `[...]`, case sensitive) whose `*` crosses dots. scope "local" takes the
+    amount from each weight by itself, "global" from all the weights that this rule binds, pooled.
+    """
+
+    pattern: str
+    sparsity: Sparsity
+    scope: str = "local"
+
+    def __post_init__(self) -> None:
+        _check_pattern(self.pattern, "Rule(pattern=...)")
+        if not isinstance(self.sparsity, tuple(_SPARSITIES.values())):
+            raise PlanError(
+                "cannot use this sparsity pattern",
+                where=f'Rule("{self.pattern}", ...)',
+                why=f"{self.sparsity!r} is not a sparsity pattern",
+                do=f"Use one of {', '.join(kind.__name__ for kind in _SPARSITIES.values())}.",
+            )
+        if self.scope not in _SCOPES:
+            raise PlanError(
+                f"unknown scope {self.scope!r}",
+                where=f'Rule("{self.pattern}", ...)',
+                why='a scope is "local" (each weight by itself) or "global" (pooled)',
+                do="Use one of these.",
+            )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What binding must know of a parameter; `reason` says in words why it is not `prunable`."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    prunable: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Which rule each weight got, and what the rules' wildcards met besides.
+
+    assigned    name -> index of the rule that won
+    overridden  (name, earlier rule, later rule that took its place)
+    skipped     (rule, name, why the name matched but cannot be used)
+    excluded    (rule, name, the exclude pattern that took it away)
+    """
+
+    assigned: dict[str, int]
+    overridden: tuple[tuple[str, int, int], ...] = ()
+    skipped: tuple[tuple[int, str, str], ...] = ()
+    excluded: tuple[tuple[int, str, str], ...] = ()
+
+    def names(self, rule: int) -> list[str]:
+        """The weights that rule number `rule` got, in the order of the parameters."""
+        return [name for name, index in self.assigned.items() if index == rule]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rules in order (a later one wins), and patterns that no wildcard may bind.
+
+    A rule that writes a name out in full means it: `exclude` does not take it away. Raises PlanError for
+    anything malformed.
+    """
+
+    rules: tuple[Rule, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __init__(self, rules: Iterable[Rule] = (), exclude: Iterable[str] = ()) -> None:
+        object.__setattr__(self, "rules", _tuple(rules, Rule, "Plan(rules=...)", "Rule(...)"))
+        object.__setattr__(self, "exclude", _tuple(exclude, str, "Plan(exclude=...)", '"name"'))
+        for pattern in self.exclude:
+            _check_pattern(pattern, "Plan(exclude=...)")
+
+    def __str__(self) -> str:
+        rows = [(i, rule.pattern, *_words(rule)) for i, rule in enumerate(self.rules)]
+        rows += [("", pattern, "excluded from wildcards", "", "") for pattern in self.exclude]
+        if not rows:
+            return "empty plan: no rules"
+        return tabulate(rows, headers=("rule", "weights", "sparsity", "what", "scope"), disable_numparse=True)
+
+    def bind(self, parameters: Mapping[str, Candidate], aliases: Mapping[str, str] | None = None) -> Binding:
+        """Parameters by name, one name for each tensor -> which rule each one gets.
+
+        `aliases` maps the other names of tied parameters to the one in `parameters`; patterns match any of
+        them. Raises PlanError for a full name that is unknown or unprunable, a wildcard that binds nothing,
+        an exclude pattern that matches nothing, and a number of elements larger than the weight or pool.
+        """
+        names: dict[str, list[str]] = {name: [name] for name in parameters}
+        for alias, name in (aliases or {}).items():
+            if alias != name and name in names:
+                names[name].append(alias)
+        known = [alias for group in names.values() for alias in group]
+        for pattern in self.exclude:
+            if not any(_matches(pattern, name) for name in known):
+                raise _nothing("an exclude pattern matches nothing", pattern, known)
+        won: dict[str, int] = {}
+        overridden, skipped, excluded = [], [], []
+        for index, rule in enumerate(self.rules):
+            matched = [name for name, group in names.items() if any(_matches(rule.pattern, n) for n in group)]
+            if not matched:
+                raise _nothing(f"rule {index} binds nothing", rule.pattern, known)
+            if _is_glob(rule.pattern):
+                removed = [(name, by) for name in matched for by in self._excluding(names[name])[:1]]
+                left = [name for name in matched if name not in dict(removed)]
+                unusable = [(name, parameters[name].reason) for name in left if not parameters[name].prunable]
+                bound = [name for name in left if parameters[name].prunable]
+                if not bound:
+                    usable = [name for name, candidate in parameters.items() if candidate.prunable]
+                    raise _unusable(index, rule.pattern, unusable, removed, usable)
+                skipped += [(index, *pair) for pair in unusable]
+                excluded += [(index, *pair) for pair in removed]
+            else:
+                _check_prunable(index, rule.pattern, parameters[matched[0]])
+                bound = matched
+            overridden += [(name, won[name], index) for name in bound if name in won]
+            won.update(dict.fromkeys(bound, index))
+        assigned = {name: won[name] for name in parameters if name in won}
+        binding = Binding(assigned, tuple(overridden), tuple(skipped), tuple(excluded))
+        for index, rule in enumerate(self.rules):
+            _check_count(index, rule, {name: parameters[name].shape for name in binding.names(index)})
+        return binding
+
+    def _excluding(self, names: Iterable[str]) -> list[str]:
+        return [pattern for pattern in self.exclude if any(_matches(pattern, name) for name in names)]
+
+    def to_json(self) -> str:
+        """The plan as JSON text. Raises PlanError where a score is a function: only names can be saved."""
+        rules = []
+        for index, rule in enumerate(self.rules):
+            values = {field.name: getattr(rule.sparsity, field.name) for field in fields(rule.sparsity)}
+            if callable(values.get("score")):
+                raise PlanError(
+                    "cannot save the plan",
+                    where=f'rule {index}, "{rule.pattern}"',
+                    why="its score is a function, and a function cannot be saved",
+                    do=f"Name a score ({', '.join(SCORES)}), or save the selection instead of the plan.",
+                )
+            sparsity = {"kind": rule.sparsity.kind, **values}
+            rules.append({"pattern": rule.pattern, "sparsity": sparsity, "scope": rule.scope})
+        return json.dumps({"fxprune_plan": _FORMAT, "rules": rules, "exclude": list(self.exclude)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that `to_json` wrote. Raises PlanError for any other text."""
+        try:
+            data = json.loads(text)
+        except (json.JSONDecodeError, TypeError) as error:
+            raise _unreadable(f"not JSON: {error}") from error
+        if not isinstance(data, dict) or data.get("fxprune_plan") != _FORMAT:
+            raise _unreadable(f'it does not say "fxprune_plan": {_FORMAT}')
+        try:
+            return cls([_read_rule(rule) for rule in data["rules"]], data["exclude"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise _unreadable(f"{type(error).__name__}: {error}") from error
+
+
+def _amount(amount: object) -> int | float:
+    def refuse(why: str) -> PlanError:
+        do = "Give a fraction from 0.0 to 1.0, or a whole number of elements."
+        return PlanError(f"cannot use amount {amount!r}", where="Unstructured(amount=...)", why=why, do=do)
+
+    if isinstance(amount, bool) or not isinstance(amount, numbers.Real):
+        raise refuse(f"it is a {type(amount).__name__}, not a number")
+    if isinstance(amount, numbers.Integral):
+        if amount < 0:
+            raise refuse("it is negative")
+        return int(amount)
+    fraction = float(amount)
+    if math.isnan(fraction):
+        raise refuse("it is not a number")
+    if not 0.0 <= fraction <= 1.0:
+        raise refuse("it is negative" if fraction < 0 else "a fraction ends at 1.0")
+    return fraction
+
+
+def _check_pattern(pattern: object, where: str) -> None:
+    if not isinstance(pattern, str) or not pattern:
+        raise PlanError(
+            f"cannot use {pattern!r} as a name pattern",
+            where=where,
+            why="a pattern is a text that is not empty",
+            do='Write a parameter\'s name or a glob, such as "encoder.*.weight".',
+        )
+
+
+def _tuple(items: object, kind: type, where: str, example: str) -> tuple[Any, ...]:
+    if isinstance(items, (str, Rule)) or not isinstance(items, Iterable):
+        raise PlanError(
+            f"cannot use {items!r}", where=where, why="it is not a list", do=f"Put it into one: [{example}]."
+        )
+    found = tuple(items)
+    for item in found:
+        if not isinstance(item, kind):
+            why = f"{item!r} is a {type(item).__name__}"
+            raise PlanError("cannot use this list", where=where, why=why, do=f"Fill it with {example}.")
+    return found
+
+
+def _words(rule: Rule) -> tuple[str, str, str]:
+    return rule.sparsity.kind, rule.sparsity.describe(), rule.scope
+
+
+def _read_rule(data: Mapping[str, Any]) -> Rule:
+    values = dict(data["sparsity"])
+    kind = values.pop("kind")
+    if kind not in _SPARSITIES:
+        near = get_close_matches(str(kind), _SPARSITIES) or list(_SPARSITIES)
+        raise _unreadable(f'unknown sparsity pattern "{kind}" (near: {", ".join(near)})')
+    return Rule(data["pattern"], cast(Any, _SPARSITIES[kind])(**values), data["scope"])
+
+
+def _unreadable(why: str) -> PlanError:
+    do = "Give the text that Plan.to_json wrote."
+    return PlanError("cannot read a plan", where="Plan.from_json", why=why, do=do)
+
+
+def _is_glob(pattern: str) -> bool:
+    return any(mark in pattern for mark in "*?[")
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return fnmatchcase(name, pattern) if _is_glob(pattern) else name == pattern
+
+
+def _check_prunable(index: int, name: str, candidate: Candidate) -> None:
+    if not candidate.prunable:
+        raise PlanError(
+            f"cannot bind rule {index}",
+            where=f'"{name}" {list(candidate.shape)}',
+            why=f"this parameter cannot be pruned: {candidate.reason}",
+            do="Take the rule out, or write a wildcard, which passes over such parameters.",
+        )
+
+
+def _check_count(index: int, rule: Rule, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    if not isinstance(rule.sparsity, Unstructured):
+        return
+    sizes = {f'"{name}" {list(shape)}': math.prod(shape) for name, shape in shapes.items()}
+    if rule.scope == "global" and sizes:
+        sizes = {f'the {len(sizes)} weights of "{rule.pattern}"': sum(sizes.values())}
+    for where, size in sizes.items():
+        if rule.sparsity.count(size) > size:
+            raise PlanError(
+                f"rule {index} asks for {rule.sparsity.amount} elements",
+                where=where,
+                why=f"there are only {size}",
+                do=f"Ask for at most {size}, or for a fraction such as 0.9.",
+            )
+
+
+def _unusable(
+    index: int,
+    pattern: str,
+    unusable: list[tuple[str, str]],
+    removed: list[tuple[str, str]],
+    usable: list[str],
+) -> PlanError:
+    met = [f"{name} ({reason})" for name, reason in unusable]
+    met += [f'{name} (excluded by "{by}")' for name, by in removed]
+    more = f" and {len(met) - 5} more" if len(met) > 5 else ""
+    why = f"it matches only what cannot be used: {', '.join(met[:5])}{more}"
+    return PlanError(
+        f"rule {index} binds nothing", where=f'"{pattern}"', why=why, do=_suggest(pattern, usable)
+    )
+
+
+def _nothing(what: str, pattern: str, names: list[str]) -> PlanError:
+    kind = "matches this pattern" if _is_glob(pattern) else "has this name"
+    why = f"none of the {len(names)} parameters {kind}"
+    return PlanError(what, where=f'"{pattern}"', why=why, do=_suggest(pattern, names))
+
+
+def _suggest(pattern: str, names: Iterable[str]) -> str:
+    found = near(pattern, names)
+    return f"Near it: {', '.join(found)}." if found else "See dict(model.named_parameters()) for the names."
+
+
+def near(pattern: str, names: Iterable[str], limit: int = 5) -> list[str]:
+    """The names nearest to a pattern, best first: those holding most of its letters in order, in any case."""
+    wanted = "".join(letter for letter in pattern.lower() if letter not in "*?[]")
+    matcher = SequenceMatcher(autojunk=False)
+    matcher.set_seq2(wanted)
+    ranked = []
+    for name in names:
+        matcher.set_seq1(name.lower())
+        shared = sum(block.size for block in matcher.get_matching_blocks())
+        ranked.append((shared / max(len(wanted), 1), matcher.ratio(), name))
+    ranked.sort(key=lambda entry: (-round(entry[0], 2), -entry[1]))
+    return [name for held, _, name in ranked[:limit] if held >= 0.7]

@@ -1,0 +1,123 @@
+"""prove: the capture held against the user's model, and everything made from it held against the oracle."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from . import admit
+from .capture import Capture, Program, capture
+from .check import Call, CheckRow, Oracle, compare, outputs, refuse, resized_call, second_call
+from .errors import CaptureError, InputError
+from .report import Report
+from .select import Selection
+
+
+class Proof:
+    """The calls that a result is tried on, and what the oracle answers to them."""
+
+    def __init__(self, captured: Capture, calls: list[Call], resized: Call | None, report: Report, enabled: bool) -> None:
+        self.example = calls[0]
+        self._captured, self._calls, self._resized = captured, calls, resized
+        self._report, self._enabled = report, enabled
+        self._expected: list[list[Any]] = []
+        self._expected_resized: list[Any] = []
+
+    def expect(self, selection: Selection) -> None:
+        """Runs the oracle, masking in-graph over the user's storage, and keeps its outputs."""
+        if not self._enabled:
+            return
+        oracle = Oracle(self._captured.program, selection)
+        self._expected = [oracle.outputs(call) for call in self._calls]
+        if self._resized is not None:
+            self._expected_resized = oracle.outputs(self._resized)
+
+    def stage(self, name: str, program: Program) -> None:
+        """With FXPRUNE_CHECK=2, holds the program after a stage against the oracle and names the one that departs."""
+        if self._enabled and os.environ.get("FXPRUNE_CHECK") == "2":
+            row = compare(f"after {name} = pruned model", self.example, self._expected[0], outputs(program, self.example))
+            self._report.checks.append(row)
+            if not row.ok:
+                raise refuse(row, f"The stage {name} is at fault: please report it with FXPRUNE_TRACE=<dir>.")
+
+    def hold(self, result: Any, graph: Program) -> list[CheckRow]:
+        """The result (compiled) on the example and the second input, its graph (not compiled) at the second size."""
+        if not self._enabled:
+            return []
+        rows = [
+            compare("result = pruned model", call, expected, outputs(result, call))
+            for call, expected in zip(self._calls, self._expected, strict=True)
+        ]
+        if self._resized is not None:
+            got = outputs(graph, self._resized)
+            rows.append(compare("result's graph = pruned model", self._resized, self._expected_resized, got))
+        return rows
+
+
+def capture_checked(
+    model: nn.Module | ExportedProgram,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    report: Report,
+    *,
+    check: bool,
+) -> tuple[Capture, Proof]:
+    """Captures the model and holds the captured program against it, on the example and at a second size.
+
+    Where a capture with dynamic sizes is wrong at the second size, every size is fixed, and the report says so; where
+    the user asked for those sizes, that is an error.
+    """
+    example = Call("example", args, kwargs)
+    runnable = model.module() if isinstance(model, ExportedProgram) else model
+    admit.run_model(runnable, args, kwargs)
+    captured = capture(model, args, kwargs, dynamic_shapes)
+    calls = [example, second_call(example)]
+    if not check:
+        report.notes += [*captured.notes, "nothing was checked: check=False"]
+        return captured, Proof(captured, calls[:1], None, report, False)
+    first = compare("capture = your model", example, outputs(runnable, example), outputs(captured.program, example))
+    report.checks.append(first)
+    if not first.ok:
+        raise refuse(first, "Does it draw random numbers, or keep state between calls? Such a model cannot be transformed.")
+    if not _runs(runnable, calls[1]):
+        report.notes.append("the model refuses a second input drawn at random, so only the example was checked")
+        calls.pop()
+    resized = resized_call(captured, example)
+    if resized is not None:
+        row = _check_resized(runnable, captured, resized)
+        if row is None:
+            report.notes.append(f"the model itself refuses the {resized.label}, so no second size was checked")
+            resized = None
+        elif row.ok:
+            report.checks.append(row)
+        elif dynamic_shapes is not None or isinstance(model, ExportedProgram):
+            raise refuse(row, "Leave dynamic_shapes out: the sizes are then fixed where the model needs it.")
+        else:
+            captured = capture(model, args, kwargs, static=True)
+            captured.notes.append(f"every size is fixed: at the {resized.label} the capture was wrong ({row.error:.1e})")
+            resized = None
+    report.notes += captured.notes
+    return captured, Proof(captured, calls, resized, report, True)
+
+
+def _runs(function: Any, call: Call) -> bool:
+    try:
+        admit.run_model(function, call.args, call.kwargs)
+    except InputError:
+        return False
+    return True
+
+
+def _check_resized(runnable: Any, captured: Capture, call: Call) -> CheckRow | None:
+    """The comparison at another size, or None where the user's model does not run there."""
+    if not _runs(runnable, call):
+        return None
+    try:
+        got = outputs(captured.program, call)
+    except Exception as error:
+        raise CaptureError("cannot run the captured graph at another size", where=call.label, why=str(error)) from error
+    return compare("capture = your model", call, outputs(runnable, call), got)

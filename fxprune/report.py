@@ -1,0 +1,155 @@
+"""report: what happened to every weight and why, how exact the result is, and how fast."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tabulate import tabulate
+
+from .check import CheckRow
+from .passes.lower import Lowered
+from .select import Selection
+
+
+@dataclasses.dataclass
+class WeightReport:
+    """One weight: its sparsity as asked and reached, and what it was lowered to."""
+
+    name: str
+    shape: tuple[int, ...]
+    asked: float | None
+    reached: float
+    lowered: Lowered
+
+    @property
+    def layout(self) -> str:
+        """Name of the layout taken."""
+        return self.lowered.choice.layout
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Layouts refused, with the reason."""
+        return self.lowered.choice.refused
+
+
+@dataclasses.dataclass
+class ModelTiming:
+    """Median seconds of the whole model: dense torch.compile with freezing, and the result, interleaved."""
+
+    dense: float
+    pruned: float
+    threads: int
+    device: str
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster the result is."""
+        return self.dense / self.pruned
+
+
+@dataclasses.dataclass
+class Report:
+    """Everything transform did, for people (`print(report)`) and for programs (the fields)."""
+
+    model: str
+    weights: list[WeightReport] = dataclasses.field(default_factory=list)
+    checks: list[CheckRow] = dataclasses.field(default_factory=list)
+    timing: ModelTiming | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
+    kernels: str = ""
+    compiled: str = ""
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    pending: bool = False
+
+    def __getitem__(self, name: str) -> WeightReport:
+        """The entry of one weight by name."""
+        return next(w for w in self.weights if w.name == name)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the reported weights before."""
+        return sum(w.lowered.dense_bytes for w in self.weights)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the reported weights in their layouts."""
+        return sum(w.lowered.bytes for w in self.weights)
+
+    def __str__(self) -> str:
+        if self.pending:
+            return f"{self.model}: pending; the first call transforms it for that call's inputs"
+        parts = [self._summary()]
+        if self.weights:
+            parts.append(_weights_table(self.weights))
+        if self.checks:
+            parts.append(_checks_table(self.checks))
+        if self.notes:
+            parts.append("Notes\n" + "\n".join(f"- {note}" for note in self.notes))
+        return "\n\n".join(parts)
+
+    def _summary(self) -> str:
+        packed = sum(w.layout != "dense" for w in self.weights)
+        lines = [
+            f"{self.model}: {len(self.weights)} pruned weights, {packed} packed, {len(self.weights) - packed} kept dense"
+        ]
+        if self.weights:
+            lines.append(f"weights: {_megabytes(self.dense_bytes)} dense, {_megabytes(self.bytes)} as stored")
+        if self.timing is not None:
+            t = self.timing
+            lines.append(
+                f"model:   {1e3 * t.dense:.2f} ms dense (torch.compile, frozen), {1e3 * t.pruned:.2f} ms pruned: "
+                f"{t.ratio:.2f}x ({t.threads} threads, {t.device})"
+            )
+        lines += [f"kernels: {self.kernels}", f"emitted: {self.compiled}"]
+        if self.seconds:
+            spent = ", ".join(f"{stage} {s:.1f} s" for stage, s in self.seconds.items() if s >= 0.05)
+            lines.append(f"took:    {spent or 'under 0.1 s'}")
+        return "\n".join(lines)
+
+
+def weight_reports(selection: Selection, lowered: list[Lowered]) -> list[WeightReport]:
+    """One entry for each weight that was looked at, in the model's order."""
+    return [
+        WeightReport(
+            w.name,
+            tuple(selection.mask[w.name].shape),
+            selection.asked.get(w.name),
+            selection.reached(w.name),
+            w,
+        )
+        for w in lowered
+    ]
+
+
+def _weights_table(weights: list[WeightReport]) -> str:
+    rows = []
+    for w in weights:
+        choice = w.lowered.choice
+        times = {t.layout: t for t in choice.timings[: len({x.layout for x in choice.timings})]}
+        dense, taken = times.get("dense"), times.get(choice.layout if choice.layout != "dense" else "nonzeros")
+        refused = "; ".join(f"no {layout}: {why}" for layout, why in choice.refused.items())
+        rows.append(
+            (
+                w.name,
+                "x".join(map(str, w.shape)),
+                "-" if w.asked is None else f"{w.asked:.1%}",
+                f"{w.reached:.1%}",
+                choice.layout,
+                f"{1e3 * dense.measured:.3f}" if dense else "-",
+                f"{1e3 * taken.measured:.3f}" if taken else "-",
+                f"{1e3 * taken.predicted:.3f}" if taken else "-",
+                (refused or choice.why) + (" (timed on a weight alike)" if choice.reused else ""),
+            )
+        )
+    headers = ("weight", "shape", "asked", "zeros", "layout", "dense ms", "sparse ms", "predicted", "why")
+    return tabulate(rows, headers=headers, disable_numparse=True)
+
+
+def _checks_table(checks: list[CheckRow]) -> str:
+    rows = [(c.what, c.call, f"{c.error:.1e}", f"{c.tolerance:.0e}", "ok" if c.ok else "FAILED") for c in checks]
+    headers = ("check", "on", "max relative error", "allowed", "")
+    return tabulate(rows, headers=headers, disable_numparse=True)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB"

@@ -1,0 +1,127 @@
+"""transform: the stages in order."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from tqdm import tqdm
+
+from . import admit
+from .decide import batches, choose_selection
+from .deliver import deliver
+from .errors import InputError
+from .layouts.choose import Chooser
+from .passes.fold import fold_batch_norm, fold_masks
+from .passes.lower import lower
+from .pending import pending
+from .plan import Plan
+from .prove import capture_checked
+from .report import Report, weight_reports
+from .select import Selection
+from .settings import Settings
+from .trace import Trace
+
+
+def transform(
+    model: nn.Module | ExportedProgram,
+    plan: Plan | None = None,
+    example_inputs: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    selection: Selection | None = None,
+    calibration: Any = None,
+    dynamic_shapes: Any = None,
+    trainable: bool = False,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    check: bool = True,
+) -> torch.fx.GraphModule:
+    """Prunes a model by `plan` and compiles what is left; returns a GraphModule with the model's own call signature.
+
+    Without a plan, the pruning that the model carries (torch.nn.utils.prune hooks, parametrizations, zeros) is taken as
+    it is; `selection` replays an earlier result's. `example_inputs` and `kwargs` are one call of the model: layouts are
+    chosen for its sizes, and dim 0 of every tensor stays dynamic unless `dynamic_shapes` (as torch.export takes it) says
+    otherwise. Without them the result transforms itself at its first call. The result is for inference.
+
+    `mode` is torch.compile's; `options` are those of `settings.Settings`. With `check` the result is held against the
+    pruned model on the example, on a second input and at a second size, and against dense torch.compile in time.
+
+    The user's model is never changed. Raises PlanError, InputError, CaptureError or CheckError.
+    """
+    settings = Settings.read(mode, options)
+    _refuse(plan, selection, calibration, trainable)
+    admit.admit_model(model)
+    if example_inputs is None and kwargs is None and not isinstance(model, ExportedProgram):
+        later = dict(selection=selection, dynamic_shapes=dynamic_shapes, mode=mode, options=options)
+        return pending(model, plan, {**later, "progress": progress, "check": check}, transform)
+    args, keywords = admit.admit_call(model, example_inputs, kwargs)
+    report, trace, stages = Report(type(model).__name__), Trace(), _Stages(progress)
+
+    with stages("capture"):
+        captured, proof = capture_checked(model, args, keywords, dynamic_shapes, report, check=check)
+        trace.write("capture", captured.program, captured.notes)
+    with stages("select"):
+        selection = choose_selection(captured, plan, selection, report)
+        proof.expect(selection)
+    with stages("fold"):
+        folded = fold_batch_norm(fold_masks(captured.program, selection))
+        proof.stage("fold", folded)
+        trace.write("fold", folded)
+    with stages("lower"):
+        chooser = Chooser(only=settings.layout)
+        packed, lowered = lower(folded, selection.mask, chooser, batches(captured, settings.tune_for))
+        proof.stage("lower", packed)
+        trace.write("lower", packed, [f"{w.name}: {w.choice.layout}, {w.choice.why}" for w in lowered])
+    with stages("emit"):
+        result, lowered = deliver(captured, folded, packed, lowered, proof, settings, report)
+    report.weights = weight_reports(selection, lowered)
+    report.seconds = stages.seconds
+    result.meta["report"], result.meta["selection"] = report, selection
+    return result
+
+
+def _refuse(plan: Plan | None, selection: Selection | None, calibration: Any, trainable: bool) -> None:
+    if plan is not None and not isinstance(plan, Plan):
+        raise InputError(
+            f"cannot use a {type(plan).__name__} as a plan", do='Write Plan([Rule("encoder.*.weight", Unstructured(0.9))]).'
+        )
+    if plan is not None and selection is not None:
+        raise InputError(
+            "cannot take a plan and a selection at once", why="a selection is the outcome of a plan", do="Pass one of them."
+        )
+    for name, asked in (("calibration", calibration is not None), ("trainable", trainable)):
+        if asked:
+            raise InputError(
+                f"cannot transform with {name}=",
+                why="this version prunes by magnitude and makes inference results only",
+                do="Leave it out.",
+            )
+
+
+class _Stages:
+    """Times the stages, and shows them as a progress bar that is silent when not on a terminal."""
+
+    def __init__(self, progress: bool) -> None:
+        self.seconds: dict[str, float] = {}
+        self._bar = tqdm(total=5, desc="transform", disable=None if progress else True, leave=False)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._bar.set_postfix_str(name)
+        start = time.perf_counter()
+        try:
+            yield
+        except BaseException:
+            self._bar.close()
+            raise
+        self.seconds[name] = time.perf_counter() - start
+        self._bar.update()
+        if self._bar.n == self._bar.total:
+            self._bar.close()
