@@ -68,13 +68,14 @@ def measure_row(
     ids, mask = inputs[0]
     kwargs = {"attention_mask": mask}
     fast = transform(model, pruning_plan(sparsity), example_inputs=(ids,), kwargs=kwargs, progress=progress)
-    eager = pruned_eager(model, fast.selection)
+    selection = fast.meta["selection"]
+    eager = pruned_eager(model, selection)
     difference = check(eager, fast, inputs, f"{sparsity:.0%}")
     timed = benchmark(eager, fast, (ids,), kwargs, progress=progress)
     row: Row = {
         "threads": threads,
         "sparsity": sparsity,
-        "zeros": zeros(eager, list(fast.selection.mask)),
+        "zeros": zeros(eager, list(selection.mask)),
         "dense_ms": timed.a.median * 1e3,
         "dense": timed.a.way,
         "pruned_ms": timed.b.median * 1e3,

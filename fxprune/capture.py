@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from . import compat
@@ -172,65 +171,3 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
         do="Change that line to something torch.export can trace (its full error is the cause of this one), or pass an "
         "ExportedProgram of your own.",
     )
-
-
-def from_dynamo(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parameters: Mapping[int, str]) -> Capture:
-    """A program from what Dynamo hands a backend: torch-level IR whose parameters are placeholders.
-
-    `parameters` maps the position of each parameter among the placeholders to its name; they become get_attr nodes.
-    Floats that Dynamo made placeholders (batch-norm's eps) become constants. Sizes stay symbolic, and the conditions on
-    them are Dynamo's own guards, so the entry check is empty.
-    """
-    graph = torch.fx.Graph()
-    root = nn.Module()
-    copied: dict[torch.fx.Node, Any] = {}
-    free: list[Any] = []
-    for index, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
-        value = example_inputs[index]
-        if index in parameters:
-            name = parameters[index]
-            _assign(root, name, value)
-            copied[node] = graph.get_attr(name)
-        elif isinstance(value, (float, torch.SymFloat)):
-            copied[node] = float(value)
-        else:
-            copied[node] = graph.placeholder(node.name)
-            free.append(value)
-    for node in gm.graph.nodes:
-        if node.op == "get_attr":
-            _assign(root, str(node.target), _fetch(gm, str(node.target)))
-        elif node.op == "call_module":
-            root.add_module(str(node.target), gm.get_submodule(str(node.target)))
-        if node.op != "placeholder":
-            copied[node] = graph.node_copy(node, lambda n: copied[n])
-    bound = torch.fx.GraphModule(root, graph)
-    with torch.no_grad():
-        program = make_fx(bound, tracing_mode="symbolic", pre_dispatch=True, _allow_non_fake_inputs=True)(*free)
-    for name, tensor in list(program.named_parameters()) + list(program.named_buffers()):
-        tensor.requires_grad_(False) if tensor.is_leaf and not isinstance(tensor, nn.Parameter) else None
-        del name
-    program._tracer_cls = None
-    names = tuple(n.name for n in program.graph.nodes if n.op == "placeholder")
-    entry = EntryCheck(names, names, (None,) * len(names), ())
-    return Capture(program, entry, {}, [])
-
-
-def _assign(root: nn.Module, name: str, value: Any) -> None:
-    *path, leaf = name.split(".")
-    for part in path:
-        if not hasattr(root, part):
-            root.add_module(part, nn.Module())
-        root = getattr(root, part)
-    if isinstance(value, nn.Parameter):
-        root.register_parameter(leaf, value)
-    elif isinstance(value, Tensor):
-        root.register_buffer(leaf, value)
-    else:
-        setattr(root, leaf, value)
-
-
-def _fetch(root: nn.Module, name: str) -> Any:
-    value: Any = root
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value

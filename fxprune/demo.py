@@ -125,7 +125,7 @@ def measure_sparsity(
     step("prune and compile")
     fast = transform(model, pruning_plan(sparsity), example_inputs=(ids,), kwargs=kwargs, progress=False)
     step("compare with the pruned model")
-    eager = pruned_eager(model, fast.selection)
+    eager = pruned_eager(model, fast.meta["selection"])
     difference = largest_difference(eager, fast, texts.examples)
     step("retrieve")
     count = len(texts.titles)
@@ -148,7 +148,7 @@ def measure_sparsity(
     )
     # Each sparsity compiles the model's forward again; past a limit Dynamo would leave the dense side eager.
     torch._dynamo.reset()
-    return row, str(fast.report)
+    return row, str(fast.meta["report"])
 
 
 def run_demo(

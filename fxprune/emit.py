@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -107,4 +108,5 @@ def own_storage(program: Program, theirs: set[int]) -> None:
 
 def _compile(module: PrunedModule) -> None:
     if module.meta["compile"] is not None:
-        module.compile(**module.meta["compile"])
+        # torch.compile takes entries out of the options it is given.
+        module.compile(**copy.deepcopy(module.meta["compile"]))

@@ -98,8 +98,7 @@ def _mask_pool(pool: Mapping[str, Tensor], masks: dict[str, PackedMask], how: Un
     else:
         shard = Shard(tuple(pool.values()), kept, SCORES[how.score])
     alive = shard.alive()
-    # what is masked already is the first part of the count; where that is more than was asked, it stays
-    # masked
+    # what is masked already is the first part of the count; where it is more than was asked, it stays so
     found = threshold([shard], max(0, count - (size - alive)))
     masks.update(zip(pool, shard.masks(found, 0), strict=True))
     return count / size if size else 0.0
@@ -115,7 +114,7 @@ def _packed(name: str, mask: PackedMask | Tensor, weights: Mapping[str, Tensor])
         why = f"it has shape {list(mask.shape)}, the weight {list(shape)}"
         raise InputError("cannot use a mask", where=where, why=why, do="Give a mask of the weight's shape.")
     if isinstance(mask, PackedMask):
-        return mask
+        return PackedMask(mask.shape, mask.bits.to(weights[name].device))
     if mask.dtype is not torch.bool:
         why = f"it is {mask.dtype}, which need not be 0 or 1"
         raise InputError("cannot use a mask", where=where, why=why, do="Give a bool tensor, True = kept.")

@@ -61,7 +61,9 @@ class Settings:
             options.update(torch._inductor.list_mode_options(self.mode))  # pyright: ignore[reportAttributeAccessIssue]
         if self.freezing:
             options["freezing"] = True
-        return {"options": options} if options else {}
+        # The result's tensors are its own and frozen; to guard each of them costs more than a layer.
+        options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        return {"options": options}
 
 
 def _sizes(value: Any) -> tuple[int, ...]:

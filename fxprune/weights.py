@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Node
@@ -45,14 +45,26 @@ _OTHER = {
 class Use:
     """One place where a weight is used. `kind` is linear, conv, embedding, matmul, or "" for anything else.
 
-    For kind linear: `x` and `bias` are the op's other operands and `transposed` says that the weight arrives as [i, o].
+    For kind linear, `x` and `bias` are the op's other operands as they are now, and `transposed` says that the weight
+    arrives as [i, o].
     """
 
     node: Node
     kind: str
-    x: Node | None = None
-    bias: Node | None = None
     transposed: bool = False
+
+    @property
+    def x(self) -> Node:
+        """The activations of a linear [..., i]."""
+        return cast(Node, self.node.args[_LINEAR[self.node.target][1]])
+
+    @property
+    def bias(self) -> Node | None:
+        """The bias of a linear [o], if it has one."""
+        position = _LINEAR[self.node.target][2]
+        if position is None or len(self.node.args) <= position:
+            return None
+        return cast("Node | None", self.node.args[position])
 
 
 def names_of_parameters(program: Program) -> dict[str, str]:
@@ -105,7 +117,7 @@ def _use(user: Node, weight: Node, transposed: bool) -> Use:
         plain = not user.kwargs and user.args[position] is weight and x is not weight and isinstance(x, Node)
         if plain and value is not None and value.dim() == 2 and (bias is None or _is_vector(bias)):
             # linear takes [o, i]; the other three multiply by [i, o].
-            return Use(user, "linear", x, bias, transposed != (user.target is not aten.linear.default))  # pyright: ignore
+            return Use(user, "linear", transposed != (user.target is not aten.linear.default))
     for kind, ops in _OTHER.items():
         if user.target in ops:
             return Use(user, kind)

@@ -39,11 +39,9 @@ def letters(texts: Sequence[str], *, truncation: bool, max_length: int) -> dict[
 class Encoder(nn.Module):
     """ids [b, s] -> states [b, s, 8] that are far off wherever the input is padding."""
 
-    report = "what happened"
-    selection = Selection()
-
     def __init__(self) -> None:
         super().__init__()
+        self.meta = {"selection": Selection(), "report": "what happened"}
         self.embeddings = nn.Embedding(128, 8)
 
     def forward(self, ids: Tensor, attention_mask: Tensor) -> tuple[Tensor]:

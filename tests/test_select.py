@@ -1,4 +1,4 @@
-"""Selection: exact counts, torch's masks, ties by lowest index, shards that only exchange counts."""
+"""Selection: exact counts, torch's masks, ties by lowest index, existing masks, memory."""
 
 from __future__ import annotations
 
@@ -16,13 +16,10 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from fxprune import mask as mask_module
-from fxprune import threshold as threshold_module
 from fxprune.errors import InputError
 from fxprune.mask import PackedMask
 from fxprune.plan import Candidate, Existing, Plan, Rule, Sparsity, Unstructured
-from fxprune.score import magnitude
 from fxprune.select import Selection, select
-from fxprune.threshold import Bracket, Shard, Threshold, share, threshold
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -313,71 +310,6 @@ def test_bad_weights_and_masks(weight: Tensor, mask: Tensor | PackedMask | None,
 def test_a_mask_for_an_unknown_weight() -> None:
     with pytest.raises(InputError, match=r'"x".*no weight'):
         choose({"w": random((2, 2))}, Existing(), existing={"x": torch.ones(2, 2, dtype=torch.bool)})
-
-
-def exchange(shards: list[Shard], dtype: torch.dtype, k: int) -> Threshold:
-    """Two ranks that see only their own scores: what passes between them is counts."""
-    brackets = [Bracket.start(dtype, k) for _ in shards]
-    last: list[Tensor] = []
-    while not brackets[0].done:
-        last = [shard.count(bracket) for shard, bracket in zip(shards, brackets, strict=True)]
-        total = torch.stack(last).sum(0)  # an all-reduce
-        brackets = [bracket.narrow(total) for bracket in brackets]
-    equal = [int(counts[b.digit]) for counts, b in zip(last, brackets, strict=True)]  # an all-gather
-    return Threshold(dtype, brackets[0].prefix, share(brackets[0].rank, equal))
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    many=st.lists(shapes, min_size=2, max_size=5),
-    cut=st.integers(0, 5),
-    fraction=st.floats(0.0, 1.0),
-    dtype=st.sampled_from(FLOATS),
-    levels=st.sampled_from([2, 3, 10_000]),
-    digit=st.sampled_from([4, 11, 16]),
-    seed=st.integers(0, 99),
-)
-def test_shards_reduce_into_one_threshold(
-    many: list[list[int]],
-    cut: int,
-    fraction: float,
-    dtype: torch.dtype,
-    levels: int,
-    digit: int,
-    seed: int,
-) -> None:
-    draw = torch.Generator().manual_seed(seed)
-    weights = [(torch.randint(-levels, levels + 1, s, generator=draw) / 64).to(dtype) for s in many]
-    kept = [PackedMask.pack(torch.rand(s, generator=draw) < 0.8) for s in many]
-    whole = Shard(tuple(weights), tuple(kept), magnitude)
-    split = [
-        Shard(tuple(weights[:cut]), tuple(kept[:cut]), magnitude),
-        Shard(tuple(weights[cut:]), tuple(kept[cut:]), magnitude),
-    ]
-    k = round(fraction * whole.alive())
-    assert whole.alive() == sum(shard.alive() for shard in split)
-    before, threshold_module.DIGIT = threshold_module.DIGIT, digit
-    try:
-        one = threshold([whole], k)
-        two = threshold(split, k)
-        alone = whole.masks(one, 0)
-        together = split[0].masks(two, 0) + split[1].masks(two, 1)
-        if k:
-            assert exchange(split, dtype, k) == two
-    finally:
-        threshold_module.DIGIT = before
-    assert one.key == two.key and sum(one.ties) == sum(two.ties)
-    assert all(torch.equal(a.bits, b.bits) for a, b in zip(alone, together, strict=True))
-    gone = sum(mask.kept() for mask in kept) - sum(mask.kept() for mask in alone)
-    assert gone == k
-
-
-def test_a_rank_beyond_the_scores_is_refused() -> None:
-    shard = Shard((random((3,)),), (None,))
-    with pytest.raises(ValueError, match="rank 4 of only 3"):
-        threshold([shard], 4)
-    with pytest.raises(ValueError, match="-1"):
-        threshold([shard], -1)
 
 
 MEASURE = """

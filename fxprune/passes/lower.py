@@ -100,7 +100,6 @@ def _cannot_pack(weight_uses: list[Use]) -> str:
 
 def _tokens(use: Use, batches: Mapping[sympy.Symbol, tuple[int, ...]]) -> list[int]:
     """Rows of the activations at a use: for the example's sizes, or for each declared size."""
-    assert use.x is not None
     shape = use.x.meta["val"].shape[:-1]
     expression = sympy.Integer(1)
     hints: dict[sympy.Symbol, int] = {}
@@ -151,7 +150,6 @@ def _register(program: Program, name: str, packed: Packed) -> None:
 def _replace(program: Program, name: str, use: Use, packed: Packed) -> None:
     activation, activated = _activation(use.node)
     last = activated or use.node
-    assert use.x is not None
     with program.graph.inserting_before(last):
         tensors = {key: program.graph.get_attr(f"{name}.{key}") for key in packed.tensors}
         node = LAYOUTS[packed.layout].lower(program.graph, packed, tensors, use.x, use.bias, activation)
