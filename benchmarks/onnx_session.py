@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ def onnx_session(
     if any(importlib.util.find_spec(name) is None for name in NEEDED):
         return None
     runtime = importlib.import_module("onnxruntime")
+    # The exporter warns of every torchvision op that it cannot register without torchvision.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     program = torch.onnx.export(
         model, (ids,), kwargs={"attention_mask": attention_mask}, dynamo=True, verbose=False
     )

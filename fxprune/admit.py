@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.export import ExportedProgram
 
 from .capture import Program
 from .errors import InputError
+from .existing import mask_hooks
 from .plan import Candidate
 from .weights import names_of_parameters, uses
 
@@ -83,6 +85,34 @@ def admit_call(model: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dic
     if args is None and kwargs is None and isinstance(model, ExportedProgram) and model.example_inputs is not None:
         args, kwargs = model.example_inputs
     return tuple(args or ()), dict(kwargs or {})
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Puts back what calls of the model inside change: attributes that they set, and buffers that they write.
+
+    Masks of torch.nn.utils.prune and of parametrizations, as large as weights and only ever read, are not copied.
+    """
+    tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    values: list[tuple[Tensor, int, Tensor]] = []
+    for path, module in model.named_modules():
+        for table in (vars(module), module._parameters, module._buffers, module._modules):
+            tables.append((table, dict(table)))
+        masks = {f"{hook._tensor_name}_mask" for hook in mask_hooks(module).values()}
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in masks and "parametrizations" not in path.split("."):
+                values.append((buffer, buffer._version, buffer.detach().clone()))
+    try:
+        yield
+    finally:
+        for table, saved in tables:
+            if table.keys() != saved.keys() or any(table[key] is not saved[key] for key in saved):
+                table.clear()
+                table.update(saved)
+        with torch.no_grad():
+            for buffer, version, value in values:
+                if buffer._version != version:
+                    buffer.copy_(value)
 
 
 def run_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

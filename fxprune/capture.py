@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,20 @@ def capture(
         return _finish(model, model.module(), None, args, kwargs, {}, [])
     shadow, existing = fold_existing(model)
     compat.register_foreign_outputs()
+    if isinstance(dynamic_shapes, ShapesCollection):
+        dynamic_shapes = dynamic_shapes.dynamic_shapes(shadow, args, kwargs)
     notes: list[str] = []
     attempts = _attempts(args, kwargs, dynamic_shapes, static)
-    for index, (shapes, note) in enumerate(attempts):
+    for index, (shapes_of, note) in enumerate(attempts):
         last = index == len(attempts) - 1
+        # Marks that a failed attempt left would make the next one dynamic as well, so each has tensors of its own.
+        own_args, own_kwargs = _apart(args, kwargs)
         try:
-            exported = _export(shadow, args, kwargs, shapes)
+            exported = _export(shadow, own_args, own_kwargs, shapes_of(own_args, own_kwargs))
             forward = type(shadow).forward.__get__(shadow)
             return _finish(exported, exported.module(), forward, args, kwargs, existing, notes)
+        except InputError:
+            raise
         except LookupError as error:
             if last:
                 raise _capture_error(model, error) from error
@@ -74,19 +80,46 @@ def capture(
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
+_ShapesOf = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+
+
 def _attempts(
     args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, static: bool
-) -> list[tuple[Any, str]]:
-    """What to try in order: (dynamic shapes, what to note when it fails)."""
+) -> list[tuple[_ShapesOf, str]]:
+    """What to try in order: (dynamic shapes of a call, what to note when it fails)."""
     if dynamic_shapes is not None:
-        return [(dynamic_shapes, "")]
-    batches = ShapesCollection()
-    for leaf in pytree.tree_leaves((args, kwargs)):
-        if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] > 0:
-            batches[leaf] = {0: Dim.AUTO}
-    if static or len(batches) == 0:
-        return [(None, "")]
-    return [(batches, "dim 0 could not stay dynamic"), (None, "")]
+        return [(lambda *_: dynamic_shapes, "")]
+    sizes = {t.shape[0] for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()} - {0}
+    fixed: list[tuple[_ShapesOf, str]] = [(lambda *_: None, "")]
+    if static or not sizes:
+        return fixed
+    attempts: list[tuple[_ShapesOf, str]] = [(_batches(1), "dim 0 could not stay dynamic everywhere")]
+    if len(sizes) > 1 and 1 in sizes:
+        # A size of 1 beside larger ones is more often there to be broadcast than a batch.
+        attempts.append((_batches(2), "dim 0 could not stay dynamic where it is larger than 1"))
+    return attempts + fixed
+
+
+def _batches(least: int) -> _ShapesOf:
+    """Dim 0 is dynamic in every tensor where it is `least` or more."""
+
+    def shapes_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShapesCollection:
+        shapes = ShapesCollection()
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] >= least:
+                shapes[leaf] = {0: Dim.AUTO}
+        return shapes
+
+    return shapes_of
+
+
+def _apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call with a new tensor object for every leaf, over the same storage.
+
+    Export takes two arguments that are one tensor for one input, which is wrong for every call where they differ, and
+    it leaves marks on the tensors that it is given.
+    """
+    return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
@@ -103,6 +136,7 @@ def _finish(
     existing: dict[str, Tensor],
     notes: list[str],
 ) -> Capture:
+    _refuse_state(exported)
     entry = entry_check(unlifted, exported, forward, args, kwargs)
     program = _rewrap(unlifted)
     _refuse_training_ops(program)
@@ -133,6 +167,17 @@ def _rewrap(unlifted: torch.fx.GraphModule) -> Program:
     program._tracer_cls = None
     program.eval()
     return program
+
+
+def _refuse_state(exported: ExportedProgram) -> None:
+    written = list(exported.graph_signature.buffers_to_mutate.values())
+    if written:
+        raise InputError(
+            "cannot transform a model that keeps state",
+            where=f'"{written[0]}"' + (f" and {len(written) - 1} more" if len(written) > 1 else ""),
+            why="a call of the model writes to this buffer, so that no call tells what the next one gives",
+            do="Take the state out of forward, or hand it in and out as arguments.",
+        )
 
 
 def _refuse_training_ops(program: Program) -> None:

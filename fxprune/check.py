@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,10 @@ class Call:
     label: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def copy(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments that a model may write to: the tensors are copies with the same strides."""
+        return pytree.tree_map(lambda leaf: _copy(leaf) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,24 +67,34 @@ class Oracle(torch.fx.Interpreter):
     def outputs(self, call: Call) -> list[Any]:
         """Flat outputs of one call."""
         with torch.no_grad():
-            flat = self.module.graph.process_inputs(*_in_order(self.module, call))  # pyright: ignore
+            flat = self.module.graph.process_inputs(*_in_order(self.module, *call.copy()))  # pyright: ignore
             return pytree.tree_leaves(self.run(*flat, enable_io_processing=False))
 
 
-def _in_order(program: Any, call: Call) -> list[Any]:
+def _in_order(program: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     info = getattr(program.graph._codegen, "pytree_info", None)
     if info is None:
-        return [*call.args, *call.kwargs.values()]
+        return [*args, *kwargs.values()]
     names = [n for n in info.orig_args if n != "self"]
-    return [*call.args, *(call.kwargs[n] for n in names[len(call.args) :])]
+    return [*args, *(kwargs[n] for n in names[len(args) :])]
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    if tensor.layout is not torch.strided or tensor.numel() == 0:
+        return tensor.clone()
+    # Elements of an expanded tensor share memory, so the memory is copied, not the elements.
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    memory = tensor.as_strided((span,), (1,)).clone()
+    return memory.as_strided(tensor.shape, tensor.stride())
 
 
 def outputs(function: Any, call: Call) -> list[Any]:
     """Flat outputs of any callable, without gradients."""
+    args, kwargs = call.copy()
     with torch.no_grad():
         return [
-            v.detach().clone() if isinstance(v, Tensor) else v
-            for v in pytree.tree_leaves(function(*call.args, **call.kwargs))
+            v.detach().clone() if isinstance(v, Tensor) else v for v in pytree.tree_leaves(function(*args, **kwargs))
         ]
 
 
@@ -93,7 +108,8 @@ def compare(what: str, call: Call, expected: Sequence[Any], got: Sequence[Any]) 
         return CheckRow(f"{what}: {len(expected)} outputs expected, {len(got)} given", call.label, float("nan"), 0.0)
     for a, b in zip(got, expected, strict=True):
         error, limit = _difference(a, b)
-        if not error / limit <= worst / tolerance:
+        error = math.inf if math.isnan(error) else error
+        if error / limit > worst / tolerance:
             worst, tolerance = error, limit
     return CheckRow(what, call.label, worst, tolerance)
 
@@ -110,7 +126,7 @@ def _difference(got: Any, expected: Any) -> tuple[float, float]:
         return (0.0 if torch.equal(got, expected) else float("inf")), exact
     limit = TOLERANCE.get(torch.empty((), dtype=expected.dtype).real.dtype, TOLERANCE[torch.float32])
     finite = torch.isfinite(expected)
-    if not torch.equal(torch.nan_to_num(got[~finite]), torch.nan_to_num(expected[~finite])):
+    if not torch.equal(torch.isfinite(got), finite) or not _equal_with_nan(got[~finite], expected[~finite]):
         return float("inf"), limit
     if not bool(finite.any()):
         return 0.0, limit
@@ -121,19 +137,19 @@ def _difference(got: Any, expected: Any) -> tuple[float, float]:
     return (error / scale if scale > 0 else error), limit
 
 
+def _equal_with_nan(a: Tensor, b: Tensor) -> bool:
+    return bool(torch.all((a == b) | (torch.isnan(a) & torch.isnan(b))))
+
+
 def second_call(call: Call, seed: int = 0) -> Call:
-    """Another input of the same sizes: floats drawn anew around the example's mean and spread, other tensors shuffled."""
+    """Another input of the same sizes: floats drawn anew around the example's mean and spread, other tensors shuffled.
+
+    Each tensor is drawn by itself, also where the example hands in one tensor twice.
+    """
     generator = torch.Generator().manual_seed(seed)
-    fresh: dict[int, Tensor] = {}
-
-    def redraw(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        if id(leaf) not in fresh:
-            fresh[id(leaf)] = _redraw(leaf, generator)
-        return fresh[id(leaf)]
-
-    args, kwargs = pytree.tree_map(redraw, (call.args, call.kwargs))
+    args, kwargs = pytree.tree_map(
+        lambda leaf: _redraw(leaf, generator) if isinstance(leaf, Tensor) else leaf, (call.args, call.kwargs)
+    )
     return Call("second input", args, kwargs)
 
 
@@ -142,9 +158,12 @@ def _redraw(leaf: Tensor, generator: torch.Generator) -> Tensor:
         return leaf
     if leaf.is_floating_point():
         noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
-        centre = leaf.detach().double().cpu()
-        spread = float(centre.std()) if leaf.numel() > 1 else 1.0
-        return (noise * (spread or 1.0) + float(centre.mean())).to(leaf.dtype).to(leaf.device)
+        old = leaf.detach().double().cpu()
+        # Infinities say where to look (an attention mask), so they stay.
+        finite = old[torch.isfinite(old)]
+        spread = float(finite.std()) if finite.numel() > 1 else 1.0
+        drawn = noise * (spread or 1.0) + (float(finite.mean()) if finite.numel() else 0.0)
+        return torch.where(torch.isfinite(old), drawn, old).to(leaf.dtype).to(leaf.device)
     order = torch.randperm(leaf.numel(), generator=generator).to(leaf.device)
     return leaf.reshape(-1)[order].reshape(leaf.shape)
 

@@ -73,7 +73,8 @@ def _compiled(
     report.compiled = "eager graph (compile=False)" if arguments is None else "torch.compile" + (" with freezing" if settings.freezing else "") + (f", mode {settings.mode}" if settings.mode else "")
     if arguments is not None:
         try:
-            result(*proof.example.args, **proof.example.kwargs)
+            args, kwargs = proof.example.copy()
+            result(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             report.notes.append(f"torch.compile failed, so the graph is emitted eager: {reason}")
@@ -85,7 +86,8 @@ def _compiled(
 def _time(captured: Capture, result: PrunedModule, example: Call, settings: Settings) -> ModelTiming:
     """The whole model against the dense program over the user's own weights (zeros cost a dense kernel what values do)."""
     dense = emit(copy_program(captured.program), captured.entry, settings.compile_arguments() if result.meta["compile"] is not None else None)
-    calls = [lambda m=m: m(*example.args, **example.kwargs) for m in (dense, result)]
+    args, kwargs = example.copy()
+    calls = [lambda m=m: m(*args, **kwargs) for m in (dense, result)]
     samples = interleave(calls, seconds=1.5, min_rounds=7)
     timing = ModelTiming(median(samples[0]), median(samples[1]), torch.get_num_threads(), device_name(example.args, example.kwargs))
     del dense, calls

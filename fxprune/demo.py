@@ -154,7 +154,7 @@ def measure_sparsity(
 def run_demo(
     *, threads: int | None = None, quick: bool = False, progress: bool = True, seq: int = 128
 ) -> None:
-    """Run the demo at batch 1 and `seq` tokens; print its table, what the columns mean, and one report."""
+    """Run the demo at batch 1 and `seq` tokens; print one report, the table and what its columns mean."""
     if threads is not None:
         torch.set_num_threads(threads)
     model, tokenizer = demo_data.load_minilm()
@@ -172,12 +172,11 @@ def run_demo(
 
             row, report = measure_sparsity(model, texts, sparsity, step)
             rows.append(row)
+    # The report is long; the table comes after it, where the reader is left.
+    print(f"The report at {sparsities[-1]:.0%}:\n\n{report}\n")
     print(f"MiniLM-L6, batch 1, {seq} tokens, fp32, threads: {torch.get_num_threads()}\n")
-    print(format_table(rows))
-    print()
+    print(format_table(rows) + "\n")
     print(explanation(rows, len(texts.titles), seq, stored_bytes(model.get_submodule("embeddings"))))
-    print(f"\nThe report at {sparsities[-1]:.0%}:\n")
-    print(report)
 
 
 def format_table(rows: Sequence[Row]) -> str:

@@ -84,11 +84,21 @@ def emit(program: Program, entry: EntryCheck, compile_options: Mapping[str, Any]
     result.graph._tracer_cls = None
     result._tracer_cls = None
     result.eval()
-    for parameter in result.parameters():
-        parameter.requires_grad_(False)
+    _drop_gradients(result)
     result.meta = {"entry": entry, "compile": dict(compile_options) if compile_options is not None else None}
     _compile(result)
     return result
+
+
+def _drop_gradients(module: nn.Module) -> None:
+    """Puts parameters without gradients in place of those with, over the same storage: they may be the user's own."""
+    fresh: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        for name, old in part._parameters.items():
+            if old is not None and old.requires_grad:
+                if id(old) not in fresh:
+                    fresh[id(old)] = nn.Parameter(old.detach(), requires_grad=False)
+                part._parameters[name] = fresh[id(old)]
 
 
 def own_storage(program: Program, theirs: set[int]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch.fx import _pytree as fx_pytree
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
@@ -36,7 +37,8 @@ class EntryCheck:
     """Conditions on the flat inputs of a program.
 
     `names` are the call's argument names and `paths` the readable names of the flat inputs. `inputs` describes each flat
-    input: a TensorInput, or ("constant", value) for a Python value fixed at capture, or None for anything else.
+    input: a TensorInput, or ("constant", value) for a Python value fixed at capture, or ("type", type) for a number that
+    may change, or None for anything else.
     `guards` are (condition, readable) pairs, Python over `a[index].size()[dim]`.
     """
 
@@ -64,7 +66,7 @@ class EntryCheck:
                 why=f"the model was captured with the arguments {', '.join(self.names) or '(none)'}",
                 do="Leave them out, or transform again with the call you want.",
             )
-        if len(self.names) == len(self.paths) and all(isinstance(v, torch.Tensor) for v in values):
+        if self.names == self.paths and all(isinstance(v, torch.Tensor) for v in values):
             return values
         specs = self.spec
         if specs is None:
@@ -73,13 +75,20 @@ class EntryCheck:
         keys = specs.child(1).context
         structured = (tuple(values[:positional]), dict(zip(keys, values[positional:], strict=True)))
         flat, seen = pytree.tree_flatten(structured)
-        if len(flat) != len(self.inputs):
+        if seen == specs:
+            return flat
+        # Only the order of a dict's keys may differ. The graph takes what it knows by key and would drop the rest.
+        try:
+            known = fx_pytree.tree_flatten_spec(structured, specs)
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
+            known = []
+        if len(known) != len(flat):
             raise InputError(
                 "cannot call with another structure of arguments",
-                why=f"captured {len(self.inputs)} leaves ({', '.join(self.paths)}), got {len(flat)}",
-                do=f"Pass arguments nested as at capture: {seen}.",
+                why=f"the model was captured with {', '.join(self.paths) or 'none'}, got {len(flat)} values nested otherwise",
+                do="Pass arguments nested as at capture, or transform again with the call you want.",
             )
-        return flat
+        return known
 
     def check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Raises InputError unless the call is one that the captured graph is right for."""
@@ -87,6 +96,13 @@ class EntryCheck:
         for path, want, got in zip(self.paths, self.inputs, flat, strict=True):
             if isinstance(want, TensorInput):
                 _check_tensor(path, want, got)
+            elif want is not None and want[0] == "type":
+                if type(got) is not want[1]:
+                    raise InputError(
+                        f"cannot call with {path} = {got!r}",
+                        why=f"the model was captured with any {want[1].__name__} there",
+                        do="Pass one, or transform again with the value you want.",
+                    )
             elif want is not None and not _same_constant(want[1], got):
                 raise InputError(
                     f"cannot call with {path} = {got!r}",
@@ -234,11 +250,19 @@ def _sources(
 def _describe(node: torch.fx.Node) -> TensorInput | tuple[str, Any] | None:
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
-        sizes = tuple(s if isinstance(s, int) else str(s.node.expr) for s in value.shape)
-        return TensorInput(value.dtype, value.device, sizes)
-    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return None
+        return TensorInput(value.dtype, value.device, tuple(_size(s) for s in value.shape))
+    for symbolic, kind in ((torch.SymInt, int), (torch.SymFloat, float), (torch.SymBool, bool)):
+        if isinstance(value, symbolic):
+            return ("type", kind)
     return ("constant", value)
+
+
+def _size(size: int | torch.SymInt) -> int | str:
+    if isinstance(size, int):
+        return size
+    # A size that began as a symbol and was fixed on the way is an expression without symbols.
+    expression = size.node.expr
+    return int(expression) if expression.is_Integer else str(expression)
 
 
 def _symbol_guards(

@@ -115,15 +115,19 @@ def _use(user: Node, weight: Node, transposed: bool) -> Use:
         x = user.args[x_position] if len(user.args) > x_position else None
         bias = user.args[bias_position] if bias_position is not None and len(user.args) > bias_position else None
         plain = not user.kwargs and user.args[position] is weight and x is not weight and isinstance(x, Node)
-        if plain and value is not None and value.dim() == 2 and (bias is None or _is_vector(bias)):
-            # linear takes [o, i]; the other three multiply by [i, o].
-            return Use(user, "linear", transposed != (user.target is not aten.linear.default))
+        # linear takes [o, i]; the other three multiply by [i, o].
+        swapped = user.target is not aten.linear.default
+        if plain and value is not None and value.dim() == 2:
+            if bias is None or _is_bias(bias, value.shape[1 if swapped else 0]):
+                return Use(user, "linear", transposed != swapped)
+        return Use(user, "matmul")
     for kind, ops in _OTHER.items():
         if user.target in ops:
             return Use(user, kind)
     return Use(user, "")
 
 
-def _is_vector(bias: Any) -> bool:
+def _is_bias(bias: Any, size: int) -> bool:
+    """Whether this is a plain vector [size], as kernels take it: not a scalar to broadcast, and not expanded."""
     value = bias.meta.get("val") if isinstance(bias, Node) else None
-    return isinstance(value, torch.Tensor) and value.dim() == 1
+    return isinstance(value, torch.Tensor) and list(value.shape) == [size] and value.stride() == (1,)

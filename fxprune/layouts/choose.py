@@ -86,9 +86,11 @@ def _likeness(site: Site) -> tuple[object, ...]:
 def _measure(site: Site, fitting: list[str], refused: dict[str, str]) -> tuple[Choice, Packed | None]:
     packed = {name: LAYOUTS[name].pack(site) for name in fitting}
     timings: list[Timing] = []
+    # A generator of its own, so that the user's random numbers go on as if nothing had been timed.
+    generator = torch.Generator().manual_seed(0)
     gains: dict[str, list[float]] = {name: [] for name in fitting}
     for tokens in site.tokens:
-        x = torch.randn(tokens, site.weight.shape[1], dtype=site.weight.dtype, device=site.weight.device)
+        x = torch.randn(tokens, site.weight.shape[1], generator=generator).to(site.weight)
         dense = best_dense(site, x)
         sparse = [_bind(name, x, packed[name], site.bias) for name in fitting]
         samples = [median(s) for s in interleave([*dense, *sparse], seconds=SECONDS_PER_SITE / len(site.tokens))]

@@ -100,13 +100,10 @@ class Nonzeros:
         """Names of the packed tensors in the order in which `op` takes them, after x."""
         return ("values", "columns", "order", "counts", "starts", "geometry")
 
-    def call(
-        self, x: Tensor, packed: Packed, bias: Tensor | None, activation: str = "",
-        residual: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """activation(x [..., i] @ W^T + bias) + residual [..., o]."""
+    def call(self, x: Tensor, packed: Packed, bias: Tensor | None = None, activation: str = "") -> Tensor:
+        """activation(x [..., i] @ W^T + bias) [..., o]."""
         tensors = (packed.tensors[name] for name in self.arguments(packed))
-        return self.op(x, *tensors, bias, residual, packed.shape[0], activation)
+        return self.op(x, *tensors, bias, packed.shape[0], activation)
 
     def lower(
         self,
@@ -119,14 +116,7 @@ class Nonzeros:
     ) -> Node:
         """One node that computes `call` for x, with a get_attr node for each packed tensor."""
         arguments = (tensors[name] for name in self.arguments(packed))
-        return graph.call_function(self.op, (x, *arguments, bias, None, packed.shape[0], activation))
-
-    def eager(
-        self, x: Tensor, packed: Packed, bias: Tensor | None = None, residual: Tensor | None = None,
-        activation: str = "",
-    ) -> Tensor:  # fmt: skip
-        """`call` with the op's own order of arguments."""
-        return self.call(x, packed, bias, activation, residual)
+        return graph.call_function(self.op, (x, *arguments, bias, packed.shape[0], activation))
 
 
 def _row_block(o: int) -> int:

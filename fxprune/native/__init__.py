@@ -41,7 +41,7 @@ ACTIVATIONS = tuple(_ACTIVATIONS)
 _library = torch.library.Library("fxprune", "FRAGMENT")
 _library.define(
     "nonzeros_linear(Tensor x, Tensor values, Tensor columns, Tensor order, Tensor counts, Tensor starts,"
-    " Tensor geometry, Tensor? bias, Tensor? residual, int out_features, str activation) -> Tensor",
+    " Tensor geometry, Tensor? bias, int out_features, str activation) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 _lock = threading.Lock()
@@ -93,9 +93,9 @@ def to_dense(
 
 def nonzeros_linear_reference(
     x: Tensor, values: Tensor, columns: Tensor, order: Tensor, counts: Tensor, starts: Tensor,
-    geometry: Tensor, bias: Tensor | None, residual: Tensor | None, out_features: int, activation: str,
+    geometry: Tensor, bias: Tensor | None, out_features: int, activation: str,
 ) -> Tensor:  # fmt: skip
-    """activation(x [..., i] @ W^T + bias) + residual [..., o] in plain torch: definition and fallback."""
+    """activation(x [..., i] @ W^T + bias) [..., o] in plain torch: the definition, and the fallback."""
     if x.dtype != torch.float32:
         raise InputError("nonzeros_linear takes float32 only", why=f"x is {x.dtype}")
     if activation not in _ACTIVATIONS:
@@ -104,12 +104,7 @@ def nonzeros_linear_reference(
         why = f"the packed weight is {geometry[:2].tolist()}, the call wants {[out_features, x.shape[-1]]}"
         raise InputError("nonzeros_linear got a weight of another shape", why=why)
     y = F.linear(x, to_dense(values, columns, order, counts, starts, geometry), bias)
-    y = _ACTIVATIONS[activation](y)
-    if residual is None:
-        return y.contiguous()
-    if residual.shape != y.shape:
-        raise InputError("residual must have the shape of the output", why=f"{residual.shape} and {y.shape}")
-    return (y + residual).contiguous()
+    return _ACTIVATIONS[activation](y).contiguous()
 
 
 def _first_call(x: Tensor, *rest: object) -> Tensor:
@@ -121,7 +116,7 @@ def _first_call(x: Tensor, *rest: object) -> Tensor:
 
 def _shape(
     x: Tensor, values: Tensor, columns: Tensor, order: Tensor, counts: Tensor, starts: Tensor,
-    geometry: Tensor, bias: Tensor | None, residual: Tensor | None, out_features: int, activation: str,
+    geometry: Tensor, bias: Tensor | None, out_features: int, activation: str,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], out_features)
 

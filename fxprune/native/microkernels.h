@@ -120,13 +120,11 @@ FXPRUNE_OUTLINE void pack(const float* x, int64_t stride, int64_t tokens, int64_
 // but for y.
 struct Epilogue {
   const float* bias;      // [rows]
-  const float* residual;  // [tokens][rows], rows `stride` apart like y's
   float* y;
   int64_t stride;
 };
 
-// y[token + n][row] = activation(sums[n] + bias[row]) + residual[token + n][row], for N tokens and kBlock
-// rows.
+// y[token + n][row] = activation(sums[n] + bias[row]), for N tokens and kBlock rows.
 template <Activation kind, int N>
 FXPRUNE_INLINE void finish(const Epilogue& e, const Block* sums, int64_t token, int64_t row) {
   Group<N> g;
@@ -135,10 +133,6 @@ FXPRUNE_INLINE void finish(const Epilogue& e, const Block* sums, int64_t token, 
   for (int n = 0; n < N; ++n) g.part[n] = sums[n] + bias;
   g = activate<kind>(g);
   const int64_t at = token * e.stride + row;
-  if (e.residual) {
-    FXPRUNE_UNROLL
-    for (int n = 0; n < N; ++n) g.part[n] += load<Block>(e.residual + at + n * e.stride);
-  }
   FXPRUNE_UNROLL
   for (int n = 0; n < N; ++n) store(e.y + at + n * e.stride, g.part[n]);
 }
@@ -150,7 +144,6 @@ void finish_some(const Epilogue& e, Block sum, int64_t token, int64_t row, int64
   g.part[0] = e.bias ? sum + load_some(e.bias + row, rows) : sum + Block{};
   g = activate<kind>(g);
   const int64_t at = token * e.stride + row;
-  if (e.residual) g.part[0] += load_some(e.residual + at, rows);
   store_some(e.y + at, g.part[0], rows);
 }
 
@@ -169,7 +162,7 @@ FXPRUNE_INLINE void columns_of(const float* tile, int64_t row, int64_t m, Block*
   }
 }
 
-// y[m][row] = activation(tile[row][m] + bias[row]) + residual[m][row]. T is 1 for the tile that `dot` leaves.
+// y[m][row] = activation(tile[row][m] + bias[row]). T is 1 for the tile that `dot` leaves.
 // Reads up to kBlock - 1 tile rows past `rows`, whose sums go nowhere, so the tile must be that much larger.
 template <int T, Activation kind>
 void unpack(const float* tile, int64_t rows, int64_t tokens, const Epilogue& e) {

@@ -1,4 +1,4 @@
-// fxprune::nonzeros_linear for the CPU: y = activation(x @ W^T + bias) + residual, W stored by its nonzeros.
+// fxprune::nonzeros_linear for the CPU: y = activation(x @ W^T + bias), W stored by its nonzeros.
 //
 // Stored format of W [o, i] (layouts/nonzeros.py packs it): row blocks of NB rows, K-blocks of Kb columns,
 // blocks in the order (row block, K-block). In a block the rows are sorted by their number of nonzeros. Row r
@@ -39,7 +39,6 @@ struct Problem {
   int64_t o, i, row_block, k_block, row_blocks, k_blocks;
   const float* x;
   const float* bias;
-  const float* residual;
   float* y;
   int64_t tokens;
 
@@ -95,8 +94,7 @@ void run_tile(const Problem& p, int64_t token, int64_t begin, int64_t end) {
     }
     const int64_t at = token * p.o + first;
     const float* bias = p.bias ? p.bias + first : nullptr;
-    const float* residual = p.residual ? p.residual + at : nullptr;
-    const Epilogue e{bias, residual, p.y + at, p.o};
+    const Epilogue e{bias, p.y + at, p.o};
     unpack<T, kind>(tile, p.first_row(high) - first, tokens, e);
   }
 }
@@ -170,7 +168,7 @@ const T* data(const Tensor& t, ScalarType type, int64_t numel, const char* what)
 Tensor nonzeros_linear(
     const Tensor& input, const Tensor& values, const Tensor& columns, const Tensor& order,
     const Tensor& counts, const Tensor& starts, const Tensor& geometry, const std::optional<Tensor>& bias,
-    const std::optional<Tensor>& residual, int64_t out_features, const std::string& activation) {
+    int64_t out_features, const std::string& activation) {
   require(input.scalar_type() == ScalarType::Float, "x must be float32");
   require(input.dim() >= 1, "x must have at least one dimension");
   const RunTile run_tile = choose(activation);
@@ -202,15 +200,6 @@ Tensor nonzeros_linear(
   p.tokens = x.numel() / p.i;
   p.x = data<float>(x, ScalarType::Float, p.tokens * p.i, "x must be on the CPU");
   if (bias) p.bias = data<float>(*bias, ScalarType::Float, p.o, "bias must be contiguous float32 [out_features]");
-  std::optional<Tensor> added;  // keeps a contiguous copy alive
-  if (residual) {
-    const auto given = residual->sizes();
-    require(std::equal(given.begin(), given.end(), out_shape.begin(), out_shape.end()),
-            "residual must have the shape of the output");
-    added = residual->is_contiguous() ? *residual : torch::stable::contiguous(*residual);
-    const int64_t numel = p.tokens * p.o;
-    p.residual = data<float>(*added, ScalarType::Float, numel, "residual must be float32 on the CPU");
-  }
   p.y = static_cast<float*>(y.mutable_data_ptr());
   if (p.tokens > 0) run(p, run_tile);
   return y;
