@@ -136,9 +136,9 @@ def _finish(
     existing: dict[str, Tensor],
     notes: list[str],
 ) -> Capture:
-    _refuse_state(exported)
     entry = entry_check(unlifted, exported, forward, args, kwargs)
     program = _rewrap(unlifted)
+    _refuse_state(program)
     _refuse_training_ops(program)
     fixed = [
         path
@@ -169,15 +169,31 @@ def _rewrap(unlifted: torch.fx.GraphModule) -> Program:
     return program
 
 
-def _refuse_state(exported: ExportedProgram) -> None:
-    written = list(exported.graph_signature.buffers_to_mutate.values())
-    if written:
-        raise InputError(
-            "cannot transform a model that keeps state",
-            where=f'"{written[0]}"' + (f" and {len(written) - 1} more" if len(written) > 1 else ""),
-            why="a call of the model writes to this buffer, so that no call tells what the next one gives",
-            do="Take the state out of forward, or hand it in and out as arguments.",
-        )
+def _refuse_state(program: Program) -> None:
+    for node in program.graph.nodes:
+        for written in _written(node):
+            if written.op == "get_attr":
+                raise InputError(
+                    "cannot transform a model that keeps state",
+                    where=f'"{written.target}" (node {node.name})',
+                    why="each call of the model writes to this tensor, so a call does not depend on its inputs alone",
+                    do="Take the state out of forward, or hand it in and out as arguments.",
+                )
+
+
+def _written(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """The tensors that an op writes to, traced back through views to what they are views of."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return []
+    found = []
+    for index, argument in enumerate(node.target._schema.arguments):
+        value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+        if argument.alias_info is None or not argument.alias_info.is_write or not isinstance(value, torch.fx.Node):
+            continue
+        while isinstance(value.target, torch._ops.OpOverload) and value.target._schema.returns[0].alias_info:
+            value = value.all_input_nodes[0]
+        found.append(value)
+    return found
 
 
 def _refuse_training_ops(program: Program) -> None:

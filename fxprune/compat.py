@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import sys
 import warnings
 from collections.abc import Iterator
@@ -63,7 +64,16 @@ def quiet_export() -> Iterator[None]:
         yield
 
 
-def symbol_hint(shape_env: Any, symbol: Any) -> int:
-    """The example's value of a symbolic size."""
+def symbol_hint(shape_env: Any, symbol: Any, unknown: int = 64) -> int:
+    """The example's value of a symbolic size; `unknown` where only a run tells it (the rows of a boolean index)."""
+    if shape_env.is_unbacked_symint(symbol):
+        return unknown
     hint = getattr(shape_env, "guarding_hint_or_throw", None) or shape_env.size_hint
     return int(hint(symbol))
+
+
+def return_memory() -> None:
+    """Hands freed memory back to the system: glibc keeps what a stage freed, as much as the dense weights themselves."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

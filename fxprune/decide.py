@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import sympy
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from .admit import candidates
 from .capture import Capture
 from .errors import InputError
-from .mask import PackedMask
+from .mask import PackedMask, chunks
 from .plan import Plan
 from .report import Report
 from .select import Selection, select
@@ -32,10 +34,21 @@ def choose_selection(capture: Capture, plan: Plan | None, replay: Selection | No
     aliases = {other: first for other, first in names.items() if other != first}
     plan = plan if plan is not None else Plan([])
     binding = plan.bind(known, aliases)
-    report.notes += [f"rule {r} passed over {name}: {why}" for r, name, why in binding.skipped]
+    report.notes += _passed_over(binding.skipped)
     report.notes += [f"{name}: rule {later} replaces rule {earlier}" for name, earlier, later in binding.overridden]
     report.notes += [f"{name}: excluded from rule {r} by {by!r}" for r, name, by in binding.excluded]
     return select(weights, existing, plan, binding)
+
+
+def _passed_over(skipped: Iterable[tuple[int, str, str]]) -> list[str]:
+    """One note for each rule and reason, naming the parameters that a wildcard matched and could not use."""
+    groups: dict[tuple[int, str], list[str]] = {}
+    for rule, name, why in skipped:
+        groups.setdefault((rule, why), []).append(name)
+    return [
+        f"rule {rule} passed over {len(names)} parameters ({why}): {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        for (rule, why), names in groups.items()
+    ]
 
 
 def _existing(
@@ -49,7 +62,8 @@ def _existing(
         if name not in masks and weight.numel():
             kept = int(torch.count_nonzero(weight))
             if kept <= (1 - PRUNED_FROM) * weight.numel():
-                masks[name] = weight != 0
+                pieces = (piece != 0 for piece in chunks(weight))
+                masks[name] = PackedMask.from_chunks(weight.shape, weight.device, pieces)
     return masks
 
 

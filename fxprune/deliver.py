@@ -19,16 +19,18 @@ from .check import Call, CheckRow, refuse
 from .emit import PrunedModule, emit, own_storage
 from .measure import device_name
 from .passes.edit import copy_program
+from .passes.fold import fold
 from .passes.lower import Lowered
 from .prove import Proof
 from .report import ModelTiming, Report
+from .select import Selection
 from .settings import Settings
 from .timing import interleave, median
 
 
 def deliver(
     captured: Capture,
-    folded: Program,
+    selection: Selection,
     packed: Program,
     lowered: list[Lowered],
     proof: Proof,
@@ -39,9 +41,8 @@ def deliver(
     report.kernels = native.status().detail
     theirs = {t.data_ptr() for t in pytree.tree_leaves((dict(captured.program.named_parameters()), dict(captured.program.named_buffers())))}
     any_packed = any(w.choice.layout != "dense" for w in lowered)
-    for program, is_packed in ((packed, True), (folded, False)):
-        if is_packed and not any_packed:
-            continue
+    for is_packed in (True, False) if any_packed else (False,):
+        program = packed if is_packed else fold(captured.program, selection)
         own_storage(program, theirs)
         result, rows = _compiled(program, captured, proof, settings, report)
         wrong = [row for row in rows if not row.ok]

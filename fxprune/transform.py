@@ -12,12 +12,12 @@ from torch import nn
 from torch.export import ExportedProgram
 from tqdm import tqdm
 
-from . import admit
+from . import admit, compat
 from .decide import batches, choose_selection
 from .deliver import deliver
 from .errors import InputError
 from .layouts.choose import Chooser
-from .passes.fold import fold_batch_norm, fold_masks
+from .passes.fold import fold
 from .passes.lower import lower
 from .pending import pending
 from .plan import Plan
@@ -71,7 +71,7 @@ def transform(
         selection = choose_selection(captured, plan, selection, report)
         proof.expect(selection)
     with stages("fold"):
-        folded = fold_batch_norm(fold_masks(captured.program, selection))
+        folded = fold(captured.program, selection)
         proof.stage("fold", folded)
         trace.write("fold", folded)
     with stages("lower"):
@@ -79,8 +79,12 @@ def transform(
         packed, lowered = lower(folded, selection.mask, chooser, batches(captured, settings.tune_for))
         proof.stage("lower", packed)
         trace.write("lower", packed, [f"{w.name}: {w.choice.layout}, {w.choice.why}" for w in lowered])
+        # What was not packed lives on in `packed`; the dense copies of what was may go.
+        del folded
+        compat.return_memory()
     with stages("emit"):
-        result, lowered = deliver(captured, folded, packed, lowered, proof, settings, report)
+        result, lowered = deliver(captured, selection, packed, lowered, proof, settings, report)
+    compat.return_memory()
     report.weights = weight_reports(selection, lowered)
     report.seconds = stages.seconds
     result.meta["report"], result.meta["selection"] = report, selection

@@ -120,7 +120,7 @@ def _use(user: Node, weight: Node, transposed: bool) -> Use:
         if plain and value is not None and value.dim() == 2:
             if bias is None or _is_bias(bias, value.shape[1 if swapped else 0]):
                 return Use(user, "linear", transposed != swapped)
-        return Use(user, "matmul")
+        return Use(user, "matmul" if weight in (user.args[position], x) else "")
     for kind, ops in _OTHER.items():
         if user.target in ops:
             return Use(user, kind)

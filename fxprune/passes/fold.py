@@ -15,6 +15,11 @@ aten = torch.ops.aten
 _CONVS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 
 
+def fold(program: Program, selection: Selection) -> Program:
+    """A copy with the selection's masks in its weights and its batch-norms in their convolutions."""
+    return fold_batch_norm(fold_masks(program, selection))
+
+
 def fold_masks(program: Program, selection: Selection) -> Program:
     """A copy of the program whose masked weights hold +0.0 where the selection removed them."""
     result = copy_program(program)

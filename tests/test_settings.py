@@ -1,0 +1,35 @@
+"""mode= and options=: read once, refused in words."""
+
+from __future__ import annotations
+
+import pytest
+
+from fxprune.errors import InputError
+from fxprune.settings import Settings
+
+
+def test_defaults_and_values() -> None:
+    assert Settings.read(None, None) == Settings()
+    read = Settings.read("max-autotune", {"tune_for": [1, 8], "layout": "dense", "freezing": False})
+    assert read.tune_for == (1, 8) and read.layout == "dense" and read.mode == "max-autotune"
+    arguments = read.compile_arguments()
+    assert arguments is not None and arguments["options"]["max_autotune"] is True
+    assert "freezing" not in arguments["options"]
+    assert Settings.read(None, {"compile": False}).compile_arguments() is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "message"),
+    [
+        ("max-autotun", None, "unknown mode 'max-autotun'. Did you mean 'max-autotune'"),
+        (None, {"tunefor": 1}, "unknown option 'tunefor'. Did you mean 'tune_for'"),
+        (None, {"layout": "nonzero"}, "unknown layout 'nonzero'. Did you mean 'nonzeros'"),
+        (None, {"freezing": 1}, "it is not True or False"),
+        (None, {"tune_for": [0]}, "each at least 1"),
+        (None, {"tune_for": [True]}, "each at least 1"),
+        (None, {"tune_for": "8"}, "each at least 1"),
+    ],
+)
+def test_what_is_unknown_is_refused(mode: str | None, options: dict[str, object] | None, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Settings.read(mode, options)
