@@ -61,9 +61,7 @@ def check(expected: Model, got: Model, inputs: Sequence[Batch], label: str) -> f
     return difference
 
 
-def measure_row(
-    model: nn.Module, inputs: Sequence[Batch], sparsity: float, threads: int, progress: bool
-) -> Row:
+def measure_row(model: nn.Module, inputs: Sequence[Batch], sparsity: float, threads: int, progress: bool) -> Row:
     """Prune, compile, check and time at one sparsity."""
     ids, mask = inputs[0]
     kwargs = {"attention_mask": mask}

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 NEEDED = ("onnxruntime", "onnx", "onnxscript")
 
 
-def onnx_session(
-    model: nn.Module, ids: Tensor, attention_mask: Tensor, threads: int
-) -> Callable[..., Any] | None:
+def onnx_session(model: nn.Module, ids: Tensor, attention_mask: Tensor, threads: int) -> Callable[..., Any] | None:
     """Return a call `(ids [b, s], attention_mask [b, s]) -> list of outputs` at the example's sizes.
 
     None where onnxruntime, onnx or onnxscript is not installed.
@@ -26,9 +24,7 @@ def onnx_session(
     runtime = importlib.import_module("onnxruntime")
     # The exporter warns of every torchvision op that it cannot register without torchvision.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    program = torch.onnx.export(
-        model, (ids,), kwargs={"attention_mask": attention_mask}, dynamo=True, verbose=False
-    )
+    program = torch.onnx.export(model, (ids,), kwargs={"attention_mask": attention_mask}, dynamo=True, verbose=False)
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
     options = runtime.SessionOptions()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from . import prune
 from .errors import FxPruneError
 from .measure import benchmark
 from .plan import Existing, Plan, Rule, Unstructured
@@ -11,8 +12,9 @@ from .report import Report
 from .transform import transform
 
 # From a checkout that is not installed, triton_kernels/ stands beside this package instead of inside it.
-if not (Path(__file__).parent / "triton_kernels").exists() and (Path(__file__).parent.parent / "triton_kernels").exists():
-    __path__.append(str(Path(__file__).parent.parent))
+_root = Path(__file__).parent.parent
+if not (_root / "fxprune" / "triton_kernels").exists() and (_root / "triton_kernels").exists():
+    __path__.append(str(_root))
 
 __version__ = "0.1.0"
-__all__ = ["Existing", "FxPruneError", "Plan", "Report", "Rule", "Unstructured", "benchmark", "transform"]
+__all__ = ["Existing", "FxPruneError", "Plan", "Report", "Rule", "Unstructured", "benchmark", "prune", "transform"]

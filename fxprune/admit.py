@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from .capture import Program
 from .errors import InputError
@@ -18,7 +19,7 @@ from .weights import names_of_parameters, uses
 
 
 def admit_model(model: object) -> None:
-    """Raises InputError for what is not a model, is in training mode, is on meta, or has weights that are not finite."""
+    """Raises InputError for what is no model, is in training mode, on meta, or has weights that are not finite."""
     if isinstance(model, ExportedProgram):
         _finite(dict(model.named_parameters()))
         return
@@ -35,7 +36,8 @@ def admit_model(model: object) -> None:
             why="it is not a torch.nn.Module, GraphModule or ExportedProgram",
             do="Wrap a function in an nn.Module.",
         )
-    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    # A parametrization registered after eval() says it is in training, and nobody thinks of it.
+    training = [n or "the model" for n, module in model.named_modules() if module.training and not _parametrizes(n)]
     if training and not isinstance(model, torch.fx.GraphModule):
         raise InputError(
             "cannot transform a model in training mode",
@@ -44,6 +46,10 @@ def admit_model(model: object) -> None:
             do="Call model.eval() first.",
         )
     _finite(dict(model.named_parameters()))
+
+
+def _parametrizes(path: str) -> bool:
+    return "parametrizations" in path.split(".")
 
 
 def _finite(parameters: Mapping[str, Tensor]) -> None:
@@ -78,7 +84,9 @@ def admit_call(model: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dic
         )
     if args is not None and not isinstance(args, (tuple, list)):
         raise InputError(
-            "cannot read the example inputs", why=f"they are a {type(args).__name__}", do="Pass a tuple of arguments."
+            "cannot read the example inputs",
+            why=f"they are a {type(args).__name__}",
+            do="Pass a tuple of arguments.",
         )
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise InputError("cannot read the example kwargs", why=f"they are a {type(kwargs).__name__}", do="Pass a dict.")
@@ -100,7 +108,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
             tables.append((table, dict(table)))
         masks = {f"{hook._tensor_name}_mask" for hook in mask_hooks(module).values()}
         for name, buffer in module._buffers.items():
-            if buffer is not None and name not in masks and "parametrizations" not in path.split("."):
+            is_mask = name in masks or (buffer is not None and buffer.dim() > 1 and _parametrizes(path))
+            if buffer is not None and not is_mask:
                 values.append((buffer, buffer._version, buffer.detach().clone()))
     try:
         yield
@@ -124,7 +133,7 @@ def run_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     except Exception as error:
         shapes = ", ".join(
             f"{list(t.shape)} {t.dtype} on {t.device}"
-            for t in torch.utils._pytree.tree_leaves((args, kwargs))
+            for t in pytree.tree_leaves((args, kwargs))
             if isinstance(t, Tensor)
         )
         raise InputError(

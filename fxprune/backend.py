@@ -1,9 +1,9 @@
 """torch.compile(model, backend="fxprune"): the same stages behind Dynamo.
 
-The pruning that the model carries (masks of torch.nn.utils.prune, plain zeros) is packed where that measures faster.
-What the backend compiles depends on the values of the parameters, which Dynamo does not guard: every call looks at their
-identity and version, and a call with others (a block of the same class that shares the compiled frame, a weight changed in
-place) gets its own program.
+The pruning that the model carries (masks of torch.nn.utils.prune, plain zeros) is packed where that measures
+faster. What the backend compiles depends on the values of the parameters, which Dynamo does not guard: every call looks
+at their identity and version, and a call with others (a block of the same class that shares the compiled frame, a
+weight changed in place) gets its own program.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def fxprune(
 
 def _key(traced: Traced, inputs: Sequence[Any]) -> tuple[Any, ...]:
     parameters = tuple((id(inputs[i]), inputs[i]._version) for i in traced.static)
-    return parameters, tuple(float(inputs[i]) if not _is_fake(inputs[i]) else traced.float_values[i] for i in traced.floats)
+    return parameters, tuple(
+        float(inputs[i]) if not _is_fake(inputs[i]) else traced.float_values[i] for i in traced.floats
+    )
 
 
 def _is_fake(value: Any) -> bool:

@@ -28,7 +28,7 @@ Program = torch.fx.GraphModule
 
 @dataclasses.dataclass
 class Capture:
-    """A program, what it demands of its inputs, the masks the model came with (True = kept), and notes for the report."""
+    """A program, what it demands of its inputs, the masks it came with (True = kept), and notes for the report."""
 
     program: Program
     entry: EntryCheck
@@ -46,8 +46,9 @@ def capture(
 ) -> Capture:
     """Captures `model(*args, **kwargs)` as a graph of ATen ops.
 
-    Without `dynamic_shapes`, dim 0 of every tensor input is dynamic where the model allows it; `static=True` fixes every
-    size. `dynamic_shapes` is handed to torch.export as it is. Raises CaptureError with torch's own error as its cause.
+    Without `dynamic_shapes`, dim 0 of every tensor input is dynamic where the model allows it; `static=True`
+    fixes every size. `dynamic_shapes` is handed to torch.export as it is. Raises CaptureError with torch's own error
+    as its cause.
     """
     args, kwargs = tuple(args), dict(kwargs)
     if isinstance(model, ExportedProgram):

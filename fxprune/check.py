@@ -17,8 +17,8 @@ from .errors import CheckError, InputError
 from .select import Selection
 from .weights import names_of_parameters
 
-# max|a - b| / max|b| per output tensor, end to end over a whole model. A half type loses about one unit in the last place
-# at every rounding that a compiler moves; over tens of layers that adds up to these.
+# max|a - b| / max|b| per output tensor, end to end over a whole model. A half type loses about one unit in the last
+# place at every rounding that a compiler moves; over tens of layers that adds up to these.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -37,7 +37,7 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class CheckRow:
-    """One comparison: what with what, on which input, the largest relative error over the outputs, and its tolerance."""
+    """One comparison: what with what, on which input, the largest relative error over the outputs, its tolerance."""
 
     what: str
     call: str
@@ -169,7 +169,7 @@ def _redraw(leaf: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def resized_call(capture: Capture, call: Call) -> Call | None:
-    """The call at another size in every dynamic dimension, or None where nothing is dynamic or no other size is allowed."""
+    """The call at another size in every dynamic dimension, or None where no other size is allowed."""
     flat = capture.entry.flatten(call.args, call.kwargs)
     sizes: dict[str, int] = {}
     for want, got in zip(capture.entry.inputs, flat, strict=True):
@@ -210,5 +210,3 @@ def refuse(row: CheckRow, what_next: str) -> CheckError:
         why="the graph does not compute what the model computes",
         do=what_next,
     )
-
-

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.fx import _pytree as fx_pytree
+from torch.utils import _pytree as pytree
 
 
 def guards_code(exported: torch.export.ExportedProgram) -> list[str]:
@@ -43,17 +46,32 @@ def register_foreign_outputs() -> None:
     if "transformers" not in sys.modules:
         return
     try:
-        from transformers.cache_utils import DynamicCache
+        from transformers.cache_utils import DynamicCache, EncoderDecoderCache
         from transformers.integrations import executorch
     except ImportError:
         return
-    if DynamicCache in torch.utils._pytree.SUPPORTED_NODES:
-        return
     register = getattr(executorch, "register_dynamic_cache_export_support", None)
-    if register is not None:
+    if register is not None and DynamicCache not in pytree.SUPPORTED_NODES:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             register()
+    if EncoderDecoderCache not in pytree.SUPPORTED_NODES:
+        parts = ("self_attention_cache", "cross_attention_cache")
+
+        def flatten(cache: Any) -> tuple[list[Any], None]:
+            return [getattr(cache, part) for part in parts], None
+
+        pytree.register_pytree_node(
+            EncoderDecoderCache,
+            flatten,
+            lambda caches, _: EncoderDecoderCache(*caches),
+            serialized_type_name="transformers.cache_utils.EncoderDecoderCache",
+            flatten_with_keys_fn=lambda cache: (  # pyright: ignore[reportArgumentType]
+                [(pytree.GetAttrKey(part), value) for part, value in zip(parts, flatten(cache)[0], strict=True)],
+                None,
+            ),
+        )
+        fx_pytree.register_pytree_flatten_spec(EncoderDecoderCache, lambda cache, _: flatten(cache)[0])
 
 
 @contextlib.contextmanager
@@ -72,8 +90,22 @@ def symbol_hint(shape_env: Any, symbol: Any, unknown: int = 64) -> int:
     return int(hint(symbol))
 
 
-def return_memory() -> None:
-    """Hands freed memory back to the system: glibc keeps what a stage freed, as much as the dense weights themselves."""
+def return_memory(expected: int) -> None:
+    """Frees what a stage left and hands it back to the system.
+
+    Graphs are cycles that wait for the collector, and glibc keeps what was freed: together as much as the weights.
+    Both steps take time, so nothing is done for `expected` bytes that nobody would miss.
+    """
+    if expected < 32e6:
+        return
+    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+@contextlib.contextmanager
+def many_compilations() -> Iterator[None]:
+    """Lets one forward be compiled in many ways: past Dynamo's limit of 8 it would run eager without a word."""
+    with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096):
+        yield

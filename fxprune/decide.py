@@ -46,14 +46,12 @@ def _passed_over(skipped: Iterable[tuple[int, str, str]]) -> list[str]:
     for rule, name, why in skipped:
         groups.setdefault((rule, why), []).append(name)
     return [
-        f"rule {rule} passed over {len(names)} parameters ({why}): {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        f"rule {rule} passed over {len(names)} parameters ({why}): {', '.join(names[:3] + ['...'] * (len(names) > 3))}"
         for (rule, why), names in groups.items()
     ]
 
 
-def _existing(
-    capture: Capture, names: dict[str, str], weights: dict[str, Tensor]
-) -> dict[str, PackedMask | Tensor]:
+def _existing(capture: Capture, names: dict[str, str], weights: dict[str, Tensor]) -> dict[str, PackedMask | Tensor]:
     masks: dict[str, PackedMask | Tensor] = {}
     for name, mask in capture.existing.items():
         if names.get(name) in weights:
@@ -94,8 +92,9 @@ def batches(capture: Capture, sizes: tuple[int, ...]) -> dict[sympy.Symbol, tupl
         return result
     for node in capture.program.graph.nodes:
         value = node.meta.get("val") if node.op == "placeholder" else None
-        if isinstance(value, Tensor) and value.dim() and isinstance(value.shape[0], torch.SymInt):
-            result.update({symbol: sizes for symbol in value.shape[0].node.expr.free_symbols})
+        batch: object = value.shape[0] if isinstance(value, Tensor) and value.dim() else None
+        if isinstance(batch, torch.SymInt):
+            result.update({symbol: sizes for symbol in batch.node.expr.free_symbols})
     if not result:
         raise InputError(
             "cannot tune for several sizes",

@@ -1,7 +1,7 @@
 """deliver: the fastest program that computes what the pruned model computes, compiled, checked and timed.
 
-The packed program is tried first; where it is not faster than the dense one the dense one is emitted, where torch.compile
-fails the graph is emitted eager, and the report says so.
+The packed program is tried first; where it is not faster than the dense one the dense one is emitted, where
+torch.compile fails the graph is emitted eager, and the report says so.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import gc
 from typing import Any
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils import _pytree as pytree
 
 from . import native
@@ -25,7 +26,7 @@ from .prove import Proof
 from .report import ModelTiming, Report
 from .select import Selection
 from .settings import Settings
-from .timing import interleave, median
+from .timing import interleave, undisturbed
 
 
 def deliver(
@@ -39,17 +40,25 @@ def deliver(
 ) -> tuple[PrunedModule, list[Lowered]]:
     """The result and what became of each weight. Raises CheckError where no form of it is right."""
     report.kernels = native.status().detail
-    theirs = {t.data_ptr() for t in pytree.tree_leaves((dict(captured.program.named_parameters()), dict(captured.program.named_buffers())))}
+    theirs = {
+        t.data_ptr()
+        for t in pytree.tree_leaves((dict(captured.program.named_parameters()), dict(captured.program.named_buffers())))
+    }
     any_packed = any(w.choice.layout != "dense" for w in lowered)
     for is_packed in (True, False) if any_packed else (False,):
-        program = packed if is_packed else fold(captured.program, selection)
+        program = fold(captured.program, selection) if any_packed and not is_packed else packed
         own_storage(program, theirs)
         result, rows = _compiled(program, captured, proof, settings, report)
         wrong = [row for row in rows if not row.ok]
         if wrong and not is_packed:
-            raise refuse(wrong[0], "Please report it with FXPRUNE_TRACE=<dir>; transform(..., options={'compile': False}) avoids the compiler.")
+            raise refuse(
+                wrong[0],
+                "Please report it with FXPRUNE_TRACE=<dir>; options={'compile': False} avoids the compiler.",
+            )
         if wrong:
-            report.notes.append(f"the packed result was wrong on the {wrong[0].call} ({wrong[0].error:.1e}) and was dropped")
+            report.notes.append(
+                f"the packed result was wrong on the {wrong[0].call} ({wrong[0].error:.1e}) and was dropped"
+            )
             lowered = _all_dense(lowered, "the packed model was wrong")
             continue
         if is_packed and settings.measure and settings.layout is None:
@@ -71,12 +80,18 @@ def _compiled(
 ) -> tuple[PrunedModule, list[CheckRow]]:
     arguments = settings.compile_arguments()
     result = emit(copy_program(program), captured.entry, arguments)
-    report.compiled = "eager graph (compile=False)" if arguments is None else "torch.compile" + (" with freezing" if settings.freezing else "") + (f", mode {settings.mode}" if settings.mode else "")
+    report.compiled = (
+        "eager graph (compile=False)"
+        if arguments is None
+        else "torch.compile"
+        + (" with freezing" if settings.freezing else "")
+        + (f", mode {settings.mode}" if settings.mode else "")
+    )
     if arguments is not None:
         try:
             args, kwargs = proof.example.copy()
             result(*args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             report.notes.append(f"torch.compile failed, so the graph is emitted eager: {reason}")
             report.compiled = "eager graph (torch.compile failed)"
@@ -85,12 +100,21 @@ def _compiled(
 
 
 def _time(captured: Capture, result: PrunedModule, example: Call, settings: Settings) -> ModelTiming:
-    """The whole model against the dense program over the user's own weights (zeros cost a dense kernel what values do)."""
-    dense = emit(copy_program(captured.program), captured.entry, settings.compile_arguments() if result.meta["compile"] is not None else None)
+    """The result against the dense program over the user's own weights (a dense kernel does not care for zeros)."""
+    dense = emit(
+        copy_program(captured.program),
+        captured.entry,
+        settings.compile_arguments() if result.meta["compile"] is not None else None,
+    )
     args, kwargs = example.copy()
     calls = [lambda m=m: m(*args, **kwargs) for m in (dense, result)]
     samples = interleave(calls, seconds=1.5, min_rounds=7)
-    timing = ModelTiming(median(samples[0]), median(samples[1]), torch.get_num_threads(), device_name(example.args, example.kwargs))
+    timing = ModelTiming(
+        undisturbed(samples[0]),
+        undisturbed(samples[1]),
+        torch.get_num_threads(),
+        device_name(example.args, example.kwargs),
+    )
     del dense, calls
     gc.collect()
     return timing

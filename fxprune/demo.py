@@ -89,9 +89,7 @@ def stored_bytes(module: nn.Module) -> int:
     return sum(storages.values())
 
 
-def example_batches(
-    tokenizer: demo_data.Tokenizer, documents: Sequence[demo_data.Document], seq: int
-) -> list[Batch]:
+def example_batches(tokenizer: demo_data.Tokenizer, documents: Sequence[demo_data.Document], seq: int) -> list[Batch]:
     """Return two inputs `[1, seq]`: a story that fills it, and a headline that leaves most of it padding."""
     longest = max(documents, key=lambda document: len(document.body))
     return demo_data.tokenize(tokenizer, [longest.body, documents[0].title], cut=seq, width=seq, rows=1)
@@ -113,9 +111,7 @@ def read_texts(tokenizer: demo_data.Tokenizer, count: int, seq: int) -> Texts:
     )
 
 
-def measure_sparsity(
-    model: nn.Module, texts: Texts, sparsity: float, step: Callable[[str], None]
-) -> tuple[Row, str]:
+def measure_sparsity(model: nn.Module, texts: Texts, sparsity: float, step: Callable[[str], None]) -> tuple[Row, str]:
     """Prune, compile, check, score and time `model` at one sparsity; return its row and its report.
 
     `step` is told before each of the four parts what comes.
@@ -151,9 +147,7 @@ def measure_sparsity(
     return row, str(fast.meta["report"])
 
 
-def run_demo(
-    *, threads: int | None = None, quick: bool = False, progress: bool = True, seq: int = 128
-) -> None:
+def run_demo(*, threads: int | None = None, quick: bool = False, progress: bool = True, seq: int = 128) -> None:
     """Run the demo at batch 1 and `seq` tokens; print one report, the table and what its columns mean."""
     if threads is not None:
         torch.set_num_threads(threads)

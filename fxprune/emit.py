@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -52,7 +52,7 @@ class PrunedModule(torch.fx.GraphModule):
         with warnings.catch_warnings():
             # torch deep-copies its own tree specs through a name it has deprecated.
             warnings.simplefilter("ignore", FutureWarning)
-            result = super().__deepcopy__(memo)
+            result = cast(PrunedModule, super().__deepcopy__(memo))
         _compile(result)
         return result
 

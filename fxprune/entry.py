@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -36,9 +36,9 @@ class TensorInput:
 class EntryCheck:
     """Conditions on the flat inputs of a program.
 
-    `names` are the call's argument names and `paths` the readable names of the flat inputs. `inputs` describes each flat
-    input: a TensorInput, or ("constant", value) for a Python value fixed at capture, or ("type", type) for a number that
-    may change, or None for anything else.
+    `names` are the call's argument names and `paths` the readable names of the flat inputs. `inputs` describes each
+    flat input: a TensorInput, or ("constant", value) for a Python value fixed at capture, or ("type", type) for a
+    number that may change, or None for anything else.
     `guards` are (condition, readable) pairs, Python over `a[index].size()[dim]`.
     """
 
@@ -85,7 +85,7 @@ class EntryCheck:
         if len(known) != len(flat):
             raise InputError(
                 "cannot call with another structure of arguments",
-                why=f"the model was captured with {', '.join(self.paths) or 'none'}, got {len(flat)} values nested otherwise",
+                why=f"the model was captured with {', '.join(self.paths) or 'none'}, got {len(flat)} values",
                 do="Pass arguments nested as at capture, or transform again with the call you want.",
             )
         return known
@@ -156,9 +156,7 @@ def _shape_text(sizes: Sequence[int | str]) -> str:
 
 
 def _sizes_text(paths: Sequence[str], flat: Sequence[Any]) -> str:
-    return ", ".join(
-        f"{p} {list(v.shape)}" for p, v in zip(paths, flat, strict=True) if isinstance(v, torch.Tensor)
-    )
+    return ", ".join(f"{p} {list(v.shape)}" for p, v in zip(paths, flat, strict=True) if isinstance(v, torch.Tensor))
 
 
 _COMPILED: dict[tuple[tuple[str, str], ...], Callable[[Sequence[Any]], int | None]] = {}
@@ -295,12 +293,12 @@ def _symbol_guards(
                 if high.is_Integer and int(high) < 2**31:
                     guards.append((f"{code} <= {int(high)}", f"{readable} <= {int(high)}"))
     for expr, (code, readable) in list(first.items()):
-        symbols = list(expr.free_symbols)
+        symbols = [s for s in expr.free_symbols if isinstance(s, sympy.Symbol)]
         if isinstance(expr, sympy.Symbol) or len(symbols) != 1:
             continue
         slope = sympy.diff(expr, symbols[0])
         if slope.is_Integer and int(slope) > 1:
-            offset = int(sympy.simplify(expr.subs(symbols[0], 0)))
+            offset = int(cast(Any, sympy.simplify(expr.subs(symbols[0], 0))))
             guards.append((f"({code} - {offset}) % {int(slope)} == 0", f"({readable} - {offset}) % {int(slope)} == 0"))
         if symbols[0] in first:
             other_code, other_readable = first[symbols[0]]

@@ -94,6 +94,8 @@ def _fold_hook(module: nn.Module, name: str) -> Tensor:
 
 def _fold_parametrizations(module: nn.Module) -> dict[str, Tensor]:
     lists = cast(nn.ModuleDict, module.parametrizations)
+    # In training mode spectral_norm would write to buffers that are the user's own.
+    lists.eval()
     values = {name: getattr(module, name).detach().clone() for name in lists}
     buffers = {name for name in lists if not isinstance(getattr(lists[name], "original", None), nn.Parameter)}
     # parametrize.remove_parametrizations would edit the class, which the copy shares with the user's module.

@@ -103,8 +103,8 @@ def _fake(node: Node, value: Any) -> Any:
 def _source_name(node: Node) -> str:
     """`a.weight` from Dynamo's source `L['self']._modules['a']._parameters['weight']`, else the placeholder's name."""
     source = getattr(node, "_dynamo_source", None)
-    text = getattr(source, "name", "")
-    text = text() if callable(text) else str(text)
+    name = getattr(source, "name", "")
+    text = str(name() if callable(name) else name)
     return ".".join(re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", text)) or node.name
 
 

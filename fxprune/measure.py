@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from . import compat
 from .errors import InputError
 from .timing import interleave, median
 
@@ -88,7 +91,7 @@ def benchmark(
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), compat.many_compilations():
             ways_a, ways_b = _ways(a), _ways(b)
             bar = tqdm(desc="benchmark", total=None, disable=None if progress else True, leave=False)
             best_a, way_a = _fastest(ways_a, inputs, kwargs, bar)
@@ -136,7 +139,7 @@ def _fastest(
         bar.set_postfix_str(way)
         try:
             function(*inputs, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException:
+        except TorchDynamoException:
             # Without a compiler on the machine, or for a model that torch.compile refuses, eager is the baseline.
             continue
         usable[way] = function
@@ -164,7 +167,7 @@ def _name(model: Any) -> str:
 
 def device_name(inputs: Any = (), kwargs: Any = None) -> str:
     """The name of the device that the tensors are on."""
-    for leaf in torch.utils._pytree.tree_leaves((inputs, kwargs)):
+    for leaf in pytree.tree_leaves((inputs, kwargs)):
         if isinstance(leaf, torch.Tensor) and leaf.device.type == "cuda":
             return torch.cuda.get_device_name(leaf.device)
     return cpu_name()
@@ -178,5 +181,3 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-

@@ -9,18 +9,20 @@ import torch
 from torch import nn
 
 from . import admit
+from .emit import PrunedModule
 from .errors import FxPruneError
 from .plan import Plan
 from .report import Report
+from .select import Selection
 
 
-class PendingModule(torch.fx.GraphModule):
+class PendingModule(PrunedModule):
     """Becomes the transformed model at its first call, for that call's inputs; until then its report says pending."""
 
     @property
-    def report(self) -> Report:
-        """A report that says pending."""
-        return self.meta["report"]
+    def selection(self) -> Selection:
+        """Nothing is selected yet: raises FxPruneError."""
+        raise _refuse("read the selection of")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         finish = vars(self)["_finish"]
@@ -38,7 +40,10 @@ class PendingModule(torch.fx.GraphModule):
 
 
 def pending(
-    model: nn.Module, plan: Plan | None, later: Mapping[str, Any], transform: Callable[..., torch.fx.GraphModule]
+    model: nn.Module,
+    plan: Plan | None,
+    later: Mapping[str, Any],
+    transform: Callable[..., PrunedModule],
 ) -> PendingModule:
     """A shell around `transform(model, plan, args, kwargs, **later)`. Errors in the plan's names surface here."""
     if plan is not None:

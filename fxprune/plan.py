@@ -346,9 +346,7 @@ def _unusable(
     met += [f'{name} (excluded by "{by}")' for name, by in removed]
     more = f" and {len(met) - 5} more" if len(met) > 5 else ""
     why = f"it matches only what cannot be used: {', '.join(met[:5])}{more}"
-    return PlanError(
-        f"rule {index} binds nothing", where=f'"{pattern}"', why=why, do=_suggest(pattern, usable)
-    )
+    return PlanError(f"rule {index} binds nothing", where=f'"{pattern}"', why=why, do=_suggest(pattern, usable))
 
 
 def _nothing(what: str, pattern: str, names: list[str]) -> PlanError:

@@ -19,7 +19,9 @@ from .select import Selection
 class Proof:
     """The calls that a result is tried on, and what the oracle answers to them."""
 
-    def __init__(self, captured: Capture, calls: list[Call], resized: Call | None, report: Report, enabled: bool) -> None:
+    def __init__(
+        self, captured: Capture, calls: list[Call], resized: Call | None, report: Report, enabled: bool
+    ) -> None:
         self.example = calls[0]
         self._captured, self._calls, self._resized = captured, calls, resized
         self._report, self._enabled = report, enabled
@@ -38,7 +40,12 @@ class Proof:
     def stage(self, name: str, program: Program) -> None:
         """With FXPRUNE_CHECK=2, holds the program after a stage against the oracle and names the one that departs."""
         if self._enabled and os.environ.get("FXPRUNE_CHECK") == "2":
-            row = compare(f"after {name} = pruned model", self.example, self._expected[0], outputs(program, self.example))
+            row = compare(
+                f"after {name} = pruned model",
+                self.example,
+                self._expected[0],
+                outputs(program, self.example),
+            )
             self._report.checks.append(row)
             if not row.ok:
                 raise refuse(row, f"The stage {name} is at fault: please report it with FXPRUNE_TRACE=<dir>.")
@@ -102,7 +109,10 @@ def _capture_checked(
         first = compare("capture = your model", example, expected, outputs(captured.program, example))
     report.checks.append(first)
     if not first.ok:
-        raise refuse(first, "Does it draw random numbers, or keep state between calls? Such a model cannot be transformed.")
+        raise refuse(
+            first,
+            "Does it draw random numbers, or keep state between calls? Such a model cannot be transformed.",
+        )
     if not _runs(runnable, calls[1]):
         report.notes.append("the model refuses a second input drawn at random, so only the example was checked")
         calls.pop()
@@ -118,7 +128,9 @@ def _capture_checked(
             raise refuse(row, "Leave dynamic_shapes out: the sizes are then fixed where the model needs it.")
         else:
             captured = capture(model, args, kwargs, static=True)
-            captured.notes.append(f"every size is fixed: at the {resized.label} the capture was wrong ({row.error:.1e})")
+            captured.notes.append(
+                f"every size is fixed: at the {resized.label} the capture was wrong ({row.error:.1e})"
+            )
             resized = None
     report.notes += captured.notes
     return captured, Proof(captured, calls, resized, report, True)

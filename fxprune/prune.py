@@ -21,9 +21,7 @@ from .plan import near
 _WHAT = "cannot load the state dict"
 
 
-def load_state_dict(
-    model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True
-) -> _IncompatibleKeys:
+def load_state_dict(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> _IncompatibleKeys:
     """Load a state dict with `name_orig` and `name_mask` keys into `model`, whose weights need no mask yet.
 
     Afterwards the model is what was saved: the weights are pruned by torch.nn.utils.prune.custom_from_mask
@@ -36,9 +34,7 @@ def load_state_dict(
     """
     if not isinstance(state_dict, Mapping):
         why = f"it is a {type(state_dict).__name__}, not a mapping from names to tensors"
-        raise InputError(
-            _WHAT, where=type(model).__name__, why=why, do="Give what model.state_dict() returned."
-        )
+        raise InputError(_WHAT, where=type(model).__name__, why=why, do="Give what model.state_dict() returned.")
     state = _without_wrapper(model, state_dict)
     pairs = _pairs(model, state, strict)
     with _as_it_was_on_failure(model, pairs):

@@ -34,7 +34,7 @@ class WeightReport:
 
 @dataclasses.dataclass
 class ModelTiming:
-    """Median seconds of the whole model: dense torch.compile with freezing, and the result, interleaved."""
+    """Seconds of the whole model dense (torch.compile, frozen) and as emitted: the fastest of interleaved runs."""
 
     dense: float
     pruned: float
@@ -90,7 +90,7 @@ class Report:
     def _summary(self) -> str:
         packed = sum(w.layout != "dense" for w in self.weights)
         lines = [
-            f"{self.model}: {len(self.weights)} pruned weights, {packed} packed, {len(self.weights) - packed} kept dense"
+            f"{self.model}: {len(self.weights)} pruned weights: {packed} packed, {len(self.weights) - packed} dense"
         ]
         if self.weights:
             lines.append(f"weights: {_megabytes(self.dense_bytes)} dense, {_megabytes(self.bytes)} as stored")
@@ -126,7 +126,10 @@ def _weights_table(weights: list[WeightReport]) -> str:
     for w in weights:
         choice = w.lowered.choice
         times = {t.layout: t for t in choice.timings[: len({x.layout for x in choice.timings})]}
-        dense, taken = times.get("dense"), times.get(choice.layout if choice.layout != "dense" else "nonzeros")
+        dense, taken = (
+            times.get("dense"),
+            times.get(choice.layout if choice.layout != "dense" else "nonzeros"),
+        )
         refused = "; ".join(f"no {layout}: {why}" for layout, why in choice.refused.items())
         rows.append(
             (

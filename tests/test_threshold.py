@@ -20,9 +20,7 @@ shapes = st.lists(st.integers(1, 12), min_size=1, max_size=4)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_keys_order_as_scores_do(dtype: torch.dtype) -> None:
     info = torch.finfo(dtype)
-    score = torch.tensor(
-        [0.0, info.smallest_normal / 2, info.smallest_normal, 0.5, 1.0, info.max], dtype=dtype
-    )
+    score = torch.tensor([0.0, info.smallest_normal / 2, info.smallest_normal, 0.5, 1.0, info.max], dtype=dtype)
     key = keys(score, dtype)
     assert bool((key[1:] > key[:-1]).all())
     assert int(keys(torch.tensor([-0.0], dtype=dtype), dtype)) == int(key[0]) == 0

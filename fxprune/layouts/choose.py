@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..timing import interleave, median
+from ..timing import interleave, undisturbed
 from . import LAYOUTS
 from .dense import best_dense, predict_dense
 from .site import Packed, Site
@@ -17,6 +17,8 @@ from .site import Packed, Site
 # A sparse layout must beat dense by this factor at the geometric mean of the declared sizes, and lose at none.
 MARGIN = 1.05
 SECONDS_PER_SITE = 0.12
+# With fewer zeros than this no sparse kernel can win: it saves fewer multiply-adds than its indices cost.
+LEAST_ZEROS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,10 @@ class Chooser:
                 refused[name] = fit.why
         if self.only is not None:
             return self._forced(site, refused, fitting)
+        zeros = 1 - int(torch.count_nonzero(site.weight)) / max(1, site.weight.numel())
+        if zeros < LEAST_ZEROS:
+            few = f"{zeros:.1%} zeros are too few; {LEAST_ZEROS:.0%} is the least that is tried"
+            return Choice("dense", few, {**refused, **dict.fromkeys(fitting, few)}, ()), None
         if not fitting:
             return Choice("dense", "no sparse layout fits", refused, ()), None
         key = _likeness(site)
@@ -93,7 +99,8 @@ def _measure(site: Site, fitting: list[str], refused: dict[str, str]) -> tuple[C
         x = torch.randn(tokens, site.weight.shape[1], generator=generator).to(site.weight)
         dense = best_dense(site, x)
         sparse = [_bind(name, x, packed[name], site.bias) for name in fitting]
-        samples = [median(s) for s in interleave([*dense, *sparse], seconds=SECONDS_PER_SITE / len(site.tokens))]
+        rounds = interleave([*dense, *sparse], seconds=SECONDS_PER_SITE / len(site.tokens))
+        samples = [undisturbed(s) for s in rounds]
         baseline = min(samples[: len(dense)])
         timings.append(Timing("dense", tokens, predict_dense(site, tokens), baseline))
         for name, seconds in zip(fitting, samples[len(dense) :], strict=True):

@@ -13,8 +13,8 @@ from torch.fx import Graph, Node
 class Site:
     """One weight where it is used.
 
-    `weight` [o, i] has +0.0 wherever the mask removed an element, so "nonzero" means that some bit is set. `tokens` are the
-    numbers of rows M of the activations that the layout is tuned for. `activation` is the function that follows the op
+    `weight` [o, i] has +0.0 wherever the mask removed an element, so "nonzero" means that some bit is set. `tokens` are
+    the numbers of rows M of the activations that the layout is tuned for. `activation` is the function that follows the op
     ("", "relu", "gelu", "gelu_tanh" or "silu") and can be computed with it.
     """
 
@@ -75,5 +75,11 @@ class Layout(Protocol):
     def call(self, x: Tensor, packed: Packed, bias: Tensor | None, activation: str) -> Tensor: ...
 
     def lower(
-        self, graph: Graph, packed: Packed, tensors: dict[str, Node], x: Node, bias: Node | None, activation: str
+        self,
+        graph: Graph,
+        packed: Packed,
+        tensors: dict[str, Node],
+        x: Node,
+        bias: Node | None,
+        activation: str,
     ) -> Node: ...

@@ -108,9 +108,7 @@ def call(command: list[str], target: str) -> list[str]:
 def compile_to(command: list[str], target: str) -> None:
     """Run the compiler on SOURCE; its first error line becomes the BuildError's reason."""
     try:
-        done = subprocess.run(
-            call(command, target), capture_output=True, text=True, check=False, timeout=TIMEOUT
-        )
+        done = subprocess.run(call(command, target), capture_output=True, text=True, check=False, timeout=TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError("cannot run the C++ compiler", where=command[0], why=str(error)) from error
     if done.returncode != 0:

@@ -71,7 +71,9 @@ def _materialise(program: Program, node: Node, value: Tensor, known: dict[Node, 
         name += "_"
     path, _, leaf = name.rpartition(".")
     module = program.get_submodule(path)
-    module.register_parameter(leaf, torch.nn.Parameter(value.contiguous(), requires_grad=False)) if value.is_floating_point() else module.register_buffer(leaf, value)
+    module.register_parameter(
+        leaf, torch.nn.Parameter(value.contiguous(), requires_grad=False)
+    ) if value.is_floating_point() else module.register_buffer(leaf, value)
     with program.graph.inserting_before(node):
         constant = program.graph.get_attr(name)
     constant.meta = dict(node.meta)

@@ -59,7 +59,9 @@ def _foldable(norm: Node) -> bool:
         return False
     graph = norm.graph
     readers = sum(
-        len(n.users) for n in graph.nodes if n.op == "get_attr" and isinstance(weight, Node) and n.target == weight.target
+        len(n.users)
+        for n in graph.nodes
+        if n.op == "get_attr" and isinstance(weight, Node) and n.target == weight.target
     )
     return readers == 1 and norm.args[3] is not None and norm.args[4] is not None and not norm.args[5]
 
@@ -88,7 +90,9 @@ def _fold(program: Program, norm: Node) -> None:
     module._parameters[f"{leaf}_folded_bias"] = torch.nn.Parameter(bias.to(weight.dtype), requires_grad=False)
     with program.graph.inserting_before(conv):
         bias_node = program.graph.get_attr(bias_name)
-    conv.args = (conv.args[0], conv.args[1], bias_node, *conv.args[3:])
+    arguments = list(conv.args)
+    arguments[2:3] = [bias_node]
+    conv.args = tuple(arguments)
     norm.replace_all_uses_with(conv)
     inputs = [a for a in norm.args if isinstance(a, Node) and a.op == "get_attr"]
     program.graph.erase_node(norm)

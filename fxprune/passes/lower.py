@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import sympy
 import torch
@@ -113,7 +114,7 @@ def _tokens(use: Use, batches: Mapping[sympy.Symbol, tuple[int, ...]]) -> list[i
     result = []
     for index in range(count):
         values = {s: batches[s][index] if s in batches else hint for s, hint in hints.items()}
-        result.append(max(1, int(expression.subs(values))))
+        result.append(max(1, int(cast(Any, expression).subs(values))))
     return result
 
 
