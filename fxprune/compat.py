@@ -72,6 +72,11 @@ def register_foreign_outputs() -> None:
             ),
         )
         fx_pytree.register_pytree_flatten_spec(EncoderDecoderCache, lambda cache, _: flatten(cache)[0])
+    for kind in (DynamicCache, EncoderDecoderCache):
+        # Dynamo stumbles over the caches' constructors; a result that returns one compiles up to there.
+        node = pytree.SUPPORTED_NODES.get(kind)
+        if node is not None and not hasattr(node.unflatten_fn, "_torchdynamo_disable"):
+            pytree.SUPPORTED_NODES[kind] = node._replace(unflatten_fn=torch.compiler.disable(node.unflatten_fn))
 
 
 @contextlib.contextmanager

@@ -110,9 +110,9 @@ def own_storage(program: Program, theirs: set[int]) -> None:
                 if tensor is None or tensor.data_ptr() not in theirs:
                     continue
                 if id(tensor) not in clones:
-                    copy = tensor.detach().clone()
+                    own = tensor.detach().clone()
                     parameter = isinstance(tensor, nn.Parameter)
-                    clones[id(tensor)] = nn.Parameter(copy, requires_grad=False) if parameter else copy
+                    clones[id(tensor)] = nn.Parameter(own, requires_grad=False) if parameter else own
                 table[name] = clones[id(tensor)]  # pyright: ignore[reportArgumentType]
 
 

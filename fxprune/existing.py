@@ -74,7 +74,7 @@ def _shadow(model: nn.Module) -> nn.Module:
 
 
 def _fold_hook(module: nn.Module, name: str) -> Tensor:
-    original, mask = module._parameters[f"{name}_orig"], module._buffers[f"{name}_mask"]
+    original, mask = module._parameters.get(f"{name}_orig"), module._buffers.get(f"{name}_mask")
     if original is None or mask is None:
         raise CaptureError(
             f'cannot fold the pruning mask of "{name}"',

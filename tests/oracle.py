@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,18 @@ HALF = Plan([Rule("*", Unstructured(0.5))])
 # Forces packing, so that results do not hang on timing, and leaves the compiler out, which takes seconds.
 QUICK: dict[str, Any] = {"layout": "nonzeros", "compile": False}
 COMPILED: dict[str, Any] = {"layout": "nonzeros"}
+
+
+class Apply(nn.Module):
+    """One linear and a function of (linear, *args, **kwargs) as its forward."""
+
+    def __init__(self, function: Callable[..., Any], i: int = 16, o: int = 16) -> None:
+        super().__init__()
+        self.linear = nn.Linear(i, o)
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.linear, *args, **kwargs)
 
 
 def quick(model: nn.Module, *args: Any, plan: Plan | None = HALF, **more: Any) -> Any:

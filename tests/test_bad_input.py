@@ -29,7 +29,7 @@ class Encoder(nn.Module):
         return self.encoder(x) + self.table.sum()
 
 
-def encoder() -> Encoder:
+def encoder() -> Any:
     return Encoder().eval()
 
 
@@ -223,9 +223,11 @@ def test_a_model_that_export_cannot_capture_names_the_line() -> None:
 
 
 class Forward(nn.Module):
-    def __init__(self, forward: Callable[[Forward, Tensor], Tensor]) -> None:
+    state: Tensor
+
+    def __init__(self, act: Callable[[Forward, Tensor], Tensor]) -> None:
         super().__init__()
-        self.linear, self.act = nn.Linear(16, 16), forward
+        self.linear, self.act = nn.Linear(16, 16), act
         self.register_buffer("state", torch.zeros(2, 1))
 
     def forward(self, x: Tensor) -> Tensor:

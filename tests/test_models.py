@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import fxprune
 from fxprune import Plan, Rule, Unstructured
@@ -103,13 +104,14 @@ def convnext() -> Case:
 
 
 def detr() -> Case:
-    backbone = hf.ResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", out_features=["stage2"]
-    )
-    config = hf.DetrConfig(
-        **{**SPEECH, "encoder_layers": 1, "decoder_layers": 1}, num_queries=5, use_timm_backbone=False,
-        use_pretrained_backbone=False, backbone=None, backbone_config=backbone,
-    )  # fmt: skip
+    backbone: dict[str, Any] = {
+        "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic",
+        "out_features": ["stage2"],
+    }  # fmt: skip
+    # Without a backbone of its own it would load one from the network.
+    offline: dict[str, Any] = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None}
+    sizes: dict[str, Any] = {**SPEECH, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 5}
+    config = hf.DetrConfig(**sizes, **offline, backbone_config=hf.ResNetConfig(**backbone))
     return hf.DetrModel(config), images(64), {}
 
 
@@ -182,7 +184,7 @@ def unit_scale(model: nn.Module) -> nn.Module:
 
 
 def first_float(output: Any) -> Tensor:
-    leaves = torch.utils._pytree.tree_leaves(output)
+    leaves = pytree.tree_leaves(output)
     return next(t for t in leaves if isinstance(t, Tensor) and t.is_floating_point())
 
 
@@ -206,7 +208,7 @@ def test_a_model_at_80_percent_equals_the_pruned_model(make: Callable[[], Case])
     assert linears or make is mobilenet_v2
 
 
-@pytest.mark.parametrize("make", [bert, llama, residual_cnn], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [bert, llama, t5, residual_cnn], ids=lambda make: make.__name__)
 def test_compiled(make: Callable[[], Case]) -> None:
     model, args, kwargs = make()
     unit_scale(model)

@@ -69,7 +69,7 @@ def test_unpack_gives_back_every_bit(o: int, i: int, sparsity: float, tokens: tu
     assert packed.tensors["values"].numel() == int((bits(w) != 0).sum())
     assert torch.equal(bits(layout.unpack(packed)), bits(w))
     counts = packed.tensors["counts"]
-    assert int(counts.sum()) == packed.tensors["starts"][-1] and bool((counts >= 0).all())
+    assert int(counts.sum()) == packed.tensors["blocks"][-1] and bool((counts >= 0).all())
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -197,6 +197,7 @@ def test_op_under_fake_tensors_export_and_opcheck() -> None:
     packed = layout.pack(site(w))
     tensors = [packed.tensors[name] for name in layout.arguments(packed)]
     torch.library.opcheck(layout.op, (torch.randn(3, 16), *tensors, bias, 24, "relu"))
+    torch.library.opcheck(layout.split_op, (torch.randn(3, 16), *tensors, None, (5, 19), "relu"))
 
     class Linear(torch.nn.Module):
         def __init__(self) -> None:
@@ -206,12 +207,15 @@ def test_op_under_fake_tensors_export_and_opcheck() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             buffers = [getattr(self, name) for name in layout.arguments(packed)]
-            return layout.op(x, *buffers, bias, 24, "gelu")
+            first, second = layout.split_op(x, *buffers, bias, [7, 17], "gelu")
+            return torch.cat([layout.op(x, *buffers, bias, 24, "gelu"), first, second], -1)
 
     dynamic = ({0: torch.export.Dim.DYNAMIC},)
     program = torch.export.export(Linear(), (torch.randn(3, 16),), dynamic_shapes=dynamic)
     x = torch.randn(11, 16)
-    assert_close(program.module()(x), x, w, bias, "gelu")
+    whole, parts = program.module()(x).split(24, -1)
+    assert_close(whole.contiguous(), x, w, bias, "gelu")
+    assert torch.equal(whole, parts)
 
 
 def test_op_under_compile_with_dynamic_sizes() -> None:
@@ -220,6 +224,83 @@ def test_op_under_compile_with_dynamic_sizes() -> None:
 
     def function(x: Tensor) -> Tensor:
         return layout.call(x * 2, packed, bias, "silu") + 1
+
+    compiled = torch.compile(function, dynamic=True, fullgraph=True)
+    with torch.no_grad():
+        for tokens in (5, 1, 64, 9):
+            x = torch.randn(2, tokens, 32)
+            torch.testing.assert_close(compiled(x), function(x))
+
+
+def split(
+    x: Tensor, packed: Packed, sizes: tuple[int, ...], bias: Tensor | None = None, activation: str = ""
+) -> list[Tensor]:
+    """The split op on a packed weight."""
+    tensors = (packed.tensors[name] for name in layout.arguments(packed))
+    return layout.split_op(x, *tensors, bias, sizes, activation)
+
+
+PARTS = ((3, 130, 67), (1,) * 200, (0, 199, 0, 1), (96, 104))
+
+
+@pytest.mark.parametrize("sizes", PARTS, ids=lambda sizes: f"{len(sizes)}parts")
+@pytest.mark.parametrize("tokens", [0, 1, 7, 31, 64, 65, 128])
+def test_parts_equal_separate_linears(sizes: tuple[int, ...], tokens: int) -> None:
+    # At 200 rows a row block has 104 of them, so that most of these parts begin or end inside one.
+    x, bias, before = torch.randn(2, tokens, 90), torch.randn(200), torch.get_num_threads()
+    for sparsity, tuned in ((0.3, 1), (0.9, 128)):
+        w = weight(200, 90, sparsity)
+        packed = layout.pack(site(w, (tuned,)))
+        for b, activation in ((None, ""), (bias, ""), (bias, "gelu"), (None, "relu")):
+            try:
+                for threads in (1, 2):
+                    torch.set_num_threads(threads)
+                    parts = split(x, packed, sizes, b, activation)
+                    whole = layout.call(x, packed, b, activation)
+                    assert [p.shape for p in parts] == [(2, tokens, size) for size in sizes]
+                    assert all(torch.equal(p, q) for p, q in zip(parts, whole.split(sizes, -1), strict=True))
+            finally:
+                torch.set_num_threads(before)
+            pieces = [None] * len(sizes) if b is None else b.split(sizes)
+            for part, rows, piece in zip(parts, w.split(sizes), pieces, strict=True):
+                if len(rows):
+                    assert_close(part, x, rows, piece, activation)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_parts_with_every_activation(activation: str) -> None:
+    w, x, bias = weight(90, 70, 0.8), 3 * torch.randn(33, 70), torch.randn(90)
+    parts = split(x, layout.pack(site(w)), (41, 49), bias, activation)
+    for part, rows, piece in zip(parts, w.split((41, 49)), bias.split((41, 49)), strict=True):
+        assert_close(part, x, rows, piece, activation)
+
+
+def test_parts_of_many_rows() -> None:
+    # More row blocks than keep their sums in the cache at once, so that a part is written in several goes.
+    w, x = weight(3001, 40, 0.9), torch.randn(65, 40)
+    sizes = (1500, 1, 1500)
+    for part, rows in zip(split(x, layout.pack(site(w)), sizes), w.split(sizes), strict=True):
+        assert_close(part, x, rows)
+
+
+def test_parts_are_fresh_tensors() -> None:
+    w, x = weight(30, 20, 0.5), torch.randn(9, 20)
+    packed = layout.pack(site(w))
+    once, again = split(x, packed, (10, 20)), split(x, packed, (10, 20))
+    storages = {part.untyped_storage().data_ptr() for part in (*once, *again)}
+    assert len(storages) == 4
+    once[0].fill_(torch.nan)
+    assert_close(once[1], x, w[10:])
+    assert_close(again[0], x, w[:10])
+
+
+def test_parts_under_compile_with_dynamic_sizes() -> None:
+    w, bias = weight(48, 32, 0.7), torch.randn(48)
+    packed = layout.pack(site(w))
+
+    def function(x: Tensor) -> Tensor:
+        q, k, v = split(x * 2, packed, (16, 16, 16), bias, "silu")
+        return (q @ k.transpose(-1, -2)).softmax(-1) @ v + 1
 
     compiled = torch.compile(function, dynamic=True, fullgraph=True)
     with torch.no_grad():
@@ -243,10 +324,18 @@ def test_wrong_arguments_are_refused() -> None:
         lambda: layout.call(x.bfloat16(), packed),
         lambda: layout.call(x, packed, torch.randn(21)),
         lambda: layout.call(x, packed, torch.randn(20).double()),
-        lambda: layout.call(x, packed, None, torch.randn(4, 21)),
-        lambda: layout.call(x, packed, None, torch.randn(80)),
+        lambda: layout.op(x, *t.values(), None, 20, torch.randn(80)),
         lambda: layout.call(x, packed, None, "tanh"),
         lambda: layout.call(x, Packed("nonzeros", (21, 30), t)),
+        lambda: layout.call(x, changed(packed, blocks=t["blocks"][:3])),
+        lambda: layout.call(x, changed(packed, blocks=t["blocks"] + torch.tensor([1, 0, 0, 0, 0, 0]))),
+        lambda: split(x, packed, (10, 9)),
+        lambda: split(x, packed, (10, 11)),
+        lambda: split(x, packed, (-1, 21)),
+        lambda: split(x, packed, (21, -1)),
+        lambda: split(x, packed, ()),
+        lambda: split(torch.randn(4, 31), packed, (10, 10)),
+        lambda: split(x, packed, (10, 10), torch.randn(10)),
     ]
     if native.status().available:
         calls += [
@@ -254,10 +343,12 @@ def test_wrong_arguments_are_refused() -> None:
             lambda: layout.call(x, changed(packed, columns=t["columns"].int())),
             lambda: layout.call(x, changed(packed, order=t["order"][1:])),
             lambda: layout.call(x, changed(packed, counts=t["counts"].repeat(2))),
-            lambda: layout.call(x, changed(packed, starts=t["starts"][:1])),
-            lambda: layout.call(x, changed(packed, starts=-t["starts"])),
-            lambda: layout.call(x, changed(packed, geometry=torch.tensor([20, 30, 0, 32]))),
-            lambda: layout.call(x, changed(packed, geometry=torch.tensor([20, 30, 32]))),
+            lambda: layout.call(x, changed(packed, blocks=t["blocks"][:-1])),
+            lambda: layout.call(x, changed(packed, blocks=t["blocks"][:4])),
+            lambda: layout.call(x, changed(packed, blocks=t["blocks"].int())),
+            lambda: layout.call(x, changed(packed, blocks=-t["blocks"])),
+            lambda: layout.call(x, changed(packed, blocks=torch.tensor([20, 30, 0, 32, *t["blocks"][4:].tolist()]))),
+            lambda: layout.call(x, changed(packed, blocks=torch.tensor([20, 30, 20, 32, 0, -1]))),
         ]
     for call in calls:
         with pytest.raises((RuntimeError, ValueError)):

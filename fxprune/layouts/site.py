@@ -14,8 +14,8 @@ class Site:
     """One weight where it is used.
 
     `weight` [o, i] has +0.0 wherever the mask removed an element, so "nonzero" means that some bit is set. `tokens` are
-    the numbers of rows M of the activations that the layout is tuned for. `activation` is the function that follows the op
-    ("", "relu", "gelu", "gelu_tanh" or "silu") and can be computed with it.
+    the numbers of rows M of the activations that the layout is tuned for. `activation` is the function that follows the
+    op ("", "relu", "gelu", "gelu_tanh" or "silu") and can be computed with it.
     """
 
     name: str
@@ -58,8 +58,9 @@ class Packed:
 class Layout(Protocol):
     """How a masked weight is stored and multiplied.
 
-    `unpack(pack(site))` equals the site's weight bit for bit. `call` computes act(x @ weight.T + bias) for x [..., i],
-    and `lower` adds the same as one node to a graph, with a get_attr node for each packed tensor.
+    `unpack(pack(site))` equals the site's weight bit for bit. `call` computes act(x @ weight.T + bias) for x [..., i].
+    `lower` adds the same as one call to a graph, given a get_attr node for each packed tensor, and returns one node for
+    each of `out_features`: the weight's rows dealt out in order, each result contiguous [..., out_features[j]].
     """
 
     name: str
@@ -82,4 +83,5 @@ class Layout(Protocol):
         x: Node,
         bias: Node | None,
         activation: str,
-    ) -> Node: ...
+        out_features: tuple[int, ...],
+    ) -> list[Node]: ...

@@ -1,7 +1,7 @@
-"""The CPU op fxprune::nonzeros_linear: schema, shape rule, plain-torch kernel, and loading of the C++ one.
+"""The CPU ops fxprune::nonzeros_linear and nonzeros_linear_split: schemas, shape rules, plain-torch kernels, loading.
 
-The op exists as soon as this module is imported. Its C++ kernel is compiled and loaded at the first call (or
-by `load`); where that cannot be, the plain-torch kernel below answers: right, but slow.
+The ops exist as soon as this module is imported. Their C++ kernels are compiled and loaded at the first call (or by
+`load`); where that cannot be, the plain-torch kernels below answer: right, but slow.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,11 +40,12 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 ACTIVATIONS = tuple(_ACTIVATIONS)
 
 _library = torch.library.Library("fxprune", "FRAGMENT")
-_library.define(
-    "nonzeros_linear(Tensor x, Tensor values, Tensor columns, Tensor order, Tensor counts, Tensor starts,"
-    " Tensor geometry, Tensor? bias, int out_features, str activation) -> Tensor",
-    tags=(torch.Tag.needs_fixed_stride_order,),
-)
+_PACKED = "Tensor values, Tensor columns, Tensor order, Tensor counts, Tensor blocks, Tensor? bias"
+for _schema in (
+    f"nonzeros_linear(Tensor x, {_PACKED}, int out_features, str activation) -> Tensor",
+    f"nonzeros_linear_split(Tensor x, {_PACKED}, int[] out_features, str activation) -> Tensor[]",
+):
+    _library.define(_schema, tags=(torch.Tag.needs_fixed_stride_order,))
 _lock = threading.Lock()
 _status: Status | None = None
 
@@ -75,11 +77,9 @@ def _load() -> Status:
     return Status(True, f"C++ kernels with {isa}", isa)
 
 
-def to_dense(
-    values: Tensor, columns: Tensor, order: Tensor, counts: Tensor, starts: Tensor, geometry: Tensor
-) -> Tensor:
+def to_dense(values: Tensor, columns: Tensor, order: Tensor, counts: Tensor, blocks: Tensor) -> Tensor:
     """The weight [o, i] that the tensors of the nonzeros layout store, bit for bit."""
-    o, i, row_block, k_block = geometry.tolist()
+    o, i, row_block, k_block = blocks[:4].tolist()
     k_blocks = -(-i // k_block)
     segment = torch.arange(order.numel(), device=order.device)
     # Segments stand by row block, then K-block, then sorted row; the last row block may have fewer rows.
@@ -92,34 +92,56 @@ def to_dense(
 
 
 def nonzeros_linear_reference(
-    x: Tensor, values: Tensor, columns: Tensor, order: Tensor, counts: Tensor, starts: Tensor,
-    geometry: Tensor, bias: Tensor | None, out_features: int, activation: str,
+    x: Tensor, values: Tensor, columns: Tensor, order: Tensor, counts: Tensor, blocks: Tensor,
+    bias: Tensor | None, out_features: int, activation: str,
 ) -> Tensor:  # fmt: skip
     """activation(x [..., i] @ W^T + bias) [..., o] in plain torch: the definition, and the fallback."""
     if x.dtype != torch.float32:
         raise InputError("nonzeros_linear takes float32 only", why=f"x is {x.dtype}")
     if activation not in _ACTIVATIONS:
         raise InputError(f"unknown activation {activation!r}", do=f"Use one of {ACTIVATIONS}.")
-    if geometry[:2].tolist() != [out_features, x.shape[-1]]:
-        why = f"the packed weight is {geometry[:2].tolist()}, the call wants {[out_features, x.shape[-1]]}"
+    if blocks[:2].tolist() != [out_features, x.shape[-1]]:
+        why = f"the packed weight is {blocks[:2].tolist()}, the call wants {[out_features, x.shape[-1]]}"
         raise InputError("nonzeros_linear got a weight of another shape", why=why)
-    y = F.linear(x, to_dense(values, columns, order, counts, starts, geometry), bias)
+    y = F.linear(x, to_dense(values, columns, order, counts, blocks), bias)
     return _ACTIVATIONS[activation](y).contiguous()
 
 
-def _first_call(x: Tensor, *rest: object) -> Tensor:
-    # Registered below the CPU key: once the C++ kernel is loaded, the dispatcher never comes here again.
-    if x.device.type == "cpu" and load().available:
-        return torch.ops.fxprune.nonzeros_linear.default(x, *rest)
-    return nonzeros_linear_reference(x, *rest)  # pyright: ignore[reportArgumentType]
+def nonzeros_linear_split_reference(
+    x: Tensor, values: Tensor, columns: Tensor, order: Tensor, counts: Tensor, blocks: Tensor,
+    bias: Tensor | None, out_features: Sequence[int], activation: str,
+) -> list[Tensor]:  # fmt: skip
+    """nonzeros_linear with the rows of W dealt out in order: one tensor [..., out_features[j]] for each part."""
+    if min(out_features, default=0) < 0:
+        raise InputError("nonzeros_linear_split cannot deal out the rows", why=f"the parts have {out_features}")
+    y = nonzeros_linear_reference(x, values, columns, order, counts, blocks, bias, sum(out_features), activation)
+    return [part.clone(memory_format=torch.contiguous_format) for part in y.split(list(out_features), -1)]
+
+
+def _register(name: str, reference: Callable[..., Any], shape: Callable[..., Any]) -> None:
+    def first_call(x: Tensor, *rest: object) -> Any:
+        # Registered below the CPU key: once the C++ kernel is loaded, the dispatcher never comes here again.
+        if x.device.type == "cpu" and load().available:
+            return getattr(torch.ops.fxprune, name).default(x, *rest)
+        return reference(x, *rest)
+
+    _library.impl(name, first_call, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fxprune::{name}", shape, lib=_library)
 
 
 def _shape(
-    x: Tensor, values: Tensor, columns: Tensor, order: Tensor, counts: Tensor, starts: Tensor,
-    geometry: Tensor, bias: Tensor | None, out_features: int, activation: str,
+    x: Tensor, values: Tensor, columns: Tensor, order: Tensor, counts: Tensor, blocks: Tensor,
+    bias: Tensor | None, out_features: int, activation: str,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-_library.impl("nonzeros_linear", _first_call, "CompositeExplicitAutograd")
-torch.library.register_fake("fxprune::nonzeros_linear", _shape, lib=_library)
+def _shapes(
+    x: Tensor, values: Tensor, columns: Tensor, order: Tensor, counts: Tensor, blocks: Tensor,
+    bias: Tensor | None, out_features: Sequence[int], activation: str,
+) -> list[Tensor]:  # fmt: skip
+    return [x.new_empty(*x.shape[:-1], rows) for rows in out_features]
+
+
+_register("nonzeros_linear", nonzeros_linear_reference, _shape)
+_register("nonzeros_linear_split", nonzeros_linear_split_reference, _shapes)

@@ -1,8 +1,10 @@
-// fxprune::nonzeros_linear for the CPU: y = activation(x @ W^T + bias), W stored by its nonzeros.
+// fxprune::nonzeros_linear for the CPU: y = activation(x @ W^T + bias), W stored by its nonzeros; and
+// nonzeros_linear_split, which deals the rows of W out to several results.
 //
 // Stored format of W [o, i] (layouts/nonzeros.py packs it): row blocks of NB rows, K-blocks of Kb columns,
 // blocks in the order (row block, K-block). In a block the rows are sorted by their number of nonzeros. Row r
-// of row block b, K-block k has its `order` and `counts` at b * NB * nK + k * rows(b) + r.
+// of row block b, K-block k has its `order` and `counts` at b * NB * nK + k * rows(b) + r. `blocks` holds o, i,
+// NB, Kb, and then where each block begins in `values` and `columns`.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -30,6 +32,15 @@ constexpr int64_t kTileBytes = 512 << 10;
 constexpr int64_t kBlockBytes = 96 << 10;
 constexpr int64_t kSerialWork = 16 << 10;
 
+// Entries of `blocks` before the first block's.
+constexpr int64_t kGeometry = 4;
+
+// Rows of W that make one result: y [tokens, rows].
+struct Part {
+  int64_t first, rows;
+  float* y;
+};
+
 struct Problem {
   const float* values;
   const uint16_t* columns;
@@ -39,8 +50,8 @@ struct Problem {
   int64_t o, i, row_block, k_block, row_blocks, k_blocks;
   const float* x;
   const float* bias;
-  float* y;
   int64_t tokens;
+  std::vector<Part> parts;
 
   int64_t first_row(int64_t block) const { return std::min(o, block * row_block); }
 
@@ -92,10 +103,14 @@ void run_tile(const Problem& p, int64_t token, int64_t begin, int64_t end) {
         }
       }
     }
-    const int64_t at = token * p.o + first;
-    const float* bias = p.bias ? p.bias + first : nullptr;
-    const Epilogue e{bias, p.y + at, p.o};
-    unpack<T, kind>(tile, p.first_row(high) - first, tokens, e);
+    const int64_t last = p.first_row(high);
+    for (const Part& part : p.parts) {
+      const int64_t row = std::max(first, part.first), stop = std::min(last, part.first + part.rows);
+      if (row >= stop) continue;
+      const float* bias = p.bias ? p.bias + row : nullptr;
+      const Epilogue e{bias, part.y + token * part.rows + row - part.first, part.rows};
+      unpack<T, kind>(tile + (row - first) * T, stop - row, tokens, e);
+    }
   }
 }
 
@@ -165,44 +180,75 @@ const T* data(const Tensor& t, ScalarType type, int64_t numel, const char* what)
   return static_cast<const T*>(t.const_data_ptr());
 }
 
-Tensor nonzeros_linear(
-    const Tensor& input, const Tensor& values, const Tensor& columns, const Tensor& order,
-    const Tensor& counts, const Tensor& starts, const Tensor& geometry, const std::optional<Tensor>& bias,
-    int64_t out_features, const std::string& activation) {
-  require(input.scalar_type() == ScalarType::Float, "x must be float32");
-  require(input.dim() >= 1, "x must have at least one dimension");
-  const RunTile run_tile = choose(activation);
-
+// The weight as its packed tensors describe it; throws where they do not fit together.
+Problem weight_of(
+    const Tensor& values, const Tensor& columns, const Tensor& order, const Tensor& counts,
+    const Tensor& blocks, const std::optional<Tensor>& bias) {
   Problem p = {};
-  const int64_t* sizes = data<int64_t>(geometry, ScalarType::Long, 4, "geometry must be int64 [4]");
-  p.o = sizes[0], p.i = sizes[1], p.row_block = sizes[2], p.k_block = sizes[3];
-  require(p.o >= 1 && p.i >= 1 && p.row_block >= 1 && p.k_block >= 1, "geometry must be positive");
+  const int64_t entries = blocks.numel();
+  const int64_t* geometry = data<int64_t>(blocks, ScalarType::Long, entries, "blocks must be contiguous int64");
+  require(entries > kGeometry, "blocks must begin with o, i, row block, K-block");
+  p.o = geometry[0], p.i = geometry[1], p.row_block = geometry[2], p.k_block = geometry[3];
+  require(p.o >= 1 && p.i >= 1 && p.row_block >= 1 && p.k_block >= 1, "o, i and the blocks must be positive");
   require(p.row_block <= INT16_MAX && p.k_block <= INT16_MAX, "a block is too large for 16-bit indices");
-  require(out_features == p.o, "out_features differs from the packed weight's");
   p.row_blocks = (p.o + p.row_block - 1) / p.row_block;
   p.k_blocks = (p.i + p.k_block - 1) / p.k_block;
 
-  const int64_t nonzeros = values.numel(), segments = p.o * p.k_blocks, blocks = p.row_blocks * p.k_blocks;
+  const int64_t nonzeros = values.numel(), segments = p.o * p.k_blocks, count = p.row_blocks * p.k_blocks;
   p.values = data<float>(values, ScalarType::Float, nonzeros, "values must be a contiguous float32 tensor");
   p.columns = data<uint16_t>(columns, ScalarType::Short, nonzeros, "columns must be int16, one per value");
   p.order = data<int16_t>(order, ScalarType::Short, segments, "order must be int16, one per segment");
   p.counts = data<int16_t>(counts, ScalarType::Short, segments, "counts must be int16, one per segment");
-  p.starts = data<int64_t>(starts, ScalarType::Long, blocks + 1, "starts must be int64 [blocks + 1]");
-  require(p.starts[0] == 0 && p.starts[blocks] == nonzeros && std::is_sorted(p.starts, p.starts + blocks + 1),
-          "starts must rise from 0 to the number of values");
+  require(entries == kGeometry + count + 1, "blocks must be [4 + number of blocks + 1]");
+  p.starts = geometry + kGeometry;
+  require(p.starts[0] == 0 && p.starts[count] == nonzeros && std::is_sorted(p.starts, p.starts + count + 1),
+          "blocks must begin from 0 to the number of values");
+  if (bias) p.bias = data<float>(*bias, ScalarType::Float, p.o, "bias must be contiguous float32 [o]");
+  return p;
+}
 
+// The results for x, one for each number of rows in `out_features`, which add up to the weight's.
+std::vector<Tensor> linear(
+    Problem p, const Tensor& input, const std::vector<int64_t>& out_features, const std::string& activation) {
+  const RunTile run_tile = choose(activation);
+  require(input.scalar_type() == ScalarType::Float, "x must be float32");
+  require(input.dim() >= 1, "x must have at least one dimension");
   const Tensor x = input.is_contiguous() ? input : torch::stable::contiguous(input);
-  const auto shape = x.sizes();
-  require(shape[shape.size() - 1] == p.i, "the last dimension of x differs from the weight's in_features");
-  std::vector<int64_t> out_shape(shape.begin(), shape.end());
-  out_shape.back() = p.o;
-  Tensor y = torch::stable::new_empty(x, out_shape);
+  const auto sizes = x.sizes();
+  std::vector<int64_t> shape(sizes.begin(), sizes.end());
+  require(shape.back() == p.i, "the last dimension of x differs from the weight's in_features");
   p.tokens = x.numel() / p.i;
   p.x = data<float>(x, ScalarType::Float, p.tokens * p.i, "x must be on the CPU");
-  if (bias) p.bias = data<float>(*bias, ScalarType::Float, p.o, "bias must be contiguous float32 [out_features]");
-  p.y = static_cast<float*>(y.mutable_data_ptr());
+
+  int64_t first = 0;
+  for (const int64_t rows : out_features) {
+    require(rows >= 0 && rows <= p.o - first, "out_features must add up to the packed weight's rows");
+    p.parts.push_back({first, rows, nullptr});
+    first += rows;
+  }
+  require(first == p.o, "out_features must add up to the packed weight's rows");
+  std::vector<Tensor> results;
+  results.reserve(p.parts.size());
+  for (Part& part : p.parts) {
+    shape.back() = part.rows;
+    results.push_back(torch::stable::new_empty(x, shape));
+    part.y = static_cast<float*>(results.back().mutable_data_ptr());
+  }
   if (p.tokens > 0) run(p, run_tile);
-  return y;
+  return results;
+}
+
+Tensor nonzeros_linear(
+    const Tensor& x, const Tensor& values, const Tensor& columns, const Tensor& order, const Tensor& counts,
+    const Tensor& blocks, const std::optional<Tensor>& bias, int64_t out_features, const std::string& activation) {
+  return linear(weight_of(values, columns, order, counts, blocks, bias), x, {out_features}, activation)[0];
+}
+
+std::vector<Tensor> nonzeros_linear_split(
+    const Tensor& x, const Tensor& values, const Tensor& columns, const Tensor& order, const Tensor& counts,
+    const Tensor& blocks, const std::optional<Tensor>& bias, const std::vector<int64_t>& out_features,
+    const std::string& activation) {
+  return linear(weight_of(values, columns, order, counts, blocks, bias), x, out_features, activation);
 }
 
 }  // namespace
@@ -213,4 +259,5 @@ extern "C" const char* fxprune_isa() { return FXPRUNE_ISA; }
 
 STABLE_TORCH_LIBRARY_IMPL(fxprune, CPU, m) {
   m.impl("nonzeros_linear", TORCH_BOX(&fxprune::nonzeros_linear));
+  m.impl("nonzeros_linear_split", TORCH_BOX(&fxprune::nonzeros_linear_split));
 }

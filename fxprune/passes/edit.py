@@ -28,6 +28,12 @@ def owner(program: nn.Module, name: str) -> tuple[nn.Module, str]:
     return program.get_submodule(path), leaf
 
 
+def fetch(program: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer `name`, without its gradient."""
+    module, leaf = owner(program, name)
+    return getattr(module, leaf).detach()
+
+
 def replace_parameter(program: Program, names: list[str], value: Tensor) -> None:
     """Puts one new parameter under all of its names."""
     parameter = nn.Parameter(value, requires_grad=False)
@@ -37,7 +43,12 @@ def replace_parameter(program: Program, names: list[str], value: Tensor) -> None
 
 
 def drop_unused(program: Program) -> None:
-    """Removes parameters and buffers that no get_attr node reads any more."""
+    """Removes parameters and buffers that nothing uses any more. A tied tensor that is used keeps all its names."""
+    reads = {n: getattr(*owner(program, str(n.target))) for n in program.graph.nodes if n.op == "get_attr"}
+    used = {id(value) for node, value in reads.items() if node.users}
+    for node, value in reads.items():
+        if id(value) not in used:
+            program.graph.erase_node(node)
     read = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
     for path, module in program.named_modules():
         for table in (module._parameters, module._buffers):

@@ -88,15 +88,15 @@ def _fold(program: Program, norm: Node) -> None:
     module._parameters[leaf] = torch.nn.Parameter(new_weight, requires_grad=False)
     bias_name = f"{name.rpartition('.')[0]}.{leaf}_folded_bias".lstrip(".")
     module._parameters[f"{leaf}_folded_bias"] = torch.nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+    read = [a for a in (*conv.args[2:3], *norm.args) if isinstance(a, Node) and a.op == "get_attr"]
     with program.graph.inserting_before(conv):
         bias_node = program.graph.get_attr(bias_name)
     arguments = list(conv.args)
     arguments[2:3] = [bias_node]
     conv.args = tuple(arguments)
     norm.replace_all_uses_with(conv)
-    inputs = [a for a in norm.args if isinstance(a, Node) and a.op == "get_attr"]
     program.graph.erase_node(norm)
-    for node in inputs:
+    for node in dict.fromkeys(read):
         if not node.users:
             program.graph.erase_node(node)
 

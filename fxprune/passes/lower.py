@@ -1,4 +1,7 @@
-"""lower: each masked weight of a linear goes to the layout that measured fastest; dense always fits."""
+"""lower: each masked weight of a linear goes to the layout that measured fastest; dense always fits.
+
+Weights whose linears read the same activations are then stored together and multiplied in one call (share.py).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from ..compat import symbol_hint
 from ..layouts import LAYOUTS, Packed, Site
 from ..layouts.choose import Choice, Chooser
 from ..weights import Use, uses
-from .edit import copy_program, drop_unused, owner
+from .edit import copy_program, drop_unused, fetch, owner
+from .share import Chosen, groups, merge
 
 aten = torch.ops.aten
 
@@ -44,46 +48,75 @@ def lower(
     """
     result = copy_program(program)
     found = uses(result)
-    lowered = [_lower_weight(result, name, found.get(name, []), chooser, batches or {}) for name in names]
+    lowered: dict[str, Lowered] = {}
+    chosen: list[Chosen] = []
+    for name in names:
+        lowered[name] = _choose(result, name, found.get(name, []), chooser, batches or {}, chosen)
+    waiting = groups(result, chosen)
+    chosen.clear()
+    while waiting:
+        # Popped, so that what was packed apart goes as soon as it is stored together.
+        _store(result, waiting.pop(0), lowered)
     result.graph.lint()
     drop_unused(result)
     result.recompile()
-    return result, lowered
+    return result, list(lowered.values())
 
 
-def _lower_weight(
+def _choose(
     program: Program,
     name: str,
     weight_uses: list[Use],
     chooser: Chooser,
     batches: Mapping[sympy.Symbol, tuple[int, ...]],
+    chosen: list[Chosen],
 ) -> Lowered:
-    module, leaf = owner(program, name)
-    weight = getattr(module, leaf).detach()
+    """What becomes of one weight; adds it to `chosen` unless it stays dense."""
+    weight = fetch(program, name)
     size = weight.numel() * weight.element_size()
     nodes = tuple(u.node.name for u in weight_uses)
     reason = _cannot_pack(weight_uses)
     if reason:
         choice = Choice("dense", reason, {layout: reason for layout in LAYOUTS}, ())
         return Lowered(name, nodes, choice, size, size)
-    transposed = weight_uses[0].transposed
     tokens = sorted({t for u in weight_uses for t in _tokens(u, batches)})
     activations = {_activation(u.node)[0] for u in weight_uses}
+    bias = weight_uses[0].bias
     site = Site(
         name=name,
         node=nodes[0],
-        weight=weight.t().contiguous() if transposed else weight,
-        bias=_constant(program, weight_uses[0].bias),
+        weight=weight.t().contiguous() if weight_uses[0].transposed else weight,
+        bias=fetch(program, str(bias.target)) if bias is not None and bias.op == "get_attr" else None,
         tokens=tuple(tokens),
         activation=activations.pop() if len(activations) == 1 else "",
     )
     choice, packed = chooser.choose(site)
     if packed is None:
         return Lowered(name, nodes, choice, size, size)
-    _register(program, name, packed)
-    for use in weight_uses:
-        _replace(program, name, use, packed)
+    chosen.append(Chosen(name, weight_uses, site.tokens, site.activation, packed))
     return Lowered(name, nodes, choice, size, packed.bytes())
+
+
+def _store(program: Program, group: list[Chosen], lowered: dict[str, Lowered]) -> None:
+    """Puts one weight, or several that share a call, into the program in their layout."""
+    first = group[0]
+    if len(group) == 1:
+        _register(program, first.name, first.packed.tensors)
+        for use in first.uses:
+            _replace(program, first.name, first.packed, [use], use.bias, first.packed.shape[:1])
+        return
+    packed, bias, sizes = merge(program, group)
+    _register(program, first.name, {**packed.tensors, **({} if bias is None else {"bias": bias})})
+    linears = [member.uses[0] for member in group]
+    with program.graph.inserting_before(linears[0].node):
+        bias_node = None if bias is None else program.graph.get_attr(f"{first.name}.bias")
+    _replace(program, first.name, packed, linears, bias_node, tuple(member.packed.shape[0] for member in group))
+    others = ", ".join(member.name for member in group[1:])
+    for member, size in zip(group, sizes, strict=True):
+        row = lowered[member.name]
+        why = f"{row.choice.why}; stored with {others if member is first else first.name}"
+        choice = dataclasses.replace(row.choice, why=why)
+        lowered[member.name] = dataclasses.replace(row, choice=choice, bytes=size)
 
 
 def _cannot_pack(weight_uses: list[Use]) -> str:
@@ -131,32 +164,40 @@ def _activation(node: Node) -> tuple[str, Node | None]:
     return "", None
 
 
-def _constant(program: Program, node: Node | None) -> Tensor | None:
-    if node is None or node.op != "get_attr":
-        return None
-    module, leaf = owner(program, str(node.target))
-    return getattr(module, leaf).detach()
-
-
-def _register(program: Program, name: str, packed: Packed) -> None:
-    """Replaces the parameter by a module of the packed tensors, as buffers `<name>.<tensor's name>`."""
+def _register(program: Program, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Replaces the parameter by a module of tensors, as buffers `<name>.<tensor's name>`."""
     module, leaf = owner(program, name)
     del module._parameters[leaf]
     holder = nn.Module()
-    for key, tensor in packed.tensors.items():
+    for key, tensor in tensors.items():
         holder.register_buffer(key, tensor)
     module.add_module(leaf, holder)
 
 
-def _replace(program: Program, name: str, use: Use, packed: Packed) -> None:
-    activation, activated = _activation(use.node)
-    last = activated or use.node
-    with program.graph.inserting_before(last):
-        tensors = {key: program.graph.get_attr(f"{name}.{key}") for key in packed.tensors}
-        node = LAYOUTS[packed.layout].lower(program.graph, packed, tensors, use.x, use.bias, activation)
-    node.meta = dict(last.meta)
-    last.replace_all_uses_with(node)
-    _erase(last)
+def _replace(
+    program: Program,
+    name: str,
+    packed: Packed,
+    linears: list[Use],
+    bias: Node | None,
+    out_features: tuple[int, ...],
+) -> None:
+    """Puts one call where the first of the linears stands, which all read the same x, in place of them and of the
+    activation that follows each.
+    """
+    graph = program.graph
+    followed = [_activation(use.node) for use in linears]
+    lasts = [activated or use.node for use, (_, activated) in zip(linears, followed, strict=True)]
+    with graph.inserting_before(linears[0].node):
+        tensors = {key: graph.get_attr(f"{name}.{key}") for key in packed.tensors}
+        nodes = LAYOUTS[packed.layout].lower(graph, packed, tensors, linears[0].x, bias, followed[0][0], out_features)
+    if len(nodes) > 1:
+        call = nodes[0].all_input_nodes[0]
+        call.meta = {**lasts[0].meta, "val": [last.meta["val"] for last in lasts]}
+    for node, last in zip(nodes, lasts, strict=True):
+        node.meta = dict(last.meta)
+        last.replace_all_uses_with(node)
+        _erase(last)
 
 
 def _erase(node: Node) -> None:

@@ -1,0 +1,93 @@
+"""Lowering: which uses of a weight can be packed, the activation that goes along, and the sizes tuned for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fxprune.capture import capture
+from fxprune.decide import batches
+from fxprune.layouts.choose import Choice, Chooser
+from fxprune.layouts.site import Packed, Site
+from fxprune.passes.lower import lower
+from tests.oracle import assert_close
+
+
+class Of(nn.Module):
+    def __init__(self, function: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear, self.function = nn.Linear(16, 24), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.linear, x)
+
+
+class Watching(Chooser):
+    """Packs whatever fits, and remembers the sites it was asked about."""
+
+    def __init__(self) -> None:
+        super().__init__(only="nonzeros")
+        self.sites: list[Site] = []
+
+    def choose(self, site: Site) -> tuple[Choice, Packed | None]:
+        self.sites.append(site)
+        return super().choose(site)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_with_one_reader_goes_into_the_kernel(name: str) -> None:
+    model, x = Of(lambda f, x: ACTIVATIONS[name](f(x)) + 1).eval(), torch.randn(5, 16)
+    program = capture(model, (x,), {}).program
+    chooser = Watching()
+    packed, lowered = lower(program, ["linear.weight"], chooser)
+    assert [site.activation for site in chooser.sites] == [name]
+    assert lowered[0].choice.layout == "nonzeros"
+    assert name.partition("_")[0] not in " ".join(str(n.target) for n in packed.graph.nodes)
+    assert "linear.weight" not in packed.state_dict() and "linear.weight.values" in packed.state_dict()
+    assert "linear.weight" in program.state_dict()
+    assert_close(packed(x).detach(), model(x).detach())
+
+
+def test_an_activation_beside_another_reader_stays() -> None:
+    model, x = Of(lambda f, x: F.relu(y := f(x)) + y).eval(), torch.randn(5, 16)
+    packed, _ = lower(capture(model, (x,), {}).program, ["linear.weight"], Watching())
+    assert torch.ops.aten.relu.default in {node.target for node in packed.graph.nodes}
+    assert_close(packed(x).detach(), model(x).detach())
+
+
+@pytest.mark.parametrize(
+    ("function", "word"),
+    [
+        (lambda f, x: f(x) + f.weight.sum(), "sum"),
+        (lambda f, x: f(x) + F.embedding(torch.arange(5), f.weight)[:, :1], "embedding"),
+        (lambda f, x: f(x) @ f.weight, "both as"),
+        (lambda f, x: F.linear(x.bfloat16(), f.weight.bfloat16()), "the op"),
+        (lambda f, x: x + 1, "does not read it"),
+    ],
+)
+def test_uses_that_keep_a_weight_dense(function: Callable[[nn.Linear, Tensor], Tensor], word: str) -> None:
+    model, x = Of(function).eval(), torch.randn(5, 16)
+    result, lowered = lower(capture(model, (x,), {}).program, ["linear.weight"], Watching())
+    assert lowered[0].choice.layout == "dense" and word in lowered[0].choice.refused["nonzeros"]
+    assert_close(result(x).detach(), model(x).detach())
+
+
+def test_a_site_is_asked_about_at_the_rows_it_will_see() -> None:
+    model, x = Of(lambda f, x: f(x)).eval(), torch.randn(2, 7, 16)
+    captured = capture(model, (x,), {})
+    for sizes, rows in (((), (14,)), ((1, 4, 8), (7, 28, 56))):
+        chooser = Watching()
+        lower(captured.program, ["linear.weight"], chooser, batches(captured, sizes))
+        assert chooser.sites[0].tokens == rows
