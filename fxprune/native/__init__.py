@@ -100,8 +100,8 @@ def nonzeros_linear_reference(
         raise InputError("nonzeros_linear takes float32 only", why=f"x is {x.dtype}")
     if activation not in _ACTIVATIONS:
         raise InputError(f"unknown activation {activation!r}", do=f"Use one of {ACTIVATIONS}.")
-    if blocks[:2].tolist() != [out_features, x.shape[-1]]:
-        why = f"the packed weight is {blocks[:2].tolist()}, the call wants {[out_features, x.shape[-1]]}"
+    if blocks[:2].tolist() != [out_features, *x.shape[-1:]]:
+        why = f"the packed weight is {blocks[:2].tolist()}, the call wants {[out_features, *x.shape[-1:]]}"
         raise InputError("nonzeros_linear got a weight of another shape", why=why)
     y = F.linear(x, to_dense(values, columns, order, counts, blocks), bias)
     return _ACTIVATIONS[activation](y).contiguous()
