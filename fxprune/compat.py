@@ -114,3 +114,8 @@ def many_compilations() -> Iterator[None]:
     """Lets one forward be compiled in many ways: past Dynamo's limit of 8 it would run eager without a word."""
     with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096):
         yield
+
+
+def children_of(spec: Any) -> list[Any]:
+    """The specs of a tree's branches: a method in newer versions of torch, an attribute in older ones."""
+    return list(spec.children()) if hasattr(spec, "children") else list(spec.children_specs)

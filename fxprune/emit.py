@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Mapping
@@ -20,8 +21,9 @@ from .select import Selection
 class PrunedModule(torch.fx.GraphModule):
     """A pruned, compiled model: the same call signature and output structure as the model it came from.
 
-    Calls are checked against what the model was captured for, and run under no_grad. `report` and `selection` live in
-    `meta`, where they survive a deepcopy. `forward` is the bare graph, without the check.
+    Calls are checked against what the model was captured for, and run under no_grad and in the captured precision,
+    whatever torch.autocast says outside. `report` and `selection` live in `meta`, where they survive a deepcopy.
+    `forward` is the bare graph, without the check.
     """
 
     @property
@@ -36,7 +38,7 @@ class PrunedModule(torch.fx.GraphModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.meta["entry"].check(args, kwargs)
-        with torch.no_grad():
+        with torch.no_grad(), _without_autocast():
             return super().__call__(*args, **kwargs)
 
     def train(self, mode: bool = True) -> PrunedModule:
@@ -61,6 +63,20 @@ class PrunedModule(torch.fx.GraphModule):
         # What torch.compile made does not pickle; the loaded module compiles anew.
         state.pop("_compiled_call_impl", None)
         return _rebuild, (rebuild, (state, *rest))
+
+
+def _without_autocast() -> contextlib.AbstractContextManager[object]:
+    """Switches torch.autocast off where it is on: dense ops would follow it, and packed ones know float32 only."""
+    active = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    if not active:
+        return _NOTHING
+    stack = contextlib.ExitStack()
+    for device in active:
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 def _rebuild(rebuild: Callable[..., torch.fx.GraphModule], arguments: tuple[Any, ...]) -> PrunedModule:

@@ -71,8 +71,8 @@ class EntryCheck:
         specs = self.spec
         if specs is None:
             return pytree.tree_leaves(values)
-        positional = specs.child(0).num_children
-        keys = specs.child(1).context
+        in_order, by_name = compat.children_of(specs)
+        positional, keys = in_order.num_children, by_name.context
         structured = (tuple(values[:positional]), dict(zip(keys, values[positional:], strict=True)))
         flat, seen = pytree.tree_flatten(structured)
         if seen == specs:

@@ -158,6 +158,19 @@ def test_the_result_gives_no_gradients_and_refuses_training() -> None:
     assert error.value.do
 
 
+@pytest.mark.parametrize("options", [QUICK, COMPILED], ids=["eager", "compiled"])
+def test_autocast_outside_changes_nothing(options: dict[str, Any]) -> None:
+    # Half of the linears stay dense: those would follow autocast, and hand bfloat16 to the packed ones.
+    model, x = net(), torch.randn(2, 7, 24)
+    result = fxprune.transform(model, Plan([Rule("out.*", Unstructured(0.5))]), (x,), options=options, progress=False)
+    expected = result(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = result(x)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, expected)
+    assert not torch.is_autocast_enabled("cpu")
+
+
 def test_the_result_does_not_follow_the_users_model() -> None:
     model, x = net(), torch.randn(2, 7, 24)
     result = quick(model, x, plan=Plan([Rule("query.weight", Unstructured(0.5))]))
