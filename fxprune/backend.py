@@ -40,12 +40,15 @@ def fxprune(
 ) -> Callable[..., Any]:
     """The backend: a callable that computes what `gm` computes. `options` and `mode` are those of `transform`.
 
-    With gradients enabled, packed constants would cut them off, so the graph goes to Inductor as it is, with a warning.
-    Raises InputError for unknown options.
+    With gradients enabled, packed constants would cut them off, and under autocast they would not follow it: the graph
+    then goes to Inductor as it is, with a warning. Raises InputError for unknown options.
     """
     settings = Settings.read(mode, options)
     if torch.is_grad_enabled():
         log.warning("backend fxprune: gradients are enabled, so the graph is compiled dense; use torch.no_grad()")
+        return _inductor(gm, example_inputs, settings)
+    if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
+        log.warning("backend fxprune: torch.autocast is on, so the graph is compiled dense; packed ops are float32")
         return _inductor(gm, example_inputs, settings)
     try:
         traced = Traced(gm, example_inputs)

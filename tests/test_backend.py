@@ -111,6 +111,20 @@ def test_with_gradients_the_graph_stays_dense_and_trains(caplog: pytest.LogCaptu
 
 
 @torch.no_grad()
+def test_under_autocast_the_graph_stays_dense_and_follows_it(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = pruned(Net()), torch.randn(4, 64)
+    compiled = torch.compile(model, backend=fxprune, options=PACKED)
+    assert_equal(compiled(x), model(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, expected = compiled(x), model(x)
+    assert got.dtype == expected.dtype == torch.bfloat16
+    # Two roundings to bfloat16 a layer, in another order than eager's.
+    assert float((got - expected).abs().max()) <= 5e-2 * float(expected.abs().max())
+    assert_equal(compiled(x), model(x))
+    assert "autocast is on" in caplog.text
+
+
+@torch.no_grad()
 def test_unknown_option_is_refused() -> None:
     compiled = torch.compile(pruned(Net()), backend=fxprune, options={"layuot": "dense"})
     # Dynamo wraps what a backend raises, and keeps its words.
