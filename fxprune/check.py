@@ -163,9 +163,35 @@ def _redraw(leaf: Tensor, generator: torch.Generator) -> Tensor:
         finite = old[torch.isfinite(old)]
         spread = float(finite.std()) if finite.numel() > 1 else 1.0
         drawn = noise * (spread or 1.0) + (float(finite.mean()) if finite.numel() else 0.0)
-        return torch.where(torch.isfinite(old), drawn, old).to(leaf.dtype).to(leaf.device)
+        fresh = torch.where(torch.isfinite(old), drawn, old).to(leaf.dtype).to(leaf.device)
+        return _laid_out_as(leaf, fresh)
     order = torch.randperm(leaf.numel(), generator=generator).to(leaf.device)
-    return leaf.reshape(-1)[order].reshape(leaf.shape)
+    return _laid_out_as(leaf, leaf.reshape(-1)[order].reshape(leaf.shape))
+
+
+def _laid_out_as(example: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor with its dimensions in memory in the order of the example's."""
+    if example.layout is not torch.strided:
+        return tensor
+    order = sorted(range(example.dim()), key=lambda dim: -example.stride(dim))
+    back = sorted(range(example.dim()), key=lambda place: order[place])
+    return tensor.permute(order).contiguous().permute(back)
+
+
+def restrided_call(call: Call) -> Call:
+    """The same values in other strides: contiguous tensors transposed in memory, others contiguous."""
+
+    def restride(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.layout is not torch.strided or leaf.dim() == 0:
+            return leaf
+        if not leaf.is_contiguous():
+            return leaf.contiguous()
+        if leaf.dim() == 1:
+            return torch.stack([leaf, leaf], dim=1)[:, 0]
+        return leaf.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+    args, kwargs = pytree.tree_map(restride, (call.args, call.kwargs))
+    return Call("other strides", args, kwargs)
 
 
 def resized_call(capture: Capture, call: Call) -> Call | None:
@@ -184,13 +210,14 @@ def resized_call(capture: Capture, call: Call) -> Call | None:
         leaves = iter(zip(capture.entry.inputs, flat, strict=True))
 
         def resize(_: Any, leaves: Any = leaves, new: dict[str, int] = new) -> Any:
-            want, got = next(leaves)
+            want, example = next(leaves)
             if not isinstance(want, TensorInput):
-                return got
+                return example
+            got = example
             for dim, size in enumerate(want.sizes):
                 if isinstance(size, str):
                     got = got.index_select(dim, torch.arange(new[size], device=got.device) % got.shape[dim])
-            return got
+            return _laid_out_as(example, got)
 
         args, kwargs = pytree.tree_map(resize, (call.args, call.kwargs))
         try:

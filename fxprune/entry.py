@@ -25,11 +25,15 @@ from .errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class TensorInput:
-    """A tensor placeholder: `sizes` holds an int where the size is fixed, a symbol's name or expression elsewhere."""
+    """A tensor placeholder: `sizes` holds an int where the size is fixed, a symbol's name or expression elsewhere.
+
+    `contiguous` is None where the layout in memory does not matter, as it does for few models.
+    """
 
     dtype: torch.dtype
     device: torch.device
     sizes: tuple[int | str, ...]
+    contiguous: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +121,14 @@ class EntryCheck:
                 do="Transform again with example inputs of this size, or say dynamic_shapes=.",
             )
 
+    def strided_as(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> EntryCheck:
+        """The same check that also demands tensors contiguous, or not, as in this call."""
+        inputs = tuple(
+            dataclasses.replace(want, contiguous=got.is_contiguous()) if isinstance(want, TensorInput) else want
+            for want, got in zip(self.inputs, self.flatten(args, kwargs), strict=True)
+        )
+        return dataclasses.replace(self, inputs=inputs)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> EntryCheck:
         return self
 
@@ -133,6 +145,12 @@ def _check_tensor(path: str, want: TensorInput, got: Any) -> None:
             f"cannot call with {path} of {got.dtype} on {got.device}",
             why=f"the model was captured with {want.dtype} on {want.device}",
             do="Convert the input, or transform again with an input like this.",
+        )
+    if want.contiguous not in (None, got.is_contiguous()):
+        raise InputError(
+            f"cannot call with {path}, which is {'not ' * want.contiguous}contiguous",
+            why="the model computes something else for other strides, and was captured for those of its example",
+            do="Pass the tensor as in the example (x.contiguous()), or transform again with an input like this.",
         )
     shape = got.shape
     if len(shape) != len(want.sizes) or any(

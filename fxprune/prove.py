@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from . import admit
 from .capture import Capture, Program, capture
-from .check import Call, CheckRow, Oracle, compare, outputs, refuse, resized_call, second_call
+from .check import Call, CheckRow, Oracle, compare, outputs, refuse, resized_call, restrided_call, second_call
 from .errors import CaptureError, InputError
 from .report import Report
 from .select import Selection
@@ -132,6 +132,7 @@ def _capture_checked(
                 f"every size is fixed: at the {resized.label} the capture was wrong ({row.error:.1e})"
             )
             resized = None
+    _hold_to_strides(runnable, captured, example)
     report.notes += captured.notes
     return captured, Proof(captured, calls, resized, report, True)
 
@@ -142,6 +143,25 @@ def _runs(function: Any, call: Call) -> bool:
     except InputError:
         return False
     return True
+
+
+def _hold_to_strides(runnable: Any, captured: Capture, example: Call) -> None:
+    """Where the model and its capture part for inputs in other strides, the entry check demands the example's.
+
+    Export gives no guard for what a model reads off strides; few models read anything.
+    """
+    restrided = restrided_call(example)
+    if not _runs(runnable, restrided):
+        return
+    wanted = outputs(runnable, restrided)
+    try:
+        alike = compare("other strides", restrided, wanted, outputs(captured.program, restrided)).ok
+    except RuntimeError:
+        # A view that the captured strides allow and these do not.
+        alike = False
+    if not alike:
+        captured.entry = captured.entry.strided_as(example.args, example.kwargs)
+        captured.notes.append("for inputs in other strides the model computes something else; calls are held to these")
 
 
 def _check_resized(runnable: Any, captured: Capture, call: Call) -> CheckRow | None:

@@ -150,6 +150,20 @@ def test_ranges_and_relations_of_dynamic_shapes() -> None:
         assert right_or_refused(model, result, torch.randn(n, 16), torch.randn(m, 16)) == fits
 
 
+def test_a_model_that_reads_strides_is_held_to_those_of_its_example() -> None:
+    model, x = Of(lambda f, x: f(x) if x.is_contiguous() else 2 * f(x)).eval(), torch.randn(4, 16)
+    other = torch.randn(16, 5).t()
+    for example, same, changed in ((x, torch.randn(5, 16), other), (x.t().contiguous().t(), other, x)):
+        result = quick(model, example)
+        assert "strides" in str(result.report)
+        assert_close(result(same), zeroed(model, result)(same))
+        with pytest.raises(InputError, match="contiguous") as error:
+            result(changed)
+        assert error.value.why and error.value.do
+    plain = quick(Of(lambda f, x: f(x)).eval(), x)
+    assert plain(other).shape == (5, 16)
+
+
 def test_a_dynamic_int() -> None:
     class Scale(nn.Module):
         def __init__(self) -> None:
