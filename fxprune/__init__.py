@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from . import prune
+from .analyze import analyze
 from .errors import FxPruneError
 from .measure import benchmark
-from .plan import Existing, Plan, Rule, Unstructured
+from .patterns import Channels, Existing, Unstructured
+from .plan import Drop, Plan, Rule
 from .report import Report
 from .transform import transform
 
@@ -17,4 +19,17 @@ if not (_root / "fxprune" / "triton_kernels").exists() and (_root / "triton_kern
     __path__.append(str(_root))
 
 __version__ = "0.1.0"
-__all__ = ["Existing", "FxPruneError", "Plan", "Report", "Rule", "Unstructured", "benchmark", "prune", "transform"]
+__all__ = [
+    "Channels",
+    "Drop",
+    "Existing",
+    "FxPruneError",
+    "Plan",
+    "Report",
+    "Rule",
+    "Unstructured",
+    "analyze",
+    "benchmark",
+    "prune",
+    "transform",
+]

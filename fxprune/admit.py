@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from .capture import Program
+from .coupling import Coupling
 from .errors import InputError
 from .existing import mask_hooks
 from .plan import Candidate
@@ -144,13 +145,19 @@ def run_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ) from error
 
 
-def candidates(program: Program) -> dict[str, Candidate]:
-    """Every parameter of a program under its first name, and whether a plan may prune it."""
+def candidates(program: Program, coupling: Coupling | None = None) -> dict[str, Candidate]:
+    """Every parameter of a program under its first name, and whether a plan may prune it.
+
+    With a coupling, weights that the graph first computes with (standardised ones, say) count as well: their channels
+    may leave.
+    """
     found = uses(program)
     result = {}
     for name in dict.fromkeys(names_of_parameters(program).values()):
         tensor = program.get_parameter(name)
         kinds = {u.kind for u in found.get(name, [])} - {""}
+        if coupling is not None and coupling.outputs(name):
+            kinds.add("weight")
         result[name] = Candidate(tuple(tensor.shape), tensor.dtype, *_prunable(tensor, name in found, kinds))
     return result
 

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from .capture import Capture, Program
 from .entry import TensorInput
 from .errors import CheckError, InputError
+from .removal import Removal, named_arguments
 from .select import Selection
 from .weights import names_of_parameters
 
@@ -51,24 +52,45 @@ class CheckRow:
 
 
 class Oracle(torch.fx.Interpreter):
-    """Runs a captured program with the selection's values and zeros applied as weights are fetched, one at a time."""
+    """Runs a captured program with the selection's values and zeros applied as weights are fetched, one at a time.
 
-    def __init__(self, program: Program, selection: Selection) -> None:
+    `removal` says which slices of which tensors leave, and are zero here, and which statistics run over the rest.
+    """
+
+    def __init__(self, program: Program, selection: Selection, removal: Removal | None = None) -> None:
         super().__init__(program)
         self._selection = selection
+        self._removal = removal or Removal()
         self._canonical = names_of_parameters(program)
 
     def fetch_attr(self, target: str) -> Any:
         """The parameter or buffer, masked where the selection masks it."""
         value = super().fetch_attr(target)
+        if not isinstance(value, Tensor):
+            return value
         name = self._canonical.get(target)
-        return value if name is None else self._selection.apply(name, value.detach())
+        value = self._removal.apply(target, value.detach())
+        return value if name is None else self._selection.apply(name, value)
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        """The node's value; a statistic over an axis that shrinks runs over what is kept of it."""
+        statistic = self._removal.statistics.get(n.name)
+        if statistic is None:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        return statistic.run(n, named_arguments(n, args, kwargs))
 
     def outputs(self, call: Call) -> list[Any]:
         """Flat outputs of one call."""
-        with torch.no_grad():
-            flat = self.module.graph.process_inputs(*_in_order(self.module, *call.copy()))  # pyright: ignore
-            return pytree.tree_leaves(self.run(*flat, enable_io_processing=False))
+        return run_flat(self, call)
+
+
+def run_flat(interpreter: torch.fx.Interpreter, call: Call) -> list[Any]:
+    """Flat outputs of one call of a program that an interpreter runs."""
+    program = interpreter.module
+    with torch.no_grad():
+        flat = program.graph.process_inputs(*_in_order(program, *call.copy()))  # pyright: ignore
+        return pytree.tree_leaves(interpreter.run(*flat, enable_io_processing=False))
 
 
 def _in_order(program: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 from .admit import candidates
-from .capture import Capture
+from .capture import Capture, Program
+from .channels import keep_channels
+from .couple import couple
+from .coupling import Coupling
 from .errors import InputError
 from .mask import PackedMask, chunks
+from .passes.drop import module_paths
+from .patterns import Channels
 from .plan import Plan
 from .report import Report
 from .select import Selection, select
@@ -21,14 +26,36 @@ from .weights import names_of_parameters
 PRUNED_FROM = 0.01
 
 
-def choose_selection(capture: Capture, plan: Plan | None, replay: Selection | None, report: Report) -> Selection:
-    """The selection for a program: replayed, or by plan, or the masks and zeros that the model came with."""
-    program = capture.program
+def choose_blocks(program: Program, plan: Plan | None, replay: Selection | None) -> tuple[str, ...]:
+    """The module paths of the blocks that a plan, or an earlier selection, drops. Raises PlanError."""
     if replay is not None:
-        _check_replay(capture, replay)
+        return replay.drop
+    return tuple(plan.blocks(module_paths(program))) if plan is not None and plan.drops else ()
+
+
+def couple_if_needed(program: Program, plan: Plan | None, replay: Selection | None) -> Coupling | None:
+    """The coupling of a program, where channels are asked for or replayed."""
+    asked = plan is not None and any(isinstance(rule.sparsity, Channels) for rule in plan.rules)
+    return couple(program) if asked or (replay is not None and replay.keep) else None
+
+
+def choose_selection(
+    capture: Capture,
+    program: Program,
+    plan: Plan | None,
+    replay: Selection | None,
+    coupling: Coupling | None,
+    report: Report,
+) -> Selection:
+    """The selection for a program: replayed, or by plan, or the masks and zeros that the model came with.
+
+    `program` is the captured one, without the blocks that were dropped.
+    """
+    if replay is not None:
+        _check_replay(program, replay)
         return replay
     names = names_of_parameters(program)
-    known = candidates(program)
+    known = candidates(program, coupling)
     weights = {name: program.get_parameter(name).detach() for name, c in known.items() if c.prunable}
     existing = _existing(capture, names, weights)
     aliases = {other: first for other, first in names.items() if other != first}
@@ -37,7 +64,13 @@ def choose_selection(capture: Capture, plan: Plan | None, replay: Selection | No
     report.notes += _passed_over(binding.skipped)
     report.notes += [f"{name}: rule {later} replaces rule {earlier}" for name, earlier, later in binding.overridden]
     report.notes += [f"{name}: excluded from rule {r} by {by!r}" for r, name, by in binding.excluded]
-    return select(weights, existing, plan, binding)
+    selection = select(weights, existing, plan, binding)
+    if coupling is not None:
+        kept = keep_channels(coupling, {n: t.detach() for n, t in program.named_parameters()}, plan, binding)
+        selection.keep = kept.keep
+        selection.asked.update(kept.asked)
+        report.notes += kept.notes
+    return selection
 
 
 def _passed_over(skipped: Iterable[tuple[int, str, str]]) -> list[str]:
@@ -65,8 +98,8 @@ def _existing(capture: Capture, names: dict[str, str], weights: dict[str, Tensor
     return masks
 
 
-def _check_replay(capture: Capture, replay: Selection) -> None:
-    names = set(names_of_parameters(capture.program).values())
+def _check_replay(program: Program, replay: Selection) -> None:
+    names = set(names_of_parameters(program).values())
     for name, mask in replay.mask.items():
         if name not in names:
             raise InputError(
@@ -75,7 +108,7 @@ def _check_replay(capture: Capture, replay: Selection) -> None:
                 why="the model has no parameter of this name",
                 do="Use it with the model it was made for.",
             )
-        shape = tuple(capture.program.get_parameter(name).shape)
+        shape = tuple(program.get_parameter(name).shape)
         if tuple(mask.shape) != shape:
             raise InputError(
                 "cannot replay the selection",

@@ -31,6 +31,7 @@ from .timing import interleave, undisturbed
 
 def deliver(
     captured: Capture,
+    program: Program,
     selection: Selection,
     packed: Program,
     lowered: list[Lowered],
@@ -38,7 +39,10 @@ def deliver(
     settings: Settings,
     report: Report,
 ) -> tuple[PrunedModule, list[Lowered]]:
-    """The result and what became of each weight. Raises CheckError where no form of it is right."""
+    """The result and what became of each weight. Raises CheckError where no form of it is right.
+
+    `program` is what is left of the captured one, and `selection` what is left to apply to it.
+    """
     report.kernels = native.status().detail
     theirs = {
         t.data_ptr()
@@ -46,9 +50,9 @@ def deliver(
     }
     any_packed = any(w.choice.layout != "dense" for w in lowered)
     for is_packed in (True, False) if any_packed else (False,):
-        program = fold(captured.program, selection) if any_packed and not is_packed else packed
-        own_storage(program, theirs)
-        result, rows = _compiled(program, captured, proof, settings, report)
+        final = fold(program, selection) if any_packed and not is_packed else packed
+        own_storage(final, theirs)
+        result, rows = _compiled(final, captured, proof, settings, report)
         wrong = [row for row in rows if not row.ok]
         if wrong and not is_packed:
             raise refuse(
@@ -61,9 +65,14 @@ def deliver(
             )
             lowered = _all_dense(lowered, "the packed model was wrong")
             continue
-        if is_packed and settings.measure and settings.layout is None:
+        is_smaller = bool(report.groups or report.dropped)
+        if (is_packed or is_smaller) and settings.measure and settings.layout is None:
             report.timing = _time(captured, result, proof.example, settings)
-            if report.timing.ratio < 1.0:
+            if report.timing.ratio < 1.0 and not is_packed:
+                report.notes.append(
+                    f"the smaller model measured slower than the whole one ({report.timing.ratio:.2f}x)"
+                )
+            elif report.timing.ratio < 1.0:
                 why = f"the whole model measured slower packed ({report.timing.ratio:.2f}x)"
                 report.notes.append(f"{why}, so it was emitted dense")
                 report.timing = None

@@ -1,84 +1,24 @@
-"""What the user asks for: rules, each a name pattern, a sparsity pattern and an amount. Knows no graph."""
+"""What the user asks for: rules, each a name pattern and a sparsity pattern, and blocks to drop. Knows no graph."""
 
 from __future__ import annotations
 
 import json
 import math
-import numbers
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from difflib import SequenceMatcher, get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from tabulate import tabulate
-from torch import Tensor
 
 from .errors import PlanError
+from .patterns import SPARSITIES, Channels, Existing, Sparsity, Unstructured
 from .score import SCORES
 
-_SCOPES = ("local", "global")
+_SCOPES = ("local", "global", "isomorphic")
 _FORMAT = 1  # of the JSON
-
-
-@dataclass(frozen=True)
-class Unstructured:
-    """Mask the elements with the smallest scores.
-
-    `amount` is a fraction of the whole weight (float, 0.0 to 1.0) or a number of elements (int): 1.0 is
-    everything, 1 is one element. Elements that are zero or masked already count towards it. `score` is a
-    name from `fxprune.score.SCORES` or a function from the weight to finite non-negative scores of the same
-    shape.
-    """
-
-    amount: int | float
-    score: str | Callable[[Tensor], Tensor] = "l1"
-
-    kind: ClassVar[str] = "unstructured"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "amount", _amount(self.amount))
-        if isinstance(self.score, str):
-            if self.score not in SCORES:
-                raise PlanError(
-                    f'no score is named "{self.score}"',
-                    where="Unstructured(score=...)",
-                    why=f"there are: {', '.join(SCORES)}",
-                    do="Name one of them, or give a function Tensor -> Tensor.",
-                )
-        elif not callable(self.score):
-            raise PlanError(
-                "cannot use this score",
-                where="Unstructured(score=...)",
-                why=f"{type(self.score).__name__} is neither a name nor a function",
-                do=f"Name one of {', '.join(SCORES)}, or give a function Tensor -> Tensor.",
-            )
-
-    def count(self, size: int) -> int:
-        """How many of `size` elements to mask: fractions round half to even, as in torch.nn.utils.prune."""
-        return self.amount if isinstance(self.amount, int) else round(self.amount * size)
-
-    def describe(self) -> str:
-        """The amount and score in words."""
-        amount = f"{self.amount} elements" if isinstance(self.amount, int) else f"{100 * self.amount:g}%"
-        score = self.score if isinstance(self.score, str) else getattr(self.score, "__name__", "a function")
-        return f"{amount} by {score}"
-
-
-@dataclass(frozen=True)
-class Existing:
-    """Keep the mask that a weight already has, or, where it has none, its exact zeros as the mask."""
-
-    kind: ClassVar[str] = "existing"
-
-    def describe(self) -> str:
-        """What is kept, in words."""
-        return "the masks or zeros already there"
-
-
-Sparsity = Unstructured | Existing
-_SPARSITIES: dict[str, type[Sparsity]] = {kind.kind: kind for kind in (Unstructured, Existing)}
 
 
 @dataclass(frozen=True)
@@ -86,7 +26,8 @@ class Rule:
     """Apply `sparsity` to every weight whose name matches `pattern`.
 
     `pattern` is a glob (`*`, `?`, `[...]`, case sensitive) whose `*` crosses dots. scope "local" takes the
-    amount from each weight by itself, "global" from all the weights that this rule binds, pooled.
+    amount from each weight (Channels: each group) by itself, "global" from all that this rule binds, pooled.
+    "isomorphic", for Channels only, pools the groups that have the same shape.
     """
 
     pattern: str
@@ -95,20 +36,46 @@ class Rule:
 
     def __post_init__(self) -> None:
         _check_pattern(self.pattern, "Rule(pattern=...)")
-        if not isinstance(self.sparsity, tuple(_SPARSITIES.values())):
+        if not isinstance(self.sparsity, tuple(SPARSITIES.values())):
             raise PlanError(
                 "cannot use this sparsity pattern",
                 where=f'Rule("{self.pattern}", ...)',
                 why=f"{self.sparsity!r} is not a sparsity pattern",
-                do=f"Use one of {', '.join(kind.__name__ for kind in _SPARSITIES.values())}.",
+                do=f"Use one of {', '.join(kind.__name__ for kind in SPARSITIES.values())}.",
             )
         if self.scope not in _SCOPES:
             raise PlanError(
                 f"unknown scope {self.scope!r}",
                 where=f'Rule("{self.pattern}", ...)',
-                why='a scope is "local" (each weight by itself) or "global" (pooled)',
+                why='a scope is "local" (each by itself), "global" (pooled) or "isomorphic" (same shapes pooled)',
                 do="Use one of these.",
             )
+        if self.scope == "isomorphic" and not isinstance(self.sparsity, Channels):
+            raise PlanError(
+                'cannot use scope "isomorphic"',
+                where=f'Rule("{self.pattern}", ...)',
+                why=f"it compares groups of one shape, and {type(self.sparsity).__name__} prunes no groups",
+                do='Use "local" or "global", or the pattern Channels.',
+            )
+
+    @property
+    def names_one(self) -> bool:
+        """Whether the pattern is a name written out in full, which must be right, and no wildcard."""
+        return not _is_glob(self.pattern)
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Take whole residual blocks out of the graph.
+
+    `pattern` is the path of a module as in `model.named_modules()`, or a glob whose `*` crosses dots, such as
+    "encoder.layer.[35]".
+    """
+
+    pattern: str
+
+    def __post_init__(self) -> None:
+        _check_pattern(self.pattern, "Drop(pattern=...)", "module's path", "encoder.layer.[35]")
 
 
 @dataclass(frozen=True)
@@ -143,27 +110,32 @@ class Binding:
 
 @dataclass(frozen=True)
 class Plan:
-    """Rules in order (a later one wins), and patterns that no wildcard may bind.
+    """Rules in order (a later one wins), blocks to drop, and patterns that no wildcard may bind.
 
-    A rule that writes a name out in full means it: `exclude` does not take it away. Raises PlanError for
+    Rules and drops are given as one list and are kept apart. A rule that writes a name out in full means it:
+    `exclude` does not take it away. `exclude` speaks of parameters, not of blocks. Raises PlanError for
     anything malformed.
     """
 
     rules: tuple[Rule, ...] = ()
     exclude: tuple[str, ...] = ()
+    drops: tuple[Drop, ...] = ()
 
-    def __init__(self, rules: Iterable[Rule] = (), exclude: Iterable[str] = ()) -> None:
-        object.__setattr__(self, "rules", _tuple(rules, Rule, "Plan(rules=...)", "Rule(...)"))
-        object.__setattr__(self, "exclude", _tuple(exclude, str, "Plan(exclude=...)", '"name"'))
+    def __init__(self, rules: Iterable[Rule | Drop] = (), exclude: Iterable[str] = ()) -> None:
+        given = _tuple(rules, (Rule, Drop), "Plan(rules=...)", "Rule(...), Drop(...)")
+        object.__setattr__(self, "rules", tuple(item for item in given if isinstance(item, Rule)))
+        object.__setattr__(self, "drops", tuple(item for item in given if isinstance(item, Drop)))
+        object.__setattr__(self, "exclude", _tuple(exclude, (str,), "Plan(exclude=...)", '"name"'))
         for pattern in self.exclude:
             _check_pattern(pattern, "Plan(exclude=...)")
 
     def __str__(self) -> str:
         rows = [(i, rule.pattern, *_words(rule)) for i, rule in enumerate(self.rules)]
+        rows += [("", drop.pattern, "drop", "whole residual blocks", "") for drop in self.drops]
         rows += [("", pattern, "excluded from wildcards", "", "") for pattern in self.exclude]
         if not rows:
             return "empty plan: no rules"
-        return tabulate(rows, headers=("rule", "weights", "sparsity", "what", "scope"), disable_numparse=True)
+        return tabulate(rows, headers=("rule", "names", "sparsity", "what", "scope"), disable_numparse=True)
 
     def bind(self, parameters: Mapping[str, Candidate], aliases: Mapping[str, str] | None = None) -> Binding:
         """Parameters by name, one name for each tensor -> which rule each one gets.
@@ -207,6 +179,22 @@ class Plan:
             _check_count(index, rule, {name: parameters[name].shape for name in binding.names(index)})
         return binding
 
+    def blocks(self, paths: Iterable[str]) -> dict[str, Drop]:
+        """Module paths, as in `model.named_modules()` -> the paths that are dropped, each with its Drop.
+
+        A path inside another dropped path goes with it and is not listed, nor is the root "" ever. Where two
+        drops name one path, the later has it. Raises PlanError for a drop that matches no path.
+        """
+        known = [path for path in dict.fromkeys(paths) if path]
+        matched: dict[str, Drop] = {}
+        for drop in self.drops:
+            found = [path for path in known if _matches(drop.pattern, path)]
+            if not found:
+                raise _nothing("a drop binds nothing", drop.pattern, known, "module")
+            matched.update(dict.fromkeys(found, drop))
+        outermost = [path for path in known if path in matched and not any(above in matched for above in _above(path))]
+        return {path: matched[path] for path in outermost}
+
     def _excluding(self, names: Iterable[str]) -> list[str]:
         return [pattern for pattern in self.exclude if any(_matches(pattern, name) for name in names)]
 
@@ -215,6 +203,8 @@ class Plan:
         rules = []
         for index, rule in enumerate(self.rules):
             values = {field.name: getattr(rule.sparsity, field.name) for field in fields(rule.sparsity)}
+            if values.get("norm") == math.inf:
+                values["norm"] = "inf"  # JSON has no infinity
             if callable(values.get("score")):
                 raise PlanError(
                     "cannot save the plan",
@@ -224,7 +214,10 @@ class Plan:
                 )
             sparsity = {"kind": rule.sparsity.kind, **values}
             rules.append({"pattern": rule.pattern, "sparsity": sparsity, "scope": rule.scope})
-        return json.dumps({"fxprune_plan": _FORMAT, "rules": rules, "exclude": list(self.exclude)}, indent=1)
+        data: dict[str, Any] = {"fxprune_plan": _FORMAT, "rules": rules, "exclude": list(self.exclude)}
+        if self.drops:
+            data["drops"] = [drop.pattern for drop in self.drops]
+        return json.dumps(data, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -236,48 +229,33 @@ class Plan:
         if not isinstance(data, dict) or data.get("fxprune_plan") != _FORMAT:
             raise _unreadable(f'it does not say "fxprune_plan": {_FORMAT}')
         try:
-            return cls([_read_rule(rule) for rule in data["rules"]], data["exclude"])
+            drops = _tuple(data.get("drops", ()), (str,), 'the "drops" of Plan.from_json', '"module"')
+            rules = [_read_rule(rule) for rule in data["rules"]]
+            return cls([*rules, *map(Drop, drops)], data["exclude"])
         except (KeyError, TypeError, AttributeError) as error:
             raise _unreadable(f"{type(error).__name__}: {error}") from error
 
 
-def _amount(amount: object) -> int | float:
-    def refuse(why: str) -> PlanError:
-        do = "Give a fraction from 0.0 to 1.0, or a whole number of elements."
-        return PlanError(f"cannot use amount {amount!r}", where="Unstructured(amount=...)", why=why, do=do)
-
-    if isinstance(amount, bool) or not isinstance(amount, numbers.Real):
-        raise refuse(f"it is a {type(amount).__name__}, not a number")
-    if isinstance(amount, numbers.Integral):
-        if amount < 0:
-            raise refuse("it is negative")
-        return int(amount)
-    fraction = float(amount)
-    if math.isnan(fraction):
-        raise refuse("it is not a number")
-    if not 0.0 <= fraction <= 1.0:
-        raise refuse("it is negative" if fraction < 0 else "a fraction ends at 1.0")
-    return fraction
-
-
-def _check_pattern(pattern: object, where: str) -> None:
+def _check_pattern(
+    pattern: object, where: str, names: str = "parameter's name", example: str = "encoder.*.weight"
+) -> None:
     if not isinstance(pattern, str) or not pattern:
         raise PlanError(
             f"cannot use {pattern!r} as a name pattern",
             where=where,
             why="a pattern is a text that is not empty",
-            do='Write a parameter\'s name or a glob, such as "encoder.*.weight".',
+            do=f'Write a {names} or a glob, such as "{example}".',
         )
 
 
-def _tuple(items: object, kind: type, where: str, example: str) -> tuple[Any, ...]:
-    if isinstance(items, (str, Rule)) or not isinstance(items, Iterable):
+def _tuple(items: object, kinds: tuple[type, ...], where: str, example: str) -> tuple[Any, ...]:
+    if isinstance(items, str) or not isinstance(items, Iterable):
         raise PlanError(
             f"cannot use {items!r}", where=where, why="it is not a list", do=f"Put it into one: [{example}]."
         )
     found = tuple(items)
     for item in found:
-        if not isinstance(item, kind):
+        if not isinstance(item, kinds):
             why = f"{item!r} is a {type(item).__name__}"
             raise PlanError("cannot use this list", where=where, why=why, do=f"Fill it with {example}.")
     return found
@@ -290,10 +268,12 @@ def _words(rule: Rule) -> tuple[str, str, str]:
 def _read_rule(data: Mapping[str, Any]) -> Rule:
     values = dict(data["sparsity"])
     kind = values.pop("kind")
-    if kind not in _SPARSITIES:
-        near = get_close_matches(str(kind), _SPARSITIES) or list(_SPARSITIES)
+    if kind not in SPARSITIES:
+        near = get_close_matches(str(kind), SPARSITIES) or list(SPARSITIES)
         raise _unreadable(f'unknown sparsity pattern "{kind}" (near: {", ".join(near)})')
-    return Rule(data["pattern"], cast(Any, _SPARSITIES[kind])(**values), data["scope"])
+    if values.get("norm") == "inf":
+        values["norm"] = math.inf
+    return Rule(data["pattern"], cast(Any, SPARSITIES[kind])(**values), data["scope"])
 
 
 def _unreadable(why: str) -> PlanError:
@@ -307,6 +287,12 @@ def _is_glob(pattern: str) -> bool:
 
 def _matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) if _is_glob(pattern) else name == pattern
+
+
+def _above(path: str) -> Iterator[str]:
+    """Every module path that a path lies inside: "a", "a.b" for "a.b.c"."""
+    parts = path.split(".")
+    return (".".join(parts[:depth]) for depth in range(1, len(parts)))
 
 
 def _check_prunable(index: int, name: str, candidate: Candidate) -> None:
@@ -349,15 +335,15 @@ def _unusable(
     return PlanError(f"rule {index} binds nothing", where=f'"{pattern}"', why=why, do=_suggest(pattern, usable))
 
 
-def _nothing(what: str, pattern: str, names: list[str]) -> PlanError:
-    kind = "matches this pattern" if _is_glob(pattern) else "has this name"
-    why = f"none of the {len(names)} parameters {kind}"
-    return PlanError(what, where=f'"{pattern}"', why=why, do=_suggest(pattern, names))
+def _nothing(what: str, pattern: str, names: list[str], kind: str = "parameter") -> PlanError:
+    matches = "matches this pattern" if _is_glob(pattern) else f"has this {'path' if kind == 'module' else 'name'}"
+    why = f"none of the {len(names)} {kind}s {matches}"
+    return PlanError(what, where=f'"{pattern}"', why=why, do=_suggest(pattern, names, kind))
 
 
-def _suggest(pattern: str, names: Iterable[str]) -> str:
+def _suggest(pattern: str, names: Iterable[str], kind: str = "parameter") -> str:
     found = near(pattern, names)
-    return f"Near it: {', '.join(found)}." if found else "See dict(model.named_parameters()) for the names."
+    return f"Near it: {', '.join(found)}." if found else f"See dict(model.named_{kind}s()) for the names."
 
 
 def near(pattern: str, names: Iterable[str], limit: int = 5) -> list[str]:
@@ -372,3 +358,17 @@ def near(pattern: str, names: Iterable[str], limit: int = 5) -> list[str]:
         ranked.append((shared / max(len(wanted), 1), matcher.ratio(), name))
     ranked.sort(key=lambda entry: (-round(entry[0], 2), -entry[1]))
     return [name for held, _, name in ranked[:limit] if held >= 0.7]
+
+
+__all__ = [
+    "Binding",
+    "Candidate",
+    "Channels",
+    "Drop",
+    "Existing",
+    "Plan",
+    "Rule",
+    "Sparsity",
+    "Unstructured",
+    "near",
+]

@@ -12,6 +12,7 @@ from . import admit
 from .capture import Capture, Program, capture
 from .check import Call, CheckRow, Oracle, compare, outputs, refuse, resized_call, restrided_call, second_call
 from .errors import CaptureError, InputError
+from .removal import Removal
 from .report import Report
 from .select import Selection
 
@@ -28,14 +29,27 @@ class Proof:
         self._expected: list[list[Any]] = []
         self._expected_resized: list[Any] = []
 
-    def expect(self, selection: Selection) -> None:
-        """Runs the oracle, masking in-graph over the user's storage, and keeps its outputs."""
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is checked."""
+        return self._enabled
+
+    def expect(self, selection: Selection, program: Program | None = None, removal: Removal | None = None) -> None:
+        """Runs the oracle, masking in-graph over the user's storage, and keeps its outputs.
+
+        `program` is what the oracle runs where blocks were dropped: the captured one without them.
+        """
         if not self._enabled:
             return
-        oracle = Oracle(self._captured.program, selection)
+        oracle = Oracle(program or self._captured.program, selection, removal)
         self._expected = [oracle.outputs(call) for call in self._calls]
         if self._resized is not None:
             self._expected_resized = oracle.outputs(self._resized)
+
+    def try_shrunk(self, program: Program, selection: Selection) -> CheckRow:
+        """A shrunk program with its masks, held against the oracle on the example."""
+        got = Oracle(program, selection).outputs(self.example)
+        return compare("shrunk = zeroed", self.example, self._expected[0], got)
 
     def stage(self, name: str, program: Program) -> None:
         """With FXPRUNE_CHECK=2, holds the program after a stage against the oracle and names the one that departs."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 from tabulate import tabulate
 
+from .capture import Program
 from .check import CheckRow
+from .coupling import Coupling
 from .passes.lower import Lowered
+from .removal import Cuts, removal
 from .select import Selection
 
 
@@ -30,6 +34,18 @@ class WeightReport:
     def refused(self) -> dict[str, str]:
         """Layouts refused, with the reason."""
         return self.lowered.choice.refused
+
+
+@dataclasses.dataclass
+class GroupReport:
+    """One group of coupled axes: its size, how many indices stay, and why it could not lose any."""
+
+    name: str
+    size: int
+    kept: int
+    members: int
+    asked: float | None
+    reason: str
 
 
 @dataclasses.dataclass
@@ -59,7 +75,28 @@ class Report:
     kernels: str = ""
     compiled: str = ""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    groups: list[GroupReport] = dataclasses.field(default_factory=list)
+    dropped: dict[str, int] = dataclasses.field(default_factory=dict)
+    removed: dict[str, Cuts] = dataclasses.field(default_factory=dict)
+    parameters: tuple[int, int] | None = None
     pending: bool = False
+
+    def tell_groups(self, program: Program, coupling: Coupling, selection: Selection) -> None:
+        """What became of each group, and which slices of which tensors left."""
+        self.groups = [
+            GroupReport(
+                group.name,
+                group.size,
+                len(selection.keep.get(group.name, ())) or group.size,
+                len(group.members),
+                selection.asked.get(group.name),
+                group.frozen or group.mixed,
+            )
+            for group in coupling
+        ]
+        leaving = removal(coupling, selection.keep)
+        tensors = {**dict(program.named_parameters(remove_duplicate=False)), **dict(program.named_buffers())}
+        self.removed = {name: leaving.removed(name, tensors[name]) for name in leaving.kept if name in tensors}
 
     def __getitem__(self, name: str) -> WeightReport:
         """The entry of one weight by name."""
@@ -81,6 +118,8 @@ class Report:
         parts = [self._summary()]
         if self.weights:
             parts.append(_weights_table(self.weights))
+        if self.groups:
+            parts.append(_groups_table(self.groups))
         if self.checks:
             parts.append(_checks_table(self.checks))
         if self.notes:
@@ -92,6 +131,9 @@ class Report:
         lines = [
             f"{self.model}: {len(self.weights)} pruned weights: {packed} packed, {len(self.weights) - packed} dense"
         ]
+        if self.parameters is not None:
+            before, after = self.parameters
+            lines.append(f"parameters: {before:,} before, {after:,} after: {1 - after / max(before, 1):.1%} removed")
         if self.weights:
             lines.append(f"weights: {_megabytes(self.dense_bytes)} dense, {_megabytes(self.bytes)} as stored")
         if self.timing is not None:
@@ -146,6 +188,16 @@ def _weights_table(weights: list[WeightReport]) -> str:
         )
     headers = ("weight", "shape", "asked", "zeros", "layout", "dense ms", "sparse ms", "predicted", "why")
     return tabulate(rows, headers=headers, disable_numparse=True)
+
+
+def _groups_table(groups: list[GroupReport]) -> str:
+    """Groups that a rule bound; the others are counted by reason."""
+    bound = [g for g in groups if g.asked is not None]
+    rows = [(g.name, g.size, g.kept, f"{g.asked:.1%}", f"{1 - g.kept / g.size:.1%}", g.members) for g in bound]
+    headers = ("group", "size", "kept", "asked", "removed", "members")
+    reasons = Counter(g.reason.split(" (")[0].split(' "')[0] for g in groups if g.reason)
+    rest = "".join(f"\n{count} groups keep all: {reason}" for reason, count in reasons.most_common())
+    return tabulate(rows, headers=headers, disable_numparse=True) + rest
 
 
 def _checks_table(checks: list[CheckRow]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +13,20 @@ from .errors import InputError
 from .mask import chunks
 
 Score = Callable[[Tensor], Tensor]
+
+
+class ChannelScore(Protocol):
+    """How the units of a group are scored: p of the norm, and the reduction over members."""
+
+    @property
+    def norm(self) -> float:
+        """p of the Lp norm of a slice."""
+        ...
+
+    @property
+    def reduce(self) -> str:
+        """ "sum", "mean" or "max" over members."""
+        ...
 
 
 def magnitude(weight: Tensor) -> Tensor:
@@ -75,6 +91,41 @@ def scores(name: str, weight: Tensor, score: Score) -> Tensor:
     if any(bool((piece < 0).any()) for piece in chunks(found)):
         raise InputError(what, where=where, why="some are negative", do=_CONTRACT)
     return found.detach()
+
+
+def group_score(members: Iterable[tuple[Tensor, int, Tensor]], how: ChannelScore) -> Tensor:
+    """The importance of each index of a group, from its members: float64 [size].
+
+    A member is (tensor, dim, index): `index` [tensor.shape[dim]] says to which index of the group a slice belongs, -1
+    for none. The slice's score is its Lp norm (p = how.norm), and the members' scores are reduced by `how.reduce`.
+
+    Source: Li et al., "Pruning Filters for Efficient ConvNets", 2017 (norms of filters); Fang et al., "DepGraph:
+    Towards Any Structural Pruning", 2023 (over all coupled members).
+    """
+    total: list[Tensor] = []
+    for tensor, dim, index in members:
+        size = int(index.max()) + 1
+        slices = _slice_norms(tensor.detach(), dim, how.norm)
+        index = index.to(slices.device)
+        mine = index >= 0
+        empty = slices.new_zeros(size)
+        if math.isinf(how.norm):
+            total.append(empty.scatter_reduce(0, index[mine], slices[mine], "amax").cpu())
+        else:
+            total.append(empty.index_add(0, index[mine], slices[mine]).pow(1 / how.norm).cpu())
+    scores = torch.stack(total)
+    return scores.amax(0) if how.reduce == "max" else scores.mean(0) if how.reduce == "mean" else scores.sum(0)
+
+
+def _slice_norms(tensor: Tensor, dim: int, p: float) -> Tensor:
+    """The sum of |x|^p over each slice along `dim` (its maximum for inf), in float64, a piece at a time."""
+    rows = tensor.movedim(dim, 0).flatten(1) if tensor.dim() > 1 else tensor.reshape(-1, 1)
+    pieces = []
+    step = max(1, (1 << 22) // max(1, rows.shape[1]))
+    for start in range(0, len(rows), step):
+        piece = rows[start : start + step].double().abs()
+        pieces.append(piece.amax(1) if math.isinf(p) else piece.pow(p).sum(1))
+    return torch.cat(pieces)
 
 
 _CONTRACT = "A score maps a weight to one finite, non-negative float for each element; the smallest go first."

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .errors import InputError
 from .mask import PackedMask, chunks
-from .plan import Binding, Plan, Unstructured
+from .patterns import Existing, Unstructured
+from .plan import Binding, Plan
 from .score import SCORES, check_weight, scores
 from .threshold import Shard, threshold
 
@@ -19,16 +20,18 @@ from .threshold import Shard, threshold
 class Selection:
     """The decision, by parameter name: it can be saved, sent and replayed on the same model.
 
-    keep    group -> indices that stay (structured pruning)
+    keep    group -> indices that stay, where some leave (structured pruning)
     mask    weight -> one bit for each element, 1 = kept
     values  parameter -> the tensor that takes its place, where calibration changed it
-    asked   weight -> fraction its rule asked for; None where no amount was asked
+    asked   weight or group -> fraction its rule asked for; None where no amount was asked
+    drop    module paths of the residual blocks that leave
     """
 
     keep: dict[str, Tensor] = field(default_factory=dict)
     mask: dict[str, PackedMask] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     asked: dict[str, float | None] = field(default_factory=dict)
+    drop: tuple[str, ...] = ()
 
     def reached(self, name: str) -> float:
         """The fraction of weight `name` that is masked: 0.0 without a mask or without elements."""
@@ -76,7 +79,7 @@ def select(
             if isinstance(rule.sparsity, Unstructured):
                 share = _mask_pool({name: weights[name] for name in pool}, masks, rule.sparsity)
                 asked.update(dict.fromkeys(pool, share))
-            else:
+            elif isinstance(rule.sparsity, Existing):
                 for name in pool:
                     if name not in masks:
                         masks[name] = _zeros(name, weights[name])

@@ -12,11 +12,12 @@ from torch.export import ExportedProgram
 from tqdm import tqdm
 
 from . import admit, compat
-from .decide import batches, choose_selection
+from .decide import batches, choose_blocks, choose_selection, couple_if_needed
 from .deliver import deliver
 from .emit import PrunedModule
 from .errors import InputError
 from .layouts.choose import Chooser
+from .passes.edit import count_elements
 from .passes.fold import fold
 from .passes.lower import lower
 from .pending import pending
@@ -25,6 +26,7 @@ from .prove import capture_checked
 from .report import Report, weight_reports
 from .select import Selection
 from .settings import Settings
+from .structure import drop_proved, shrink_proved
 from .trace import Trace
 
 
@@ -67,16 +69,31 @@ def transform(
     with stages("capture"):
         captured, proof = capture_checked(model, args, keywords, dynamic_shapes, report, check=check)
         trace.write("capture", captured.program, captured.notes)
+    with stages("couple"):
+        blocks = choose_blocks(captured.program, plan, selection)
+        program = drop_proved(captured.program, blocks, proof.example, report)
+        coupling = couple_if_needed(program, plan, selection)
+        trace.write("couple", program, str(coupling).splitlines() if coupling is not None else [])
     with stages("select"):
-        selection = choose_selection(captured, plan, selection, report)
-        proof.expect(selection)
+        selection = choose_selection(captured, program, plan, selection, coupling, report)
+        selection.drop = blocks
+        proof.expect(selection, program)
+    with stages("shrink"):
+        left = selection
+        if coupling is not None:
+            shrunk, selection = shrink_proved(program, coupling, selection, proof, report)
+            report.tell_groups(program, coupling, selection)
+            program, left = shrunk.program, shrunk.selection
+        if coupling is not None or blocks:
+            report.parameters = (count_elements(captured.program), count_elements(program))
+            trace.write("shrink", program)
     with stages("fold"):
-        folded = fold(captured.program, selection)
+        folded = fold(program, left)
         proof.stage("fold", folded)
         trace.write("fold", folded)
     with stages("lower"):
         chooser = Chooser(only=settings.layout)
-        packed, lowered = lower(folded, selection.mask, chooser, batches(captured, settings.tune_for))
+        packed, lowered = lower(folded, left.mask, chooser, batches(captured, settings.tune_for))
         proof.stage("lower", packed)
         trace.write("lower", packed, [f"{w.name}: {w.choice.layout}, {w.choice.why}" for w in lowered])
         # What was not packed lives on in `packed`; the dense copies of what was may go.
@@ -84,9 +101,9 @@ def transform(
         dense_bytes = sum(w.dense_bytes for w in lowered)
         compat.return_memory(dense_bytes)
     with stages("emit"):
-        result, lowered = deliver(captured, selection, packed, lowered, proof, settings, report)
+        result, lowered = deliver(captured, program, left, packed, lowered, proof, settings, report)
     compat.return_memory(dense_bytes)
-    report.weights = weight_reports(selection, lowered)
+    report.weights = weight_reports(left, lowered)
     report.seconds = stages.seconds
     result.meta["report"], result.meta["selection"] = report, selection
     return result
@@ -118,7 +135,7 @@ class _Stages:
 
     def __init__(self, progress: bool) -> None:
         self.seconds: dict[str, float] = {}
-        self._bar = tqdm(total=5, desc="transform", disable=None if progress else True, leave=False)
+        self._bar = tqdm(total=7, desc="transform", disable=None if progress else True, leave=False)
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:

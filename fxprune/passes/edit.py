@@ -34,6 +34,11 @@ def fetch(program: nn.Module, name: str) -> Tensor:
     return getattr(module, leaf).detach()
 
 
+def count_elements(program: Program) -> int:
+    """The elements of all parameters, tied ones counted once."""
+    return sum(p.numel() for p in program.parameters())
+
+
 def replace_parameter(program: Program, names: list[str], value: Tensor) -> None:
     """Puts one new parameter under all of its names."""
     parameter = nn.Parameter(value, requires_grad=False)

@@ -1,0 +1,185 @@
+"""shrink: the one place where sizes change. Slices parameters, and re-derives every literal that came from an axis.
+
+Sizes that the graph computes (symbolic ones) keep meaning the old sizes; where one enters a view it is scaled, and
+where one is read off a tensor that shrank it is scaled back.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
+
+from ..axis import Axis
+from ..capture import Program
+from ..coupling import Coupling
+from ..rules import Dims, Resize
+from .edit import copy_program, owner
+
+aten = torch.ops.aten
+
+
+def shrink(program: Program, coupling: Coupling, keep: Mapping[str, Tensor]) -> Program:
+    """A copy of the program in which each group named in `keep` has only those indices (int64, ascending).
+
+    `coupling` must be that of `program`, which is not changed; tensors that do not shrink are shared with it. Raises
+    PlanError for a group that the program does not have.
+    """
+    by_atom = coupling.atoms_of(keep)
+    result = copy_program(program)
+    if not by_atom:
+        return result
+    _slice_tensors(result, coupling.kept(keep))
+    copies = {node.name: node for node in result.graph.nodes}
+    for old in program.graph.nodes:
+        node = copies[old.name]
+        if old.target is aten.sym_size.int:
+            _pin_size(node, coupling.values.get(old.args[0]), by_atom)
+        elif old in coupling.calls:
+            _resize_call(node, coupling, old, by_atom, copies)
+    result.graph.lint()
+    result.recompile()
+    refresh_values(result)
+    return result
+
+
+def _slice_tensors(program: Program, kept: Mapping[str, list[tuple[int, Tensor]]]) -> None:
+    sliced: dict[int, Any] = {}
+    wanted: dict[int, list[tuple[int, Tensor]]] = {}
+    for name, cuts in kept.items():
+        wanted[id(_attribute(program, name))] = cuts
+    # Every name of a tied tensor gets the one new tensor.
+    for module in program.modules():
+        for table in (module._parameters, module._buffers, vars(module)):
+            for leaf, tensor in list(table.items()):
+                if not isinstance(tensor, Tensor) or id(tensor) not in wanted:
+                    continue
+                if id(tensor) not in sliced:
+                    value = slice_tensor(tensor.detach(), wanted[id(tensor)])
+                    if isinstance(tensor, nn.Parameter):
+                        value = nn.Parameter(value, requires_grad=tensor.requires_grad)
+                    sliced[id(tensor)] = value
+                table[leaf] = sliced[id(tensor)]
+
+
+def slice_tensor(tensor: Tensor, cuts: list[tuple[int, Tensor]]) -> Tensor:
+    """The tensor with only these indices along these dimensions, contiguous."""
+    for dim, indices in cuts:
+        tensor = tensor.index_select(dim, indices.to(tensor.device))
+    return tensor
+
+
+def _pin_size(node: Node, dims: Any, by_atom: Mapping[Axis, Tensor]) -> None:
+    """A size read off a tensor that shrank is scaled back, for what is computed from it means the old size."""
+    sizes = Resize(by_atom, lambda *_: node)
+    if not isinstance(dims, Dims) or not sizes.changed(dims[int(str(node.args[1]))]):
+        return
+    axis = dims[int(str(node.args[1]))]
+    users = list(node.users)
+    scaled = _scaler(node.graph, after=node)(node, sizes.old(axis), sizes.number(axis))
+    for user in users:
+        user.replace_input_with(node, scaled)
+
+
+def _scaler(graph: torch.fx.Graph, *, before: Node | None = None, after: Node | None = None) -> Callable[..., Node]:
+    """Makes nodes for value * new // old at one place of the graph."""
+
+    def scale(value: Node, new: int, old: int) -> Node:
+        place = graph.inserting_before(before) if before is not None else graph.inserting_after(after)
+        with place:
+            product = graph.call_function(operator.mul, (value, new))
+        with graph.inserting_after(product):
+            return graph.call_function(operator.floordiv, (product, old))
+
+    return scale
+
+
+def _resize_call(
+    node: Node, coupling: Coupling, old: Node, by_atom: Mapping[Axis, Tensor], copies: Mapping[str, Node]
+) -> None:
+    call = coupling.calls[old]
+    if call.rule.resize is None or not call.carries(by_atom):
+        return
+    make = _scaler(node.graph, before=node)
+    sizes = Resize(by_atom, lambda value, new, before: make(copies[value.name], new, before))
+    changed = call.rule.resize(sizes, call.out, **call.arguments)
+    if (pieces := changed.pop("pieces", None)) is not None:
+        node.target = aten.split_with_sizes.default
+        node.args, node.kwargs = (node.args[0], pieces, call.arguments.get("dim", 0)), {}
+    if (factor := changed.pop("output_scale", None)) is not None:
+        _scale_output(node, factor)
+    for name, value in changed.items():
+        set_argument(node, name, _in_copy(value, copies))
+
+
+def _in_copy(value: Any, copies: Mapping[str, Node]) -> Any:
+    """Nodes of the original graph replaced by their copies."""
+    if isinstance(value, list):
+        return [_in_copy(item, copies) for item in value]
+    return copies.get(value.name, value) if isinstance(value, Node) else value
+
+
+def _scale_output(node: Node, factor: float) -> None:
+    users = list(node.users)
+    with node.graph.inserting_after(node):
+        scaled = node.graph.call_function(aten.mul.Tensor, (node, factor))
+    for user in users:
+        user.replace_input_with(node, scaled)
+
+
+def set_argument(node: Node, name: str, value: Any) -> None:
+    """Set an argument of an op by its schema name, where it stands or as a keyword."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = [argument.name for argument in node.target._schema.arguments]
+    index = names.index(name)
+    if index < len(node.args):
+        node.update_arg(index, value)
+    elif node.target._schema.arguments[index].kwarg_only or index > len(node.args):
+        node.update_kwarg(name, value)
+    else:
+        node.args = (*node.args, value)
+
+
+class _FakeValues(torch.fx.Interpreter):
+    """Runs a program on the fake values of its inputs and writes the results into meta["val"]."""
+
+    def __init__(self, program: Program, mode: FakeTensorMode) -> None:
+        super().__init__(program)
+        self._mode = mode
+        self._fetched: dict[int, Tensor] = {}
+
+    def fetch_attr(self, target: str) -> Any:
+        """Parameters and buffers as fake tensors of fixed sizes."""
+        value = super().fetch_attr(target)
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in self._fetched:
+            self._fetched[id(value)] = self._mode.from_tensor(value, static_shapes=True)
+        return self._fetched[id(value)]
+
+    def run_node(self, n: Node) -> Any:
+        """The node's value, also kept in its meta."""
+        value = super().run_node(n)
+        if n.op != "output" and (n.op != "get_attr" or isinstance(value, Tensor)):
+            n.meta["val"] = value
+        return value
+
+
+def refresh_values(program: Program) -> None:
+    """Recompute meta["val"] of every node from the inputs' fake values, symbolic sizes included."""
+    values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"]
+    mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
+    if mode is None:
+        return
+    with mode, torch.no_grad():
+        _FakeValues(program, mode).run(*values, enable_io_processing=False)
+
+
+def _attribute(program: Program, name: str) -> Any:
+    module, leaf = owner(program, name)
+    return getattr(module, leaf)

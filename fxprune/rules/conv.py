@@ -1,0 +1,98 @@
+"""Convolutions: plain, grouped, depthwise with a multiplier, transposed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..axis import ONE, Axis, Conflict, Size, atoms, divide
+from .relation import Atoms, Dims, Here, Resize, relation
+
+_WINDOW = "windows slide over it"
+
+
+def _groups(axis: Axis, groups: int, where: str) -> tuple[Axis, Axis]:
+    """A channel axis as (groups, channels in a group); either may have one index. Raises Conflict."""
+    size = axis.root().size
+    if groups == 1:
+        return Axis(ONE), axis.root()
+    if size == Size(groups):
+        return axis.root(), Axis(ONE)
+    major, minor = divide(axis, [Size(groups), Size(size.number // groups)], where)
+    return major, minor
+
+
+def _tie_channels(here: Here, x: Axis, y: Axis, w_in: Axis, w_out: Axis, groups: int, transposed: bool) -> None:
+    """x = (g i), y = (g o); a plain weight is [(g o), i, ...], a transposed one [(g i), o, ...]."""
+    group_in, each_in = _groups(x, groups, here.name)
+    group_out, each_out = _groups(y, groups, here.name)
+    here.tie(group_in, group_out)
+    here.tie(w_in, x if transposed else each_in)
+    here.tie(w_out, each_out if transposed else y)
+
+
+def _zero_of_conv(
+    here: Here, out: Dims, input: Dims, weight: Dims, bias: Dims | None = None, groups: int = 1, **_: Any
+) -> Atoms:
+    made = set(atoms(out[1]))
+    for atom in atoms(input[1]):
+        if atom not in made and not atom.frozen and atom not in input.zero | weight.zero:
+            here.freeze(atom, "summed over where its removed indices are not zero")
+    zero = {atom for atom in made if atom in weight.zero or atom in input.zero}
+    if bias is not None:
+        return zero & bias.zero
+    return zero | (input.zero & set(atoms(out[0])))
+
+
+def _resize_conv(sizes: Resize, out: Dims, input: Dims, groups: int = 1, **_: Any) -> dict[str, Any]:
+    if groups == 1 or not (sizes.changed(input[1]) or sizes.changed(out[1])):
+        return {}
+    return {"groups": sizes.number(_groups(input[1], groups, "")[0])}
+
+
+def _conv(here: Here, out: Dims, input: Dims, weight: Dims, bias: Dims | None, groups: int, transposed: bool) -> None:
+    values = [out, input, weight, bias]
+    if len(input) != len(weight):
+        here.freeze_all(values, "a convolution without a batch")
+        return
+    here.tie(input[0], out[0])
+    for dims in (out, input, weight):
+        for axis in dims.axes[2:]:
+            here.freeze(axis, _WINDOW)
+    w_in, w_out = (weight[0], weight[1]) if transposed else (weight[1], weight[0])
+    try:
+        _tie_channels(here, input[1], out[1], w_in, w_out, groups, transposed)
+    except Conflict as conflict:
+        here.freeze_all(values, str(conflict))
+        return
+    if bias is not None:
+        here.tie(bias[0], out[1])
+    here.writes(weight, out[1])
+
+
+@relation("conv1d", "conv2d", "conv3d", zero=_zero_of_conv, resize=_resize_conv)
+def conv(here: Here, out: Dims, input: Dims, weight: Dims, bias: Dims | None = None, groups: int = 1, **_: Any) -> None:
+    """b (g i) ., (g o) i ., +(g o)? -> b (g o) ."""
+    _conv(here, out, input, weight, bias, groups, transposed=False)
+
+
+@relation("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", zero=_zero_of_conv, resize=_resize_conv)
+def conv_transpose(
+    here: Here, out: Dims, input: Dims, weight: Dims, bias: Dims | None = None, groups: int = 1, **_: Any
+) -> None:
+    """b (g i) ., (g i) o ., +(g o)? -> b (g o) ."""
+    _conv(here, out, input, weight, bias, groups, transposed=True)
+
+
+@relation("convolution", zero=_zero_of_conv, resize=_resize_conv)
+def convolution(
+    here: Here,
+    out: Dims,
+    input: Dims,
+    weight: Dims,
+    bias: Dims | None = None,
+    transposed: bool = False,
+    groups: int = 1,
+    **_: Any,
+) -> None:
+    """as conv or conv_transpose, by its argument"""
+    _conv(here, out, input, weight, bias, groups, transposed)

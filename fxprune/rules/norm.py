@@ -1,0 +1,135 @@
+"""Normalisation. A statistic over an axis changes when indices leave, so such an axis is mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..axis import ONE, Axis, Conflict, Size, atoms, divide
+from .relation import Atoms, Dims, Here, Resize, relation
+
+# Ops whose mixed axes change what they compute when indices leave.
+STATISTICS = {"layer_norm", "rms_norm", "_fused_rms_norm", "group_norm"}
+
+
+def _zero_by_channel(
+    here: Here, out: Dims, input: Dims, weight: Dims | None = None, bias: Dims | None = None, **_: Any
+) -> Atoms:
+    if weight is not None and bias is not None:
+        return {atom for atom in atoms(out[1]) if atom in weight.zero & bias.zero}
+    return input.zero & set(atoms(out[1]))
+
+
+@relation("batch_norm", zero=_zero_by_channel)
+def batch_norm(
+    here: Here,
+    out: Dims,
+    input: Dims,
+    weight: Dims | None = None,
+    bias: Dims | None = None,
+    running_mean: Dims | None = None,
+    running_var: Dims | None = None,
+    **_: Any,
+) -> None:
+    """b c *, c?, c?, c?, c? -> b c *"""
+    for a, b in zip(input.axes, out.axes):
+        here.tie(a, b)
+    for vector in (weight, bias, running_mean, running_var):
+        if vector is not None:
+            here.tie(vector[0], out[1])
+    if running_mean is None:
+        for i, axis in enumerate(out.axes):
+            if i != 1:
+                here.freeze(axis, "a statistic runs over it")
+
+
+@relation("instance_norm", zero=_zero_by_channel)
+def instance_norm(
+    here: Here, out: Dims, input: Dims, weight: Dims | None = None, bias: Dims | None = None, **a: Any
+) -> None:
+    """b c *, c?, c?, c?, c? -> b c *, with a statistic over *"""
+    batch_norm(here, out, input, weight, bias, a.get("running_mean"), a.get("running_var"))
+    for axis in out.axes[2:]:
+        here.freeze(axis, "a statistic runs over it")
+
+
+def _resize_shape(sizes: Resize, out: Dims, normalized_shape: Sequence[Any], **_: Any) -> dict[str, Any]:
+    last = out.axes[len(out) - len(normalized_shape) :]
+    return {"normalized_shape": [sizes.literal(axis, value) for axis, value in zip(last, normalized_shape)]}
+
+
+def _zero_of_layer_norm(
+    here: Here, out: Dims, input: Dims, normalized_shape: Sequence[Any], bias: Dims | None = None, **_: Any
+) -> Atoms:
+    # The pruned model's statistic runs over the kept indices, and the removed ones are put back as zeros.
+    width = len(normalized_shape)
+    found = {atom for axis in out.axes[-width:] for atom in atoms(axis)}
+    return found | (input.zero & out.atoms() if bias is None else set())
+
+
+@relation("layer_norm", "rms_norm", "_fused_rms_norm", zero=_zero_of_layer_norm, resize=_resize_shape)
+def layer_norm(
+    here: Here,
+    out: Dims,
+    input: Dims,
+    normalized_shape: Sequence[Any],
+    weight: Dims | None = None,
+    bias: Dims | None = None,
+    **_: Any,
+) -> None:
+    """* d, d?, d? -> * d, with a statistic over d"""
+    for a, b in zip(input.axes, out.axes):
+        here.tie(a, b)
+    last = out.axes[len(out) - len(normalized_shape) :]
+    for vector in (weight, bias):
+        if vector is not None:
+            for a, b in zip(vector.axes, last):
+                here.tie(a, b)
+    for axis in last:
+        here.mix(axis, "a statistic runs over it")
+
+
+def _groups(axis: Axis, groups: int, where: str) -> tuple[Axis, Axis]:
+    """A channel axis as (norm groups, channels in a group). Raises Conflict."""
+    size = axis.root().size
+    if groups == size.number:
+        return axis.root(), Axis(ONE)
+    if groups == 1:
+        return Axis(ONE), axis.root()
+    major, minor = divide(axis, [Size(groups), Size(size.number // groups)], where)
+    return major, minor
+
+
+def _resize_groups(sizes: Resize, out: Dims, num_groups: int, **_: Any) -> dict[str, Any]:
+    if not sizes.changed(out[1]):
+        return {}
+    return {"num_groups": sizes.number(_groups(out[1], num_groups, "")[0])}
+
+
+def _zero_of_group_norm(
+    here: Here, out: Dims, input: Dims, num_groups: int, weight: Dims | None = None, bias: Dims | None = None, **_: Any
+) -> Atoms:
+    made = set(atoms(out[1]))
+    if weight is not None and bias is not None:
+        return {atom for atom in made if atom in weight.zero & bias.zero}
+    return {atom for atom in made if atom.mixed or atom in input.zero}
+
+
+@relation("group_norm", zero=_zero_of_group_norm, resize=_resize_groups)
+def group_norm(
+    here: Here, out: Dims, input: Dims, num_groups: int, weight: Dims | None = None, bias: Dims | None = None, **_: Any
+) -> None:
+    """b (g c) *, (g c)?, (g c)? -> b (g c) *, with a statistic over c and *"""
+    for a, b in zip(input.axes, out.axes):
+        here.tie(a, b)
+    for vector in (weight, bias):
+        if vector is not None:
+            here.tie(vector[0], out[1])
+    try:
+        _, inner = _groups(out[1], num_groups, here.name)
+    except Conflict as conflict:
+        here.freeze(out[1], str(conflict))
+        return
+    here.mix(inner, "a statistic runs over it")
+    for axis in out.axes[2:]:
+        here.freeze(axis, "a statistic runs over it")

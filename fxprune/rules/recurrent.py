@@ -1,0 +1,1 @@
+"""Recurrent ops: LSTM, GRU and plain RNN, stacked and bidirectional."""

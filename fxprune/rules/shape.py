@@ -1,0 +1,187 @@
+"""Ops that only rearrange: views, permutations, expansion, repetition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..axis import ONE, Axis, Conflict, divide, pair_products
+from .relation import Dims, Here, Resize, carried, dimension, dimension_list, is_wide, relation, tie_broadcast
+
+
+def tie_view(here: Here, xs: Sequence[Axis], ys: Sequence[Axis]) -> None:
+    """Two rows of axes that index the same elements in row-major order are tied, split where they must be."""
+    try:
+        pair_products(xs, ys, here.name)
+    except Conflict as conflict:
+        for axis in (*xs, *ys):
+            here.freeze(axis, str(conflict))
+
+
+def resize_view(sizes: Resize, out: Dims, **a: Any) -> dict[str, Any]:
+    """The literal sizes of a view follow the axes of what it makes."""
+    name = "size" if "size" in a else "shape" if "shape" in a else "sizes"
+    return {name: _sizes(sizes, out, a[name])}
+
+
+def _sizes(sizes: Resize, out: Dims, given: Sequence[Any]) -> list[Any]:
+    pad = len(out) - len(given)
+    return [sizes.literal(out[pad + i], value) for i, value in enumerate(given)]
+
+
+@relation("view", "reshape", "_unsafe_view", zero=carried, resize=resize_view)
+def view(here: Here, out: Dims, self: Dims, dtype: Any = None, **_: Any) -> None:
+    """the same elements in row-major order"""
+    if dtype is not None:
+        tie_broadcast(here, out, [self])
+        if self[-1].root().size != out[-1].root().size:
+            here.freeze_all([self, out], "it reads bits as another type")
+        return
+    tie_view(here, self.axes, out.axes)
+
+
+@relation(
+    "flatten",
+    "squeeze",
+    "unsqueeze",
+    "ravel",
+    "view_as",
+    "reshape_as",
+    "atleast_1d",
+    "atleast_2d",
+    "atleast_3d",
+    zero=carried,
+)
+def reshape_without_sizes(here: Here, out: Dims, self: Dims, **_: Any) -> None:
+    """the same elements in row-major order"""
+    tie_view(here, self.axes, out.axes)
+
+
+def _resize_unflatten(sizes: Resize, out: Dims, self: Dims, dim: int, **a: Any) -> dict[str, Any]:
+    first = dimension(dim, self)
+    return {"sizes": [sizes.literal(out[first + i], value) for i, value in enumerate(a["sizes"])]}
+
+
+@relation("unflatten", zero=carried, resize=_resize_unflatten)
+def unflatten(here: Here, out: Dims, self: Dims, **_: Any) -> None:
+    """the same elements in row-major order"""
+    tie_view(here, self.axes, out.axes)
+
+
+def _permuted(here: Here, out: Dims, self: Dims, order: Sequence[int]) -> None:
+    for axis, dim in zip(out.axes, order):
+        here.tie(axis, self[dim])
+    out.source = self.source
+
+
+@relation("permute", zero=carried)
+def permute(here: Here, out: Dims, self: Dims, dims: Sequence[int], **_: Any) -> None:
+    """dimensions in another order"""
+    _permuted(here, out, self, [dimension(d, self) for d in dims])
+
+
+@relation("transpose", "swapaxes", "swapdims", zero=carried)
+def transpose(here: Here, out: Dims, self: Dims, **a: Any) -> None:
+    """two dimensions change places"""
+    i, j = (dimension(a[k], self) for k in a if k in ("dim0", "dim1", "axis0", "axis1"))
+    order = list(range(len(self)))
+    order[i], order[j] = order[j], order[i]
+    _permuted(here, out, self, order)
+
+
+@relation("t", "numpy_T", "mT", "matrix_H", "adjoint", "H", zero=carried)
+def t(here: Here, out: Dims, self: Dims, **_: Any) -> None:
+    """the last two dimensions change places"""
+    order = list(range(len(self)))
+    if len(order) > 1:
+        order[-1], order[-2] = order[-2], order[-1]
+    _permuted(here, out, self, order)
+
+
+@relation("movedim", "moveaxis", zero=carried)
+def movedim(here: Here, out: Dims, self: Dims, source: Any, destination: Any, **_: Any) -> None:
+    """dimensions move to other places"""
+    sources, targets = dimension_list(source, self), dimension_list(destination, self)
+    rest = iter([d for d in range(len(self)) if d not in sources])
+    placed = dict(zip(targets, sources))
+    _permuted(here, out, self, [placed[d] if d in placed else next(rest) for d in range(len(self))])
+
+
+@relation("expand", "broadcast_to", zero=carried, resize=resize_view)
+def expand(here: Here, out: Dims, self: Dims, **_: Any) -> None:
+    """dimensions of one index repeat"""
+    tie_broadcast(here, out, [self])
+
+
+@relation("expand_as", zero=carried)
+def expand_as(here: Here, out: Dims, self: Dims, other: Dims, **_: Any) -> None:
+    """dimensions of one index repeat, as many times as another tensor has"""
+    tie_broadcast(here, out, [self, other])
+
+
+@relation("broadcast_tensors", zero=carried)
+def broadcast_tensors(here: Here, out: list[Dims], tensors: list[Dims], **_: Any) -> None:
+    """dimensions of one index repeat until all tensors have one shape"""
+    for result, given in zip(out, tensors):
+        tie_broadcast(here, result, [given])
+        tie_broadcast(here, out[0], [result])
+
+
+def _resize_repeat(sizes: Resize, out: Dims, self: Dims, **a: Any) -> dict[str, Any]:
+    name = "repeats" if "repeats" in a else "dims"
+    pad = len(out) - len(a[name])
+    lead = len(out) - len(self)
+    counts = []
+    for i, value in enumerate(a[name], pad):
+        one = i < lead or not is_wide(self[i - lead])
+        counts.append(sizes.literal(out[i], value) if one else sizes.copies(out[i], self[i - lead], value))
+    return {name: counts}
+
+
+@relation("repeat", "tile", zero=carried, resize=_resize_repeat)
+def repeat(here: Here, out: Dims, self: Dims, **_: Any) -> None:
+    """the whole tensor again and again along dimensions: the copy is the outer index"""
+    for x, y in zip(reversed(self.axes), reversed(out.axes)):
+        if is_wide(x):
+            _copies(here, y, x, outer=True)
+
+
+def _resize_repeat_interleave(
+    sizes: Resize, out: Dims, self: Dims | None = None, dim: int | None = None, repeats: Any = None, **_: Any
+) -> dict[str, Any]:
+    if self is None or dim is None or not isinstance(repeats, int):
+        return {}
+    at = dimension(dim, self)
+    return {"repeats": sizes.copies(out[at], self[at], repeats)}
+
+
+@relation("repeat_interleave", zero=carried, resize=_resize_repeat_interleave)
+def repeat_interleave(
+    here: Here, out: Dims, self: Dims | None = None, dim: int | None = None, repeats: Any = None, **_: Any
+) -> None:
+    """each index repeated in place: the copy is the inner index"""
+    if self is None or not isinstance(repeats, int) or dim is None:
+        here.freeze_all([out, self, repeats if isinstance(repeats, Dims) else None], "repeats that are data")
+        return
+    at = dimension(dim, self)
+    for i, (x, y) in enumerate(zip(self.axes, out.axes)):
+        if i != at:
+            here.tie(x, y)
+        elif is_wide(x):
+            _copies(here, y, x, outer=False)
+
+
+def _copies(here: Here, out: Axis, x: Axis, outer: bool) -> None:
+    """`out` is whole copies of `x`; which copy is an axis of its own."""
+    count = out.root().size.over(x.root().size)
+    if count == ONE:
+        here.tie(out, x)
+        return
+    try:
+        if count is None:
+            raise Conflict("a number of copies that is not whole")
+        parts = divide(out, [count, x.root().size] if outer else [x.root().size, count], here.name)
+        here.tie(parts[1] if outer else parts[0], x)
+    except Conflict as conflict:
+        here.freeze(out, str(conflict))
+        here.freeze(x, str(conflict))

@@ -1,0 +1,114 @@
+"""structure: the structured half of a transform. Blocks drop, groups shrink, and whatever is not proved stays whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from .capture import Program
+from .check import Call, compare, outputs, refuse, run_flat
+from .coupling import Coupling
+from .mask import PackedMask
+from .passes.drop import Bypassing, drop_blocks, find_block
+from .passes.shrink import shrink, slice_tensor
+from .prove import Proof
+from .removal import Cuts, removal
+from .report import Report
+from .select import Selection
+
+
+def drop_proved(program: Program, paths: Sequence[str], example: Call, report: Report) -> Program:
+    """The program without these residual blocks, held against the program whose blocks hand on their input."""
+    if not paths:
+        return program
+    blocks = [find_block(program, path) for path in paths]
+    result = drop_blocks(program, blocks)
+    row = compare(
+        "dropped = bypassed", example, run_flat(Bypassing(program, blocks), example), outputs(result, example)
+    )
+    report.checks.append(row)
+    if not row.ok:
+        raise refuse(row, "Please report it with FXPRUNE_TRACE=<dir>; leave the Drop out meanwhile.")
+    report.dropped = {block.path: block.parameters for block in blocks}
+    return result
+
+
+@dataclasses.dataclass
+class Shrunk:
+    """A program whose groups lost indices, and the selection that is left to apply to it."""
+
+    program: Program
+    selection: Selection
+
+
+def shrink_proved(
+    program: Program, coupling: Coupling, selection: Selection, proof: Proof, report: Report
+) -> tuple[Shrunk, Selection]:
+    """The shrunk program, and the selection without the groups that did not come out equal to the zeroed model.
+
+    Such groups are found by halving, keep all their indices, and are named in the report.
+    """
+
+    def attempt(names: list[str]) -> Shrunk | str:
+        chosen = dataclasses.replace(selection, keep={name: selection.keep[name] for name in names})
+        leaving = removal(coupling, chosen.keep)
+        proof.expect(chosen, program, leaving)
+        # Whatever goes wrong in here is a group that stays whole: that is what a transaction is for.
+        try:
+            result = Shrunk(shrink(program, coupling, chosen.keep), _shrunk_selection(chosen, leaving.kept))
+            if not proof.enabled:
+                return result
+            row = proof.try_shrunk(result.program, result.selection)
+        except Exception as error:
+            return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        if row.ok:
+            report.checks.append(row)
+            return result
+        return f"it differs from the zeroed model by {row.error:.1e}"
+
+    names = list(selection.keep)
+    found = attempt(names)
+    if isinstance(found, str):
+        names = _right(names, attempt, found, report)
+        found = attempt(names)
+        if isinstance(found, str):
+            report.notes.append(f"nothing was shrunk: {found}")
+            names = []
+            found = Shrunk(program, dataclasses.replace(selection, keep={}))
+            proof.expect(found.selection, program)
+    kept = dataclasses.replace(selection, keep={name: selection.keep[name] for name in names})
+    return found, kept
+
+
+def _right(names: list[str], attempt: Callable[[list[str]], Shrunk | str], why: str, report: Report) -> list[str]:
+    """The groups that come out right together, found by halving."""
+    if len(names) <= 1:
+        report.notes += [f"{name} keeps all its indices: {why}" for name in names]
+        return []
+    half = len(names) // 2
+    parts = []
+    for part in (names[:half], names[half:]):
+        found = attempt(part)
+        parts.append(_right(part, attempt, found, report) if isinstance(found, str) else part)
+    both = [*parts[0], *parts[1]]
+    together = attempt(both) if all(parts) else None
+    if isinstance(together, str):
+        report.notes += [f"{n} keeps all its indices: right alone, but not with others: {together}" for n in parts[1]]
+        return parts[0]
+    return both
+
+
+def _shrunk_selection(selection: Selection, kept: Mapping[str, Cuts]) -> Selection:
+    """The masks and values of what is left."""
+
+    def cut(name: str, tensor: Tensor) -> Tensor:
+        return slice_tensor(tensor, kept.get(name, []))
+
+    masks = {
+        name: PackedMask.pack(cut(name, mask.unpack())) if name in kept else mask
+        for name, mask in selection.mask.items()
+    }
+    values = {name: cut(name, value) for name, value in selection.values.items()}
+    return dataclasses.replace(selection, keep={}, mask=masks, values=values)

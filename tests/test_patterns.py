@@ -1,0 +1,195 @@
+"""Sparsity patterns: the settings they accept, what they count, and how they are said in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fxprune.errors import PlanError
+from fxprune.patterns import SPARSITIES, Channels, Existing, Unstructured
+
+sizes = st.integers(0, 5000)
+multiples = st.integers(1, 70)
+least = st.integers(1, 70)
+fractions = st.floats(0.0, 1.0, exclude_max=True)
+amounts = st.one_of(fractions, st.integers(0, 6000))
+
+
+def refused(make: Callable[[], object], *words: str) -> None:
+    """`make` raises a PlanError that has all four parts and these words."""
+    with pytest.raises(PlanError) as error:
+        make()
+    assert error.value.what and error.value.where and error.value.why and error.value.do
+    for word in words:
+        assert word in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured, Channels])
+@pytest.mark.parametrize("amount", [float("nan"), -0.1, 1.0001, float("inf"), -1, True, "0.5", None, 1j])
+def test_bad_amounts(pattern: type, amount: Any) -> None:
+    refused(lambda: pattern(amount), "amount", repr(amount), f"{pattern.__name__}(amount=...)")
+
+
+@pytest.mark.parametrize("pattern", [Unstructured, Channels])
+@pytest.mark.parametrize("amount", [0, 0.0, 0.999, 7, np.int64(7), np.float32(0.25)])
+def test_good_amounts(pattern: type, amount: Any) -> None:
+    kept = pattern(amount).amount
+    assert kept == amount and type(kept) is (int if isinstance(amount, (int, np.integer)) else float)
+
+
+@pytest.mark.parametrize("amount", [1.0, np.float32(1.0)])
+def test_only_elements_may_all_go(amount: Any) -> None:
+    assert Unstructured(amount).count(10) == 10
+    refused(lambda: Channels(amount, min_keep=3), "asks for all", "min_keep=3", "Drop")
+    assert Channels(1).count(10) == 1
+
+
+def test_bad_scores() -> None:
+    anything: Any = None
+    refused(lambda: Unstructured(0.5, "l7"), "l7", "l1")
+    refused(lambda: Unstructured(0.5, anything), "NoneType")
+
+
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        ("norm", [0, 0.0, -1, -math.inf, math.nan, True, "2", None, 1j, 10**400]),
+        ("dim", [0.0, True, "0", 1j, torch.tensor(0)]),
+        ("unit", ["head", "", None, 1, ["outer"]]),
+        ("reduce", ["prod", "", None, 1, ["sum"]]),
+        ("align", [0, -8, 8.0, True, "8", None]),
+        ("min_keep", [0, -1, 1.0, True, "1", None]),
+    ],
+)
+def test_bad_settings_of_channels(setting: str, values: list[Any]) -> None:
+    for value in values:
+        refused(lambda value=value: Channels(0.5, **{setting: value}), repr(value), f"Channels({setting}=...)")
+
+
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        ("norm", [1, 2, 0.5, 3.5, math.inf, np.float32(2), np.int64(1)]),
+        ("dim", [None, 0, -1, 5, np.int64(1)]),
+        ("unit", ["outer", "inner", "mixed"]),
+        ("reduce", ["sum", "mean", "max"]),
+        ("align", [1, 8, np.int64(16)]),
+        ("min_keep", [1, 5, np.int64(2)]),
+    ],
+)
+def test_good_settings_of_channels(setting: str, values: list[Any]) -> None:
+    kept = [getattr(Channels(0.5, **{setting: value}), setting) for value in values]
+    assert kept == values
+    assert not any(isinstance(value, np.generic) for value in kept)
+
+
+def test_patterns_are_values() -> None:
+    assert Channels(0.5, 1) == Channels(0.5, 1.0) != Channels(0.5)
+    assert hash(Channels(0.5, 1)) == hash(Channels(0.5, 1.0))
+    channels = Channels(0.5)
+    with pytest.raises(AttributeError):
+        channels.amount = 0.4  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_kinds_are_unlike() -> None:
+    assert {"unstructured": Unstructured, "existing": Existing, "channels": Channels} == SPARSITIES
+
+
+@pytest.mark.parametrize(
+    ("channels", "words"),
+    [
+        (Channels(0.3), "30% of channels by L2 norm"),
+        (Channels(0.29, norm=1), "29% of channels by L1 norm"),
+        (Channels(1, norm=math.inf), "1 channel by Linf norm"),
+        (Channels(3, dim=0, unit="inner"), "3 channels by L2 norm, dim 0, unit inner"),
+        (
+            Channels(0.5, 0.5, -1, "mixed", "mean", 4, 2),
+            "50% of channels by L0.5 norm, dim -1, unit mixed, reduce mean, align 4, min_keep 2",
+        ),
+    ],
+)
+def test_channels_in_words(channels: Channels, words: str) -> None:
+    assert channels.describe() == words
+
+
+@pytest.mark.parametrize(
+    ("amount", "size", "multiple", "kept"),
+    [
+        (0.5, 64, 8, 32),
+        (0.3, 64, 8, 48),  # 45 is nearer to 48 than to 40
+        (0.25, 16, 8, 16),  # 12 is as near to 8 as to 16
+        (0.1, 14, 8, 14),  # 13 is nearest to 16, which is more than there are
+        (0.5, 12, 8, 8),
+        (0.99, 64, 8, 8),
+        (0.99, 64, 1, 1),
+        (0.25, 4, 8, 3),  # four units cannot be aligned to 8
+        (0.05, 10, 1, 10),  # 0.5 rounds to 0, as in torch
+        (0.15, 10, 1, 8),  # 1.5 rounds to 2
+        (0.04, 10, 8, 10),  # nothing to remove: 10 is not aligned to 8
+        (5, 64, 8, 56),  # 59 is nearer to 56
+        (64, 64, 8, 8),
+        (1000, 64, 1, 1),
+        (0.5, 0, 8, 0),
+        (0.5, 1, 8, 1),
+        (0.9, 1, 8, 1),
+    ],
+)
+def test_keep_count(amount: float, size: int, multiple: int, kept: int) -> None:
+    assert Channels(amount).keep_count(size, multiple) == kept
+
+
+def test_min_keep() -> None:
+    assert Channels(0.9, min_keep=10).keep_count(64) == 10
+    assert Channels(0.9, min_keep=10).keep_count(64, 8) == 16  # aligned, and no fewer than asked
+    assert Channels(0.9, min_keep=10).keep_count(6) == 6
+    assert Channels(0.9, min_keep=3).keep_count(6, 8) == 3
+
+
+@given(amounts, sizes, multiples, least)
+def test_keep_count_is_the_nearest_that_is_allowed(
+    amount: int | float, size: int, multiple: int, min_keep: int
+) -> None:
+    """Against the definition, spelled out as a search over every count that is allowed."""
+    how = Channels(amount, min_keep=min_keep)
+    removed = amount if isinstance(amount, int) else round(amount * size)
+    step = multiple if multiple <= size else 1
+    allowed = [k for k in range(step, size + min_keep + 2 * step, step) if k >= min_keep]
+    nearest = min(allowed, key=lambda k: (abs(k - (size - removed)), -k))
+    assert how.keep_count(size, multiple) == (min(nearest, size) if removed else size)
+
+
+@given(amounts, sizes, multiples, least)
+def test_keep_count_stays_in_its_bounds(amount: int | float, size: int, multiple: int, min_keep: int) -> None:
+    kept = Channels(amount, min_keep=min_keep).keep_count(size, multiple)
+    floor = max(min_keep, multiple if size >= multiple else min_keep)
+    assert type(kept) is int and min(size, floor) <= kept <= size
+    assert kept == size or size < multiple or kept % multiple == 0
+
+
+@given(st.one_of(st.tuples(fractions, fractions), st.tuples(st.integers(0), st.integers(0))), sizes, multiples, least)
+def test_more_asked_never_keeps_more(
+    pair: tuple[int | float, int | float], size: int, multiple: int, min_keep: int
+) -> None:
+    less, more = (Channels(amount, min_keep=min_keep).keep_count(size, multiple) for amount in sorted(pair))
+    assert more <= less
+
+
+@given(st.sampled_from([0, 0.0]), sizes, multiples, least)
+def test_amount_zero_keeps_everything(amount: int | float, size: int, multiple: int, min_keep: int) -> None:
+    assert Channels(amount, min_keep=min_keep).keep_count(size, multiple) == size
+
+
+@given(fractions, sizes)
+def test_fractions_count_as_in_torch(amount: float, size: int) -> None:
+    count = Channels(amount).count(size)
+    assert count == Unstructured(amount).count(size) == torch.nn.utils.prune._compute_nparams_toprune(amount, size)
+    exact = Fraction(amount * size)
+    assert abs(count - exact) <= Fraction(1, 2)
