@@ -367,7 +367,8 @@ def explain(axis: Axis, label: Callable[[Axis], str]) -> list[str]:
     """The shortest walk over ties from an axis to what froze or mixed it, a line a step; empty where nothing did."""
     seen = {id(axis)}
     waiting: deque[tuple[Axis, list[str]]] = deque([(axis, [])])
-    below = [(part, [f"{label(axis)} has a part of {part.size}"]) for part in atoms(axis)]
+    parts = atoms(axis) if axis.root().kind is not None else []
+    below = [(part, [f"{label(axis)} has a part of {part.size}"]) for part in parts]
     waiting.extend(below)
     seen.update(id(part) for part, _ in below)
     while waiting:

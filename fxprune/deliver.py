@@ -11,7 +11,9 @@ import gc
 from typing import Any
 
 import torch
+from torch import nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from . import native
@@ -19,6 +21,7 @@ from .capture import Capture, Program
 from .check import Call, CheckRow, refuse
 from .emit import PrunedModule, emit, own_storage
 from .measure import device_name
+from .modes import training_modes
 from .passes.edit import copy_program
 from .passes.fold import fold
 from .passes.lower import Lowered
@@ -27,6 +30,7 @@ from .report import ModelTiming, Report
 from .select import Selection
 from .settings import Settings
 from .timing import interleave, undisturbed
+from .trainable import TrainableModule, emit_trainable, origin_of
 
 
 def deliver(
@@ -82,6 +86,29 @@ def deliver(
         report.checks += rows
         return result, lowered
     raise AssertionError("unreachable: the dense program was returned or refused")
+
+
+def deliver_trainable(
+    model: nn.Module | ExportedProgram,
+    captured: Capture,
+    program: Program,
+    selection: Selection,
+    call: Call,
+    dynamic_shapes: Any,
+    proof: Proof,
+    report: Report,
+) -> TrainableModule:
+    """What is left of the model as an ordinary module, in eval mode. Raises CheckError where it is not right."""
+    modes, notes = training_modes(model, captured, call.args, call.kwargs, dynamic_shapes)
+    report.notes += notes
+    report.compiled = "eager graph that trains; torch.compile it as any module"
+    result = emit_trainable(program, captured.entry, modes, origin_of(model, captured), selection.mask)
+    rows = proof.hold(result, result)
+    for row in rows:
+        if not row.ok:
+            raise refuse(row, "Please report it with FXPRUNE_TRACE=<dir>.")
+    report.checks += rows
+    return result
 
 
 def _compiled(

@@ -43,7 +43,7 @@ def pending(
     model: nn.Module,
     plan: Plan | None,
     later: Mapping[str, Any],
-    transform: Callable[..., PrunedModule],
+    transform: Callable[..., nn.Module],
 ) -> PendingModule:
     """A shell around `transform(model, plan, args, kwargs, **later)`. Errors in the plan's names surface here."""
     if plan is not None:

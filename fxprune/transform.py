@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.export import ExportedProgram
 from tqdm import tqdm
 
 from . import admit, compat
+from .check import Call
 from .decide import batches, choose_blocks, choose_selection, couple_if_needed
-from .deliver import deliver
+from .deliver import deliver, deliver_trainable
 from .emit import PrunedModule
 from .errors import InputError
 from .layouts.choose import Chooser
@@ -28,6 +29,7 @@ from .select import Selection
 from .settings import Settings
 from .structure import drop_proved, shrink_proved
 from .trace import Trace
+from .trainable import TrainableModule
 
 
 def transform(
@@ -44,13 +46,14 @@ def transform(
     options: Mapping[str, Any] | None = None,
     progress: bool = True,
     check: bool = True,
-) -> PrunedModule:
+) -> PrunedModule | TrainableModule:
     """Prunes a model by `plan` and compiles what is left; returns a GraphModule with the model's own call signature.
 
     Without a plan, the pruning that the model carries (torch.nn.utils.prune hooks, parametrizations, zeros) is taken as
     it is; `selection` replays an earlier result's. `example_inputs` and `kwargs` are one call of the model: layouts are
     chosen for its sizes, and dim 0 of every tensor stays dynamic unless `dynamic_shapes` (as torch.export takes it)
-    says otherwise. Without them the result transforms itself at its first call. The result is for inference.
+    says otherwise. Without them the result transforms itself at its first call. The result is for inference; with
+    `trainable` it is an ordinary module of smaller parameters (and masks held as constants), not compiled.
 
     `mode` is torch.compile's; `options` are those of `settings.Settings`. With `check` the result is held against the
     pruned model on the example, on a second input and at a second size, and against dense torch.compile in time.
@@ -58,9 +61,15 @@ def transform(
     The user's model is never changed. Raises PlanError, InputError, CaptureError or CheckError.
     """
     settings = Settings.read(mode, options)
-    _refuse(plan, selection, calibration, trainable)
+    _refuse(plan, selection, calibration)
     admit.admit_model(model)
     if example_inputs is None and kwargs is None and not isinstance(model, ExportedProgram):
+        if trainable:
+            raise InputError(
+                "cannot make a trainable result without example inputs",
+                why="its parameters only exist once the model is captured",
+                do="Pass example_inputs=.",
+            )
         later = dict(selection=selection, dynamic_shapes=dynamic_shapes, mode=mode, options=options)
         return pending(model, plan, {**later, "progress": progress, "check": check}, transform)
     args, keywords = admit.admit_call(model, example_inputs, kwargs)
@@ -77,7 +86,8 @@ def transform(
     with stages("select"):
         selection = choose_selection(captured, program, plan, selection, coupling, report)
         selection.drop = blocks
-        proof.expect(selection, program)
+        if coupling is None:
+            proof.expect(selection, program)
     with stages("shrink"):
         left = selection
         if coupling is not None:
@@ -87,6 +97,11 @@ def transform(
         if coupling is not None or blocks:
             report.parameters = (count_elements(captured.program), count_elements(program))
             trace.write("shrink", program)
+    if trainable:
+        with stages("emit"):
+            call = Call("example", args, keywords)
+            training = deliver_trainable(model, captured, program, left, call, dynamic_shapes, proof, report)
+        return _told(training, report, selection, stages)
     with stages("fold"):
         folded = fold(program, left)
         proof.stage("fold", folded)
@@ -104,12 +119,21 @@ def transform(
         result, lowered = deliver(captured, program, left, packed, lowered, proof, settings, report)
     compat.return_memory(dense_bytes)
     report.weights = weight_reports(left, lowered)
+    return _told(result, report, selection, stages)
+
+
+_Result = TypeVar("_Result", PrunedModule, TrainableModule)
+
+
+def _told(result: _Result, report: Report, selection: Selection, stages: _Stages) -> _Result:
+    """The result with its report and selection in its meta, where they survive a deepcopy."""
+    stages.close()
     report.seconds = stages.seconds
     result.meta["report"], result.meta["selection"] = report, selection
     return result
 
 
-def _refuse(plan: Plan | None, selection: Selection | None, calibration: Any, trainable: bool) -> None:
+def _refuse(plan: Plan | None, selection: Selection | None, calibration: Any) -> None:
     if plan is not None and not isinstance(plan, Plan):
         raise InputError(
             f"cannot use a {type(plan).__name__} as a plan",
@@ -121,13 +145,12 @@ def _refuse(plan: Plan | None, selection: Selection | None, calibration: Any, tr
             why="a selection is the outcome of a plan",
             do="Pass one of them.",
         )
-    for name, asked in (("calibration", calibration is not None), ("trainable", trainable)):
-        if asked:
-            raise InputError(
-                f"cannot transform with {name}=",
-                why="this version prunes by magnitude and makes inference results only",
-                do="Leave it out.",
-            )
+    if calibration is not None:
+        raise InputError(
+            "cannot transform with calibration=",
+            why="this version prunes by magnitude",
+            do="Leave it out.",
+        )
 
 
 class _Stages:
@@ -148,5 +171,7 @@ class _Stages:
             raise
         self.seconds[name] = time.perf_counter() - start
         self._bar.update()
-        if self._bar.n == self._bar.total:
-            self._bar.close()
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        self._bar.close()

@@ -114,7 +114,7 @@ def test_what_is_no_plan_and_what_cannot_go_together() -> None:
     with pytest.raises(InputError, match="as a plan"):
         fxprune.transform(model, {"encoder.*": 0.5}, (X,))  # pyright: ignore[reportArgumentType]
     refused(InputError, model, lambda: quick(model, X, selection=Selection()), "plan and a selection")
-    refused(InputError, model, lambda: quick(model, X, trainable=True), "trainable")
+    refused(InputError, model, lambda: fxprune.transform(model, trainable=True), "trainable")
     refused(InputError, model, lambda: quick(model, X, calibration=[X]), "calibration")
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
 from ..axis import Axis
@@ -36,6 +35,7 @@ def shrink(program: Program, coupling: Coupling, keep: Mapping[str, Tensor]) -> 
         return result
     _slice_tensors(result, coupling.kept(keep))
     copies = {node.name: node for node in result.graph.nodes}
+    _refresh_values(program, coupling, by_atom, copies)
     for old in program.graph.nodes:
         node = copies[old.name]
         if old.target is aten.sym_size.int:
@@ -44,7 +44,6 @@ def shrink(program: Program, coupling: Coupling, keep: Mapping[str, Tensor]) -> 
             _resize_call(node, coupling, old, by_atom, copies)
     result.graph.lint()
     result.recompile()
-    refresh_values(result)
     return result
 
 
@@ -81,6 +80,9 @@ def _pin_size(node: Node, dims: Any, by_atom: Mapping[Axis, Tensor]) -> None:
         return
     axis = dims[int(str(node.args[1]))]
     users = list(node.users)
+    value: Any = node.meta.get("val")
+    if value is not None:
+        node.meta["val"] = value // sizes.old(axis) * sizes.number(axis)
     scaled = _scaler(node.graph, after=node)(node, sizes.old(axis), sizes.number(axis))
     for user in users:
         user.replace_input_with(node, scaled)
@@ -94,7 +96,11 @@ def _scaler(graph: torch.fx.Graph, *, before: Node | None = None, after: Node | 
         with place:
             product = graph.call_function(operator.mul, (value, new))
         with graph.inserting_after(product):
-            return graph.call_function(operator.floordiv, (product, old))
+            result = graph.call_function(operator.floordiv, (product, old))
+        if "val" in value.meta:
+            product.meta["val"] = value.meta["val"] * new
+            result.meta["val"] = value.meta["val"] * new // old
+        return result
 
     return scale
 
@@ -128,6 +134,7 @@ def _scale_output(node: Node, factor: float) -> None:
     users = list(node.users)
     with node.graph.inserting_after(node):
         scaled = node.graph.call_function(aten.mul.Tensor, (node, factor))
+    scaled.meta["val"] = node.meta.get("val")
     for user in users:
         user.replace_input_with(node, scaled)
 
@@ -145,39 +152,41 @@ def set_argument(node: Node, name: str, value: Any) -> None:
         node.args = (*node.args, value)
 
 
-class _FakeValues(torch.fx.Interpreter):
-    """Runs a program on the fake values of its inputs and writes the results into meta["val"]."""
+def _refresh_values(
+    program: Program, coupling: Coupling, by_atom: Mapping[Axis, Tensor], copies: Mapping[str, Node]
+) -> None:
+    """Give meta["val"] of every value that shrank its new shape. Strides keep their order, without gaps."""
+    sizes = Resize(by_atom, lambda value, *_: value)
+    for old in program.graph.nodes:
+        dims, value = coupling.values.get(old), old.meta.get("val")
+        if isinstance(dims, Dims) and isinstance(value, Tensor):
+            copies[old.name].meta["val"] = _resized(sizes, dims, value)
+        elif isinstance(dims, list) and isinstance(value, (list, tuple)):
+            resized = [_resized(sizes, d, v) if isinstance(v, Tensor) else v for d, v in zip(dims, value)]
+            copies[old.name].meta["val"] = type(value)(resized) if type(value) in (list, tuple) else tuple(resized)
 
-    def __init__(self, program: Program, mode: FakeTensorMode) -> None:
-        super().__init__(program)
-        self._mode = mode
-        self._fetched: dict[int, Tensor] = {}
 
-    def fetch_attr(self, target: str) -> Any:
-        """Parameters and buffers as fake tensors of fixed sizes."""
-        value = super().fetch_attr(target)
-        if not isinstance(value, Tensor):
-            return value
-        if id(value) not in self._fetched:
-            self._fetched[id(value)] = self._mode.from_tensor(value, static_shapes=True)
-        return self._fetched[id(value)]
-
-    def run_node(self, n: Node) -> Any:
-        """The node's value, also kept in its meta."""
-        value = super().run_node(n)
-        if n.op != "output" and (n.op != "get_attr" or isinstance(value, Tensor)):
-            n.meta["val"] = value
+def _resized(sizes: Resize, dims: Dims, value: Tensor) -> Tensor:
+    if not any(sizes.changed(axis) for axis in dims.axes):
         return value
+    shape = [
+        size // sizes.old(axis) * sizes.number(axis) if sizes.changed(axis) else size
+        for axis, size in zip(dims.axes, value.shape)
+    ]
+    strides: list[Any] = [0] * len(shape)
+    step: Any = 1
+    for dim in sorted(range(len(shape)), key=lambda d: _hint(value.stride(d))):
+        if _hint(value.stride(dim)) != 0 or _hint(shape[dim]) == 1:
+            strides[dim] = step
+            step = step * shape[dim]
+    return value.new_empty_strided(shape, strides)
 
 
-def refresh_values(program: Program) -> None:
-    """Recompute meta["val"] of every node from the inputs' fake values, symbolic sizes included."""
-    values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"]
-    mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
-    if mode is None:
-        return
-    with mode, torch.no_grad():
-        _FakeValues(program, mode).run(*values, enable_io_processing=False)
+def _hint(size: Any) -> int:
+    """A size as a number to sort by: the example's, for a symbolic one."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.hint is not None else 1 << 40
 
 
 def _attribute(program: Program, name: str) -> Any:

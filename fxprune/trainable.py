@@ -1,0 +1,323 @@
+"""trainable: Program -> TrainableModule, the torch.fx.GraphModule that transform returns for trainable=True."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import warnings
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Graph, Node
+from torch.fx.node import has_side_effect
+from torch.nn.utils import parametrize
+
+from .align import Inserted, ModeArguments
+from .capture import Capture, Program
+from .entry import EntryCheck
+from .errors import InputError
+from .graph_data import graph_data, graph_from
+from .mask import PackedMask
+from .passes.edit import copy_program, owner
+from .report import Report
+from .select import Selection
+from .weights import names_of_parameters
+
+aten = torch.ops.aten
+
+
+class TrainableModule(torch.fx.GraphModule):
+    """A pruned model that trains: an ordinary module with the call signature of the model it came from.
+
+    Parameters and buffers have the model's own names; `train()` and `eval()` switch what the model's own would. It
+    starts in eval mode, as it was captured. Calls are checked against what the model was captured for; `forward` is the
+    bare graph, without the check. It is not compiled: `torch.compile(module)` and `module.compile()` work as on any
+    module, and follow train() and eval().
+    """
+
+    @property
+    def report(self) -> Report:
+        """What happened to every weight and group, and how exact the result is."""
+        return self.meta["report"]
+
+    @property
+    def selection(self) -> Selection:
+        """What was kept; `transform(model, selection=...)` replays it."""
+        return self.meta["selection"]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.meta["entry"].check(args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrainableModule:
+        with warnings.catch_warnings():
+            # torch deep-copies its own tree specs through a name it has deprecated.
+            warnings.simplefilter("ignore", FutureWarning)
+            result = cast(TrainableModule, super().__deepcopy__(memo))
+        return _alike(result, self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = dict(vars(self))
+        graph = state.pop("_graph")
+        # What torch.compile made does not pickle; the loaded module is compiled by whoever wants it so.
+        state.pop("_compiled_call_impl", None)
+        return _rebuild, (state, graph_data(graph), graph._codegen)
+
+
+def _rebuild(state: dict[str, Any], nodes: list[tuple[Any, ...]], codegen: Any) -> TrainableModule:
+    root = nn.Module()
+    root.__dict__ = state
+    return _alike(_module(root, graph_from(nodes), codegen), root)
+
+
+def _module(root: nn.Module, graph: Graph, codegen: Any) -> TrainableModule:
+    graph._codegen = codegen
+    result = TrainableModule(root, graph, class_name="TrainableModule")
+    result.graph._tracer_cls = None
+    result._tracer_cls = None
+    result.meta = vars(root)["meta"]
+    return result
+
+
+def _alike(result: TrainableModule, source: nn.Module) -> TrainableModule:
+    """Gives a copy what torch's GraphModule forgets of each part: its mode, and which buffers are not saved."""
+    for path, module in result.named_modules():
+        original = source.get_submodule(path)
+        module.training = original.training
+        module._non_persistent_buffers_set = set(original._non_persistent_buffers_set)
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a trainable result takes from the user's model besides the program.
+
+    Names of the parameters that require gradients and of the buffers that a state_dict holds, the buffers that count
+    batches, and the storages (data pointers) that a result must not share.
+    """
+
+    trains: frozenset[str]
+    saved: frozenset[str]
+    counters: Mapping[str, Tensor]
+    storages: frozenset[int]
+
+
+def origin_of(model: nn.Module | ExportedProgram, captured: Capture) -> Origin:
+    """Reads an Origin off the model and its capture."""
+    program = captured.program
+    parameters = dict(program.named_parameters(remove_duplicate=False))
+    buffers = dict(program.named_buffers(remove_duplicate=False))
+    storages = {t.untyped_storage().data_ptr() for t in [*parameters.values(), *buffers.values()]}
+    trains = {name for name, p in parameters.items() if p.requires_grad}
+    saved = set(model.state_dict) if isinstance(model, ExportedProgram) else set()
+    counters = {name: b for name, b in buffers.items() if name.endswith("num_batches_tracked")}
+    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        prefix = f"{path}." if path else ""
+        saved.update(prefix + name for name in module._buffers.keys() - module._non_persistent_buffers_set)
+        if parametrize.is_parametrized(module):
+            for name, parts in cast(nn.ModuleDict, module.parametrizations).items():
+                # The capture holds the value that the parametrization computes, which is no leaf of the user's model.
+                if any(p.requires_grad for p in parts.parameters()):
+                    trains.add(prefix + name)
+    return Origin(frozenset(trains), frozenset(saved), counters, frozenset(storages - {0}))
+
+
+def emit_trainable(
+    program: Program,
+    entry: EntryCheck,
+    modes: Mapping[str, ModeArguments],
+    origin: Origin,
+    masks: Mapping[str, PackedMask] | None = None,
+) -> TrainableModule:
+    """A TrainableModule with tensors of its own, in eval mode; the program is left as it is.
+
+    `modes` of nodes that the program does not have any more are passed over. Each weight of `masks` is multiplied by a
+    buffer `<name>_mask` where it is read, so that what is zero stays zero; it is zero in the parameter too.
+    """
+    draft = copy_program(program)
+    own = _own_tensors(draft, origin)
+    masked = _mask(draft, masks or {})
+    _switch(draft, modes, {n: own.get(id(t), t) for n, t in origin.counters.items()})
+    for node in list(draft.graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            # Export asserts the dtypes that it saw; under autocast they are others, and right.
+            draft.graph.erase_node(node)
+            continue
+        node.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+    draft.meta = {"entry": entry}
+    result = _module(draft, draft.graph, draft.graph._codegen)
+    for path, module in result.named_modules():
+        prefix = f"{path}." if path else ""
+        module._non_persistent_buffers_set = {n for n in module._buffers if prefix + n not in origin.saved | masked}
+    return result.eval()
+
+
+def _own_tensors(draft: Program, origin: Origin) -> dict[int, Tensor]:
+    """Puts ordinary parameters and buffers in place of the program's; tied ones stay tied. Returns old id -> new."""
+    trains = {id(p) for n, p in draft.named_parameters(remove_duplicate=False) if n in origin.trains}
+    own: dict[int, Tensor] = {}
+    for module in draft.modules():
+        for table in (module._parameters, module._buffers):
+            for name, old in table.items():
+                if old is None:
+                    continue
+                if id(old) not in own:
+                    value = old.detach()
+                    shared = value.untyped_storage().data_ptr() in origin.storages
+                    partial = value.untyped_storage().nbytes() > value.numel() * value.element_size()
+                    value = value.clone() if shared or partial else value
+                    own[id(old)] = nn.Parameter(value, id(old) in trains) if isinstance(old, nn.Parameter) else value
+                table[name] = own[id(old)]  # pyright: ignore[reportArgumentType]
+    return own
+
+
+def _mask(draft: Program, masks: Mapping[str, PackedMask]) -> set[str]:
+    """Multiplies weights by their masks where they are read; returns the names of the mask buffers."""
+    canonical = names_of_parameters(draft)
+    buffers: dict[str, str] = {}
+    for name, mask in masks.items():
+        first = canonical.get(name)
+        if first is None or tuple(draft.get_parameter(first).shape) != tuple(mask.shape):
+            shape = "no parameter" if first is None else list(draft.get_parameter(first).shape)
+            raise InputError(f'cannot mask "{name}"', why=f"the mask is {list(mask.shape)}, the program has {shape}")
+        module, leaf = owner(draft, first)
+        parameter = draft.get_parameter(first)
+        keep = mask.unpack().to(parameter.device)
+        parameter.data = parameter.detach().masked_fill(~keep, 0)
+        buffer = f"{leaf}_mask"
+        while hasattr(module, buffer):
+            buffer += "_"
+        module.register_buffer(buffer, keep)
+        buffers[first] = first.removesuffix(leaf) + buffer
+    for node in list(draft.graph.nodes):
+        buffer = buffers.get(canonical.get(str(node.target), "")) if node.op == "get_attr" else None
+        if buffer is not None and node.users:
+            with draft.graph.inserting_after(node):
+                keep = draft.graph.get_attr(buffer)
+            with draft.graph.inserting_after(keep):
+                masked = draft.graph.call_function(aten.mul.Tensor, (node, keep))
+            node.replace_all_uses_with(masked, delete_user_cb=lambda user, own=masked: user is not own)
+    return set(buffers.values())
+
+
+def _switch(draft: Program, modes: Mapping[str, ModeArguments], counters: Mapping[str, Tensor]) -> None:
+    """Makes the graph do in each mode what `modes` say, by reading the module's own `training` flag.
+
+    One graph for both modes needs nothing done in train() and eval(), copies as any graph does, and is recompiled by
+    Dynamo's own guard on the flag.
+    """
+    graph = draft.graph
+    nodes = {n.name: n for n in graph.nodes}
+    switches = _Switches(draft, counters)
+    for name, mode in modes.items():
+        node = nodes.get(name)
+        if node is None:
+            continue
+        for source, chain in mode.inserted.items():
+            switches.insert(node, nodes.get(source), chain)
+        if node.target is aten.batch_norm.default and "training" in mode.differs:
+            switches.begin_batch(node, mode.counter)
+        for argument, (in_eval, in_train) in mode.differs.items():
+            _set_argument(node, argument, switches.choose(node, in_eval, in_train))
+        if mode.cumulative and mode.counter is not None:
+            _set_argument(node, "momentum", switches.momentum(node, mode.counter))
+    without = {nodes[name] for name, mode in modes.items() if mode.no_grad and name in nodes}
+    for node in without:
+        readers = [user for user in node.users if user not in without]
+        if readers:
+            with graph.inserting_after(node):
+                detached = graph.call_function(aten.detach.default, (node,))
+            for user in readers:
+                user.replace_input_with(node, detached)
+
+
+class _Switches:
+    """Nodes that depend on the mode, each made once."""
+
+    def __init__(self, draft: Program, counters: Mapping[str, Tensor]) -> None:
+        self._draft, self._graph, self._counters = draft, draft.graph, counters
+        self._training: Node | None = None
+        self._inserted: dict[str, Node] = {}
+
+    @property
+    def training(self) -> Node:
+        """The module's own flag, read once, before all else."""
+        if self._training is None:
+            with self._graph.inserting_before(next(n for n in self._graph.nodes if n.op != "placeholder")):
+                # Graph.get_attr would warn that this is no tensor.
+                self._training = self._graph.create_node("get_attr", "training", name="training")
+        return self._training
+
+    def choose(self, before: Node, in_eval: Any, in_train: Any) -> Node:
+        """One of two literals."""
+        if (in_eval, in_train) == (False, True):
+            return self.training
+        training = self.training
+        with self._graph.inserting_before(before):
+            return self._graph.call_function(operator.getitem, ((in_eval, in_train), training))
+
+    def insert(self, reader: Node, source: Node | None, chain: tuple[Inserted, ...]) -> None:
+        """Puts ops between two nodes. Does nothing where the reader reads the source no more."""
+        if source is None or source not in reader.all_input_nodes:
+            return
+        value = source
+        for op in chain:
+            if op.name not in self._inserted:
+                arguments = () if op.p is None else (op.p, self.training)
+                with self._graph.inserting_after(value):
+                    self._inserted[op.name] = self._graph.call_function(op.op, (value, *arguments))
+            value = self._inserted[op.name]
+        reader.replace_input_with(source, value)
+
+    def begin_batch(self, norm: Node, counter: str | None) -> None:
+        """What nn.BatchNorm does in train mode before it normalises."""
+        training, read = self.training, self._counter(norm, counter)
+        with self._graph.inserting_before(norm):
+            self._graph.call_function(begin_batch, (norm.args[0], read, training))
+
+    def momentum(self, norm: Node, counter: str) -> Node:
+        """The momentum of a batch-norm that averages over all batches."""
+        training, read = self.training, self._counter(norm, counter)
+        with self._graph.inserting_before(norm):
+            return self._graph.call_function(cumulative_momentum, (read, training))
+
+    def _counter(self, norm: Node, name: str | None) -> Node | None:
+        if name is None or name not in self._counters:
+            return None
+        path, _, leaf = name.rpartition(".")
+        module = self._draft.get_submodule(path)
+        if leaf not in module._buffers:
+            module.register_buffer(leaf, self._counters[name].detach().clone())
+        with self._graph.inserting_before(norm):
+            return self._graph.get_attr(name)
+
+
+def _set_argument(node: Node, name: str, value: Any) -> None:
+    """Sets an op's argument by its name in the schema."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    schema = node.target._schema.arguments
+    index = next(i for i, a in enumerate(schema) if a.name == name)
+    if name in node.kwargs or schema[index].kwarg_only:
+        node.update_kwarg(name, value)
+        return
+    defaults = [node.kwargs.get(a.name, a.default_value) for a in schema[len(node.args) : index]]
+    node.kwargs = {k: v for k, v in node.kwargs.items() if k not in {a.name for a in schema[:index]}}
+    node.args = (*node.args[:index], *defaults, value, *node.args[index + 1 :])
+
+
+@has_side_effect
+def begin_batch(x: Tensor, counter: Tensor | None, training: bool) -> None:
+    """What nn.BatchNorm does first in train mode: counts the batch, refuses `x` [N, C, ...] of one value a channel."""
+    if training:
+        if counter is not None:
+            counter.add_(1)
+        if x.numel() == x.shape[1]:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+
+
+def cumulative_momentum(counter: Tensor, training: bool) -> float:
+    """The momentum that makes running statistics the mean over all batches: 1 / counter; not used in eval mode."""
+    return 1.0 / float(counter) if training else 0.0
