@@ -58,13 +58,13 @@ def capture(
     if isinstance(dynamic_shapes, ShapesCollection):
         dynamic_shapes = dynamic_shapes.dynamic_shapes(shadow, args, kwargs)
     notes: list[str] = []
-    attempts = _attempts(args, kwargs, dynamic_shapes, static)
-    for index, (shapes_of, note) in enumerate(attempts):
-        last = index == len(attempts) - 1
+    tries = attempts(args, kwargs, dynamic_shapes, static)
+    for index, (shapes_of, note) in enumerate(tries):
+        last = index == len(tries) - 1
         # Marks that a failed attempt left would make the next one dynamic as well, so each has tensors of its own.
-        own_args, own_kwargs = _apart(args, kwargs)
+        own_args, own_kwargs = apart(args, kwargs)
         try:
-            exported = _export(shadow, own_args, own_kwargs, shapes_of(own_args, own_kwargs))
+            exported = export_program(shadow, own_args, own_kwargs, shapes_of(own_args, own_kwargs))
             forward = type(shadow).forward.__get__(shadow)
             return _finish(exported, exported.module(), forward, args, kwargs, existing, notes)
         except InputError:
@@ -84,7 +84,7 @@ def capture(
 _ShapesOf = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
 
-def _attempts(
+def attempts(
     args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, static: bool
 ) -> list[tuple[_ShapesOf, str]]:
     """What to try in order: (dynamic shapes of a call, what to note when it fails)."""
@@ -94,11 +94,11 @@ def _attempts(
     fixed: list[tuple[_ShapesOf, str]] = [(lambda *_: None, "")]
     if static or not sizes:
         return fixed
-    attempts: list[tuple[_ShapesOf, str]] = [(_batches(1), "dim 0 could not stay dynamic everywhere")]
+    tries: list[tuple[_ShapesOf, str]] = [(_batches(1), "dim 0 could not stay dynamic everywhere")]
     if len(sizes) > 1 and 1 in sizes:
         # A size of 1 beside larger ones is more often there to be broadcast than a batch.
-        attempts.append((_batches(2), "dim 0 could not stay dynamic where it is larger than 1"))
-    return attempts + fixed
+        tries.append((_batches(2), "dim 0 could not stay dynamic where it is larger than 1"))
+    return tries + fixed
 
 
 def _batches(least: int) -> _ShapesOf:
@@ -114,7 +114,7 @@ def _batches(least: int) -> _ShapesOf:
     return shapes_of
 
 
-def _apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The same call with a new tensor object for every leaf, over the same storage.
 
     Export takes two arguments that are one tensor for one input, which is wrong for every call where they differ, and
@@ -123,7 +123,7 @@ def _apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ..
     return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
     with torch.no_grad(), compat.sizes_of_one_stay_dynamic(), compat.quiet_export():
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 

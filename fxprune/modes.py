@@ -8,7 +8,9 @@ gradients. Where they are not, batch-norm and dropout are flipped by their flags
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -20,7 +22,7 @@ from torch.fx import Node
 
 from . import admit
 from .align import Mismatch, ModeArguments, Walk
-from .capture import Capture, Program, _apart, _attempts, _export
+from .capture import Capture, Program, apart, attempts, export_program
 from .check import Call, resized_call
 from .entry import TensorInput
 from .existing import fold_existing
@@ -105,19 +107,21 @@ def _train_graphs(
     dynamic = any(isinstance(size, str) for want in wants for size in want.sizes)
     if isinstance(dynamic_shapes, ShapesCollection):
         dynamic_shapes = dynamic_shapes.dynamic_shapes(shadow, args, kwargs)
-    attempts = _attempts(args, kwargs, dynamic_shapes, not dynamic)
+    tries = attempts(args, kwargs, dynamic_shapes, not dynamic)
     if dynamic and dynamic_shapes is None:
-        attempts.pop()
+        tries.pop()
     calls = [(args, kwargs)]
     larger = resized_call(captured, Call("example", args, kwargs))
     if larger is not None:
         # A batch-norm does not train on an example of one value per channel.
         calls.append((larger.args, larger.kwargs))
-    for shapes_of, _ in attempts:
+    for shapes_of, _ in tries:
         for call in calls:
-            own_args, own_kwargs = _apart(*call)
+            own_args, own_kwargs = apart(*call)
             try:
-                program = _export(shadow, own_args, own_kwargs, shapes_of(own_args, own_kwargs)).module()
+                # Export prints the graph of a model that it gives up on; here that is no failure.
+                with contextlib.redirect_stderr(io.StringIO()):
+                    program = export_program(shadow, own_args, own_kwargs, shapes_of(own_args, own_kwargs)).module()
             except ValueError as error:
                 yield error
             except Exception as error:

@@ -128,9 +128,13 @@ class Report:
 
     def _summary(self) -> str:
         packed = sum(w.layout != "dense" for w in self.weights)
-        lines = [
-            f"{self.model}: {len(self.weights)} pruned weights: {packed} packed, {len(self.weights) - packed} dense"
-        ]
+        told = [f"{len(self.weights)} pruned weights: {packed} packed, {len(self.weights) - packed} dense"]
+        if self.groups:
+            smaller = sum(group.kept < group.size for group in self.groups)
+            told = [f"{smaller} of {len(self.groups)} groups smaller", *(told if self.weights else [])]
+        if self.dropped:
+            told.append(f"{len(self.dropped)} blocks dropped")
+        lines = [f"{self.model}: " + "; ".join(told)]
         if self.parameters is not None:
             before, after = self.parameters
             lines.append(f"parameters: {before:,} before, {after:,} after: {1 - after / max(before, 1):.1%} removed")

@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
-from . import contract, conv, create, cut, norm, pointwise, recurrent, reduce, shape, spatial
+from . import (
+    compare,
+    contract,
+    conv,
+    create,
+    cut,
+    norm,
+    pick,
+    pointwise,
+    recurrent,
+    reduce,
+    shape,
+    signal,
+    spatial,
+)
 from .norm import STATISTICS
 from .relation import RULES, Dims, Here, Relation, Resize, Value, packet_name, tensors
 
-FAMILIES = (pointwise, contract, conv, norm, spatial, shape, cut, reduce, create, recurrent)
+FAMILIES = (
+    pointwise,
+    contract,
+    compare,
+    conv,
+    norm,
+    spatial,
+    signal,
+    shape,
+    cut,
+    pick,
+    reduce,
+    create,
+    recurrent,
+)
 
 __all__ = ["FAMILIES", "RULES", "STATISTICS", "Dims", "Here", "Relation", "Resize", "Value", "packet_name", "tensors"]

@@ -33,14 +33,25 @@ def _tie_channels(here: Here, x: Axis, y: Axis, w_in: Axis, w_out: Axis, groups:
 def _zero_of_conv(
     here: Here, out: Dims, input: Dims, weight: Dims, bias: Dims | None = None, groups: int = 1, **_: Any
 ) -> Atoms:
-    made = set(atoms(out[1]))
-    for atom in atoms(input[1]):
-        if atom not in made and not atom.frozen and atom not in input.zero | weight.zero:
+    if len(input) != len(weight):
+        return set()
+    try:
+        each_in = _groups(input[1], groups, here.name)[1]
+        group, each_out = _groups(out[1], groups, here.name)
+    except Conflict:
+        return set()
+    for atom in atoms(each_in):
+        if not atom.frozen and atom not in input.zero | weight.zero:
             here.freeze(atom, "summed over where its removed indices are not zero")
-    zero = {atom for atom in made if atom in weight.zero or atom in input.zero}
-    if bias is not None:
-        return zero & bias.zero
-    return zero | (input.zero & set(atoms(out[0])))
+    verdict: dict[Axis, bool] = {}
+    for axis, zero in (
+        (out[0], input.zero if bias is None else set()),
+        (group, input.zero | weight.zero),
+        (each_out, weight.zero),
+    ):
+        for atom in atoms(axis):
+            verdict[atom] = verdict.get(atom, True) and atom in zero
+    return {atom for atom, zero in verdict.items() if zero and (bias is None or atom in bias.zero)}
 
 
 def _resize_conv(sizes: Resize, out: Dims, input: Dims, groups: int = 1, **_: Any) -> dict[str, Any]:

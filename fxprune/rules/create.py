@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .relation import Atoms, Dims, Here, relation
+from .relation import Atoms, Dims, Here, dimension, relation
 from .shape import resize_view
 
 
@@ -43,3 +43,26 @@ def one_hot(here: Here, out: Dims, self: Dims, **_: Any) -> None:
     for a, b in zip(self.axes, out.axes):
         here.tie(a, b)
     here.freeze(out[-1], "its indices are values of another tensor")
+
+
+@relation("meshgrid")
+def meshgrid(here: Here, out: list[Dims], tensors: list[Dims], indexing: str = "ij", **_: Any) -> None:
+    """each vector along a dimension of its own, repeated along those of the others"""
+    order = list(range(len(tensors)))
+    if indexing == "xy" and len(order) > 1:
+        order[0], order[1] = 1, 0
+    for result in out:
+        for vector, dim in zip(tensors, order):
+            for axis in vector.axes:
+                here.tie(axis, result[dim])
+
+
+@relation("diag_embed", zero=lambda here, out, self, **_: self.zero & out.atoms())
+def diag_embed(here: Here, out: Dims, self: Dims, dim1: int = -2, dim2: int = -1, **_: Any) -> None:
+    """the last dimension as the diagonal of two new ones; all three freeze"""
+    chosen = {dimension(dim1, out), dimension(dim2, out)}
+    rest = [axis for i, axis in enumerate(out.axes) if i not in chosen]
+    for a, b in zip(self.axes, rest):
+        here.tie(a, b)
+    for axis in (self[-1], *(out[i] for i in chosen)):
+        here.freeze(axis, "positions along it matter")

@@ -1,4 +1,4 @@
-"""Ops that join, cut and pick: cat, stack, split, chunk, slice, select, unbind, index and their kin."""
+"""Ops that join and cut: cat, stack, split, chunk, slice, select, unbind and their kin."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..axis import Axis, Conflict, concat, cut
-from .relation import Atoms, Dims, Here, Resize, by_dimension, carried, dimension, is_wide, of_first, relation
+from .relation import Atoms, Dims, Here, Resize, carried, dimension, relation
 from .shape import tie_view
 
-_PICKED = "picked by index"
+PICKED = "picked by index"
 
 
 def _pieces(here: Here, axis: Axis, sizes: Sequence[int]) -> list[Axis] | None:
@@ -45,10 +45,18 @@ def cat(here: Here, out: Dims, tensors: list[Dims], dim: int = 0, **_: Any) -> N
     _join(here, out[at], [x[at] for x in full])
 
 
-@relation("hstack", "vstack", "dstack", "column_stack")
-def stack_by_name(here: Here, out: Dims, tensors: list[Dims], **_: Any) -> None:
-    """joins that freeze"""
-    here.freeze_all([out, *tensors], "no rule that shrinks it")
+def _stack_by_name(op: str, at: int) -> None:
+    @relation(op, zero=carried)
+    def join(here: Here, out: Dims, tensors: list[Dims], **_: Any) -> None:
+        """tensors one after the other along a dimension that the op's name says"""
+        if any(len(x) != len(out) for x in tensors):
+            here.freeze_all([out, *tensors], "a join that adds dimensions")
+            return
+        cat(here, out, tensors, min(at, len(out) - 1))
+
+
+for _op, _at in (("hstack", 1), ("vstack", 0), ("dstack", 2), ("column_stack", 1)):
+    _stack_by_name(_op, _at)
 
 
 @relation("stack", zero=carried)
@@ -59,7 +67,7 @@ def stack(here: Here, out: Dims, tensors: list[Dims], dim: int = 0, **_: Any) ->
     for x in tensors:
         for a, b in zip(x.axes, rest):
             here.tie(a, b)
-    here.freeze(out[at], _PICKED)
+    here.freeze(out[at], PICKED)
 
 
 def _split_sizes(out: list[Dims], at: int) -> list[int]:
@@ -86,7 +94,10 @@ def split(here: Here, out: list[Dims], self: Dims, dim: int = 0, **_: Any) -> No
         for axis in (self[at], *(piece[at] for piece in out)):
             here.freeze(axis, "a cut through a symbolic size")
         return
-    found = _pieces(here, self[at], _split_sizes(out, at))
+    whole = sum(_split_sizes(out, at)) == self[at].root().size.number
+    found = _pieces(here, self[at], _split_sizes(out, at)) if whole else None
+    if not whole:
+        here.freeze(self[at], "pieces that overlap or leave gaps")
     for piece, axis in zip(out, found or []):
         here.tie(piece[at], axis)
     if found is None:
@@ -103,7 +114,7 @@ def _bounds(size: int, start: Any, end: Any) -> tuple[int, int] | None:
 
 
 def _resize_slice(
-    sizes: Resize, out: Dims, self: Dims, dim: int = 0, start: Any = None, end: Any = None, **_: Any
+    sizes: Resize, out: Dims, self: Dims, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1, **_: Any
 ) -> dict[str, Any]:
     at = dimension(dim, self)
     if not sizes.changed(self[at]):
@@ -111,6 +122,9 @@ def _resize_slice(
     bounds = _bounds(sizes.old(self[at]), start, end)
     if bounds is None:
         return {}
+    if step != 1:
+        # every index of the step is kept, so that the first one stands where it stood
+        return {"start": bounds[0], "end": sizes.number(self[at])}
     kept = sizes.indices(self[at])
     return {"start": int((kept < bounds[0]).sum()), "end": int((kept < bounds[1]).sum())}
 
@@ -157,7 +171,7 @@ def _tie_strided(here: Here, x: Axis, y: Axis, first: int, last: int, step: Any)
     size = x.root().size.number
     if isinstance(step, int) and size % step == 0 and first < step and last > size - step + first:
         inner = Axis(step)
-        here.freeze(inner, _PICKED)
+        here.freeze(inner, PICKED)
         tie_view(here, [x], [y, inner])
         return
     here.freeze(x, "a strided slice")
@@ -187,7 +201,7 @@ def select(here: Here, out: Dims, self: Dims, dim: int, index: Any, **_: Any) ->
     rest = [axis for i, axis in enumerate(self.axes) if i != at]
     for a, b in zip(rest, out.axes):
         here.tie(a, b)
-    here.freeze(self[at], _PICKED)
+    here.freeze(self[at], PICKED)
 
 
 @relation("unbind", zero=carried)
@@ -197,161 +211,22 @@ def unbind(here: Here, out: list[Dims], self: Dims, dim: int = 0, **_: Any) -> N
         select(here, piece, self, dim, 0)
 
 
-def _zero_of_index(here: Here, out: Dims, **a: Any) -> Atoms:
-    return a["self"].zero & out.atoms()
+def _zero_of_glu(here: Here, out: Dims, self: Dims, **_: Any) -> Atoms:
+    return self.zero & out.atoms()
 
 
-@relation("index", "_unsafe_index", zero=_zero_of_index)
-def index(here: Here, out: Dims, self: Dims, indices: list[Dims | None], **_: Any) -> None:
-    """advanced indexing: the dimensions indexed by tensors freeze, the others stay"""
-    picked = [i for i, given in enumerate(indices) if given is not None]
-    for i in picked:
-        here.freeze(self[i], _PICKED)
-    given = [x for x in indices if isinstance(x, Dims)]
-    rest = [axis for i, axis in enumerate(self.axes) if i not in picked]
-    if not picked or len(given) != len(picked):
-        here.freeze_all([out, self, *given], "an index that is no tensor")
-        return
-    wide = len(out) - len(rest)
-    together = picked == list(range(picked[0], picked[-1] + 1))
-    at = picked[0] if together else 0
-    block, others = out.axes[at : at + wide], [*out.axes[:at], *out.axes[at + wide :]]
-    if wide < 0 or len(others) != len(rest) or any(len(x) > wide for x in given):
-        # a mask takes several dimensions at once
-        here.freeze_all([out, self, *given], "an index that is a mask")
-        return
-    for a, b in zip(rest, others):
-        here.tie(a, b)
-    for x in given:
-        for a, b in zip(reversed(x.axes), reversed(block)):
-            here.tie(a, b)
-
-
-@relation("index_select", zero=_zero_of_index)
-def index_select(here: Here, out: Dims, self: Dims, dim: int, index: Dims, **_: Any) -> None:
-    """indices along a dimension, picked by a tensor"""
+@relation("glu", zero=_zero_of_glu)
+def glu(here: Here, out: Dims, self: Dims, dim: int = -1, **_: Any) -> None:
+    """the first half of a dimension times the sigmoid of its second half"""
     at = dimension(dim, self)
     for i, (a, b) in enumerate(zip(self.axes, out.axes)):
         if i != at:
             here.tie(a, b)
-    here.freeze(self[at], _PICKED)
-    if len(index):
-        here.tie(out[at], index[0])
-
-
-@relation("gather", "take_along_dim", zero=_zero_of_index)
-def gather(here: Here, out: Dims, self: Dims, dim: int | None = None, index: Dims | None = None, **a: Any) -> None:
-    """elements picked along a dimension by a tensor of indices"""
-    index = index if index is not None else a["indices"]
-    if dim is None or len(index) != len(out):
-        here.freeze_all([out, self, index], _PICKED)
+    size = out[at].root().size
+    halves = None if size.symbols else _pieces(here, self[at], [size.number, size.number])
+    if halves is None:
+        here.freeze(self[at], "a cut through a symbolic size")
+        here.freeze(out[at], "a cut through a symbolic size")
         return
-    at = dimension(dim, self)
-    for i, (x, chosen, y) in enumerate(zip(self.axes, index.axes, out.axes)):
-        here.tie(chosen, y)
-        if i == at:
-            here.freeze(x, _PICKED)
-        elif x.root().size == y.root().size:
-            here.tie(x, y)
-        else:
-            here.freeze(x, "only the first of its indices are read")
-            here.freeze(y, "only the first of its indices are read")
-
-
-def _zero_of_scatter(here: Here, out: Dims, **a: Any) -> Atoms:
-    given = [v for k, v in a.items() if k in ("self", "src", "value", "values", "source") and isinstance(v, Dims)]
-    constant = any(isinstance(a.get(k), (int, float)) and a[k] != 0 for k in ("value", "src"))
-    return set() if constant else by_dimension(out, given, every=True)
-
-
-@relation("index_add", "index_copy", "index_fill", zero=_zero_of_scatter)
-def index_add(here: Here, out: Dims, self: Dims, dim: int, index: Dims, source: Any = None, **_: Any) -> None:
-    """rows written where a tensor of indices says"""
-    at = dimension(dim, self)
-    for i, (a, b) in enumerate(zip(self.axes, out.axes)):
-        here.tie(a, b)
-        if isinstance(source, Dims) and len(source) == len(self) and i != at:
-            here.tie(source[i], b)
-    here.freeze(self[at], _PICKED)
-    if isinstance(source, Dims) and len(source) == len(self):
-        here.freeze(source[at], _PICKED)
-
-
-@relation("scatter", "scatter_add", "scatter_reduce", zero=_zero_of_scatter)
-def scatter(here: Here, out: Dims, self: Dims, dim: int, index: Dims, src: Any = None, **_: Any) -> None:
-    """elements written along a dimension where a tensor of indices says"""
-    at = dimension(dim, self)
-    rows = [index, *([src] if isinstance(src, Dims) else [])]
-    for i, (a, b) in enumerate(zip(self.axes, out.axes)):
-        here.tie(a, b)
-        for row in rows:
-            if i == at or row[i].root().size != a.root().size:
-                here.freeze(row[i], _PICKED)
-                here.freeze(a, _PICKED)
-            else:
-                here.tie(row[i], a)
-
-
-@relation("index_put", zero=lambda here, out, **_: set())
-def index_put(here: Here, out: Dims, self: Dims, indices: list[Dims | None], values: Dims, **_: Any) -> None:
-    """elements written where tensors of indices say"""
-    for i, (a, b) in enumerate(zip(self.axes, out.axes)):
-        here.tie(a, b)
-        if i < len(indices) and indices[i] is not None:
-            here.freeze(a, _PICKED)
-    for back, axis in enumerate(reversed(values.axes), 1):
-        if back <= len(self) - len(indices):
-            here.tie(axis, self[-back])
-        else:
-            here.freeze(axis, _PICKED)
-
-
-@relation(
-    "slice_scatter",
-    "select_scatter",
-    zero=lambda here, out, self, src, **_: (
-        {a for a in self.zero if a in src.zero or a not in src.atoms()} & out.atoms()
-    ),
-)
-def slice_scatter(
-    here: Here,
-    out: Dims,
-    self: Dims,
-    src: Dims,
-    dim: int = 0,
-    start: Any = None,
-    end: Any = None,
-    step: Any = 1,
-    **a: Any,
-) -> None:
-    """a tensor written into a run of indices of another"""
-    for x, y in zip(self.axes, out.axes):
-        here.tie(x, y)
-    if "index" in a:
-        select(here, src, self, dim, a["index"])
-        return
-    # written like a slice, but its bounds would have to follow
-    at = dimension(dim, self)
-    here.freeze(self[at], _PICKED)
-    for i, (x, y) in enumerate(zip(self.axes, src.axes)):
-        if i != at:
-            here.tie(x, y)
-
-
-@relation("masked_select", "nonzero", "unique_dim", "_unique2")
-def by_value(here: Here, out: Any, **a: Any) -> None:
-    """indices that depend on values"""
-    here.freeze_all([out, *(v for v in a.values() if isinstance(v, Dims))], "what it picks depends on values")
-
-
-@relation("flip", "roll", zero=of_first)
-def moved(here: Here, out: Dims, self: Dims, dims: Any = (), **_: Any) -> None:
-    """indices in another order along some dimensions, which freeze"""
-    wanted = [dims] if isinstance(dims, int) else list(dims)
-    chosen = {dimension(d, self) for d in wanted} if wanted else set(range(len(self)))
-    for i, (a, b) in enumerate(zip(self.axes, out.axes)):
-        if i in chosen and is_wide(a):
-            here.freeze(a, "its order matters")
-            here.freeze(b, "its order matters")
-        else:
-            here.tie(a, b)
+    here.tie(halves[0], halves[1])
+    here.tie(halves[0], out[at])

@@ -6,18 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..axis import ONE, Axis, Conflict, Size, atoms, divide
-from .relation import Atoms, Dims, Here, Resize, relation
+from .relation import Atoms, Dims, Here, Resize, relation, tie_broadcast
 
 # Ops whose mixed axes change what they compute when indices leave.
-STATISTICS = {"layer_norm", "rms_norm", "_fused_rms_norm", "group_norm"}
+STATISTICS = {"layer_norm", "rms_norm", "group_norm"}
 
 
 def _zero_by_channel(
-    here: Here, out: Dims, input: Dims, weight: Dims | None = None, bias: Dims | None = None, **_: Any
+    here: Here, out: Dims, input: Dims, weight: Dims | None = None, bias: Dims | None = None, **a: Any
 ) -> Atoms:
-    if weight is not None and bias is not None:
-        return {atom for atom in atoms(out[1]) if atom in weight.zero & bias.zero}
-    return input.zero & set(atoms(out[1]))
+    """(x - mean) / std * weight + bias is zero where the last term is, and x and its mean or the weight are."""
+    mean = a.get("running_mean")
+    zero = input.zero & mean.zero if mean is not None else set(input.zero)
+    if weight is not None:
+        zero |= weight.zero
+    if bias is not None:
+        zero &= bias.zero
+    return zero & set(atoms(out[1]))
 
 
 @relation("batch_norm", zero=_zero_by_channel)
@@ -29,6 +34,7 @@ def batch_norm(
     bias: Dims | None = None,
     running_mean: Dims | None = None,
     running_var: Dims | None = None,
+    training: bool = False,
     **_: Any,
 ) -> None:
     """b c *, c?, c?, c?, c? -> b c *"""
@@ -37,7 +43,7 @@ def batch_norm(
     for vector in (weight, bias, running_mean, running_var):
         if vector is not None:
             here.tie(vector[0], out[1])
-    if running_mean is None:
+    if running_mean is None or training:
         for i, axis in enumerate(out.axes):
             if i != 1:
                 here.freeze(axis, "a statistic runs over it")
@@ -48,7 +54,12 @@ def instance_norm(
     here: Here, out: Dims, input: Dims, weight: Dims | None = None, bias: Dims | None = None, **a: Any
 ) -> None:
     """b c *, c?, c?, c?, c? -> b c *, with a statistic over *"""
-    batch_norm(here, out, input, weight, bias, a.get("running_mean"), a.get("running_var"))
+    mean, variance = a.get("running_mean"), a.get("running_var")
+    for x, y in zip(input.axes, out.axes):
+        here.tie(x, y)
+    for vector in (weight, bias, mean, variance):
+        if vector is not None:
+            here.tie(vector[0], out[1])
     for axis in out.axes[2:]:
         here.freeze(axis, "a statistic runs over it")
 
@@ -67,7 +78,7 @@ def _zero_of_layer_norm(
     return found | (input.zero & out.atoms() if bias is None else set())
 
 
-@relation("layer_norm", "rms_norm", "_fused_rms_norm", zero=_zero_of_layer_norm, resize=_resize_shape)
+@relation("layer_norm", "rms_norm", zero=_zero_of_layer_norm, resize=_resize_shape)
 def layer_norm(
     here: Here,
     out: Dims,
@@ -109,10 +120,17 @@ def _resize_groups(sizes: Resize, out: Dims, num_groups: int, **_: Any) -> dict[
 def _zero_of_group_norm(
     here: Here, out: Dims, input: Dims, num_groups: int, weight: Dims | None = None, bias: Dims | None = None, **_: Any
 ) -> Atoms:
-    made = set(atoms(out[1]))
-    if weight is not None and bias is not None:
-        return {atom for atom in made if atom in weight.zero & bias.zero}
-    return {atom for atom in made if atom.mixed or atom in input.zero}
+    try:
+        inner = _groups(out[1], num_groups, here.name)[1]
+    except Conflict:
+        return set()
+    # Within a group the removed channels are put back as zeros, as in layer_norm.
+    zero = input.zero | set(atoms(inner))
+    if weight is not None:
+        zero |= weight.zero
+    if bias is not None:
+        zero &= bias.zero
+    return zero & set(atoms(out[1]))
 
 
 @relation("group_norm", zero=_zero_of_group_norm, resize=_resize_groups)
@@ -126,10 +144,26 @@ def group_norm(
         if vector is not None:
             here.tie(vector[0], out[1])
     try:
-        _, inner = _groups(out[1], num_groups, here.name)
+        inner = _groups(out[1], num_groups, here.name)[1]
     except Conflict as conflict:
         here.freeze(out[1], str(conflict))
         return
     here.mix(inner, "a statistic runs over it")
     for axis in out.axes[2:]:
         here.freeze(axis, "a statistic runs over it")
+
+
+def _zero_of_weight_norm(here: Here, out: Dims, v: Dims, dim: int = 0, **_: Any) -> Atoms:
+    for i, axis in enumerate(v.axes):
+        for atom in atoms(axis):
+            if i != dim and not atom.frozen and atom not in v.zero:
+                here.freeze(atom, "a statistic that its removed indices change runs over it")
+    return set(v.zero)
+
+
+@relation("_weight_norm", zero=_zero_of_weight_norm)
+def weight_norm(here: Here, out: Dims, v: Dims, g: Dims, dim: int = 0, **_: Any) -> None:
+    """v / |v| * g, with the norm over all dimensions but one, which freezes"""
+    tie_broadcast(here, out, [v, g])
+    if dim >= 0:
+        here.freeze(out[dim], "0 / 0 at its removed indices")

@@ -9,13 +9,14 @@ may be absent.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..axis import Axis, atoms
-from .relation import Atoms, Dims, Here, Relation, Resizing, add
+from ..axis import Axis, Conflict, atoms
+from .relation import Atoms, Dims, Here, Relation, add
 
 Row = list[tuple[str, Axis]]
 
@@ -27,21 +28,24 @@ class Operand:
     optional: bool
 
 
-def axes(spec: str, *ops: str, weight: int | None = None, resize: Resizing | None = None) -> None:
-    """Declare ops by notation. `weight` is the operand that makes new axes; by default any but the first may."""
+def axes(spec: str, *ops: str, weight: int | None = None, names: Sequence[str] = ()) -> None:
+    """Declare ops by notation. `weight` is the operand that makes new axes; by default any but the first may.
+
+    `names` are those of the tensor arguments, for an op that torch itself does not have.
+    """
     left, right = spec.split("->")
     operands = [operand(text) for text in left.split(",")]
     result = tuple(right.split())
     for op in ops:
-        names = tensor_arguments(op)
+        of_op = list(names) or tensor_arguments(op)
 
-        def tie(here: Here, out: Dims, names: list[str] = names, **arguments: Any) -> None:
-            relate(here, operands, result, [arguments.get(name) for name in names[: len(operands)]], out, weight)
+        def tie(here: Here, out: Dims, of_op: list[str] = of_op, **arguments: Any) -> None:
+            relate(here, operands, result, [arguments.get(name) for name in of_op[: len(operands)]], out, weight)
 
-        def zero(here: Here, out: Dims, names: list[str] = names, **arguments: Any) -> Atoms:
-            return zero_of(here, operands, result, [arguments.get(name) for name in names[: len(operands)]], out)
+        def zero(here: Here, out: Dims, of_op: list[str] = of_op, **arguments: Any) -> Atoms:
+            return zero_of(here, operands, result, [arguments.get(name) for name in of_op[: len(operands)]], out)
 
-        add(op, Relation(tie, zero, resize, spec))
+        add(op, Relation(tie, zero, None, spec))
 
 
 def relate(
@@ -66,8 +70,12 @@ def relate(
                 here.freeze(axis, "positions along it matter")
             else:
                 here.tie(seen.setdefault(letter, axis), axis)
+    # The first operand is an activation, unless it is the one that is a parameter.
+    alone = [dims for dims in given if dims is not None and dims.source] == given[:1]
     for index, (row, dims) in enumerate(zip(rows, given)):
-        if (index == 0 if weight is None else index != weight) or dims is None or operands[index].added or len(dims) < 2:
+        if dims is None or operands[index].added or len(dims) < 2:
+            continue
+        if index == 0 and not alone if weight is None else index != weight:
             continue
         others = {
             letter
@@ -81,30 +89,38 @@ def relate(
 
 
 def zero_of(here: Here, operands: list[Operand], result: tuple[str, ...], given: list[Dims | None], out: Dims) -> Atoms:
-    """Where the output is zero; freezes what is contracted over indices that are not zero when removed."""
-    present = [(o, dims, row_of(o.letters, dims)) for o, dims in zip(operands, given) if dims is not None]
+    """Where the output is zero; freezes what is contracted over indices that are not zero when removed.
+
+    Raises Conflict, as `relate` does, for a tensor with another number of dimensions than its letters.
+    """
+    present = [(o, dims) for o, dims in zip(operands, given) if dims is not None]
+    # For each operand, the atoms at which it is zero along each of its letters.
+    zeros = [(o.added, {k: dims.zero & set(atoms(axis)) for k, axis in row_of(o.letters, dims)}) for o, dims in present]
     kept = {letter for letter, _ in row_of(result, out)}
-    for _, _, row in present:
-        for letter, axis in row:
+    for o, dims in present:
+        for letter, axis in row_of(o.letters, dims):
             if letter in kept or letter == ".":
                 continue
-            holders = [other for _, other, found in present if letter in {name for name, _ in found}]
             for atom in atoms(axis):
-                if not atom.frozen and not any(atom in holder.zero for holder in holders):
+                if not atom.frozen and not any(atom in zero.get(letter, ()) for _, zero in zeros):
                     here.freeze(atom, "summed over where its removed indices are not zero")
     verdict: dict[Axis, bool] = {}
     for letter, axis in row_of(result, out):
         for atom in atoms(axis):
-            factors = [d for o, d, row in present if not o.added and letter in {name for name, _ in row}]
-            zero = any(atom in dims.zero for dims in factors)
-            zero = zero and all(atom in dims.zero for o, dims, _ in present if o.added)
-            verdict[atom] = verdict.get(atom, True) and zero
+            product = any(atom in zero.get(letter, ()) for added, zero in zeros if not added)
+            verdict[atom] = (
+                verdict.get(atom, True)
+                and product
+                and all(atom in zero.get(letter, ()) for added, zero in zeros if added)
+            )
     return {atom for atom, zero in verdict.items() if zero}
 
 
 def tensor_arguments(op: str) -> list[str]:
-    """Names of an ATen op's tensor arguments, in the order of its first overload's schema."""
-    packet = getattr(torch.ops.aten, op)
+    """Names of an ATen op's tensor arguments, in its first overload's order; none where this torch lacks the op."""
+    packet = getattr(torch.ops.aten, op, None)
+    if packet is None:
+        return []
     schema = getattr(packet, packet.overloads()[0])._schema
     return [a.name for a in schema.arguments if str(a.type) in ("Tensor", "Optional[Tensor]")]
 
@@ -124,5 +140,5 @@ def row_of(letters: tuple[str, ...], dims: Dims) -> Row:
             many = [f"*{count - i}" if name == "*" else "." for i in range(count)]
             letters = (*letters[:at], *many, *letters[at + 1 :])
     if len(letters) != len(dims):
-        raise ValueError(f"{len(dims)} dimensions for {' '.join(letters)}")
+        raise Conflict(f"{len(dims)} dimensions where {len(letters)} were expected")
     return list(zip(letters, dims.axes))

@@ -44,20 +44,15 @@ def _where(condition: Callable[..., bool]) -> Zero:
     """Zero where the first tensor is, if the other arguments say so."""
 
     def zero(here: Here, out: Dims, **arguments: Any) -> Atoms:
-        return set(tensors(arguments.values())[0].zero) if condition(**arguments) else set()
+        return of_first(here, out, **arguments) if condition(**arguments) else set()
 
     return zero
 
 
-def _number(value: Any, otherwise: float) -> float:
-    return otherwise if value is None else float(value)
-
-
 def _clamps_around_zero(**a: Any) -> bool:
     low, high = a.get("min", a.get("min_val")), a.get("max", a.get("max_val"))
-    if isinstance(low, Dims) or isinstance(high, Dims):
-        return False
-    return _number(low, 0.0) <= 0.0 <= _number(high, 0.0)
+    low, high = 0.0 if low is None else low, 0.0 if high is None else high
+    return isinstance(low, (int, float)) and isinstance(high, (int, float)) and low <= 0.0 <= high
 
 
 def _positive_power(**a: Any) -> bool:
@@ -69,12 +64,12 @@ def _fills_with_zero(**a: Any) -> bool:
 
 
 pointwise("f(x) with f(0) = 0", of_first,
-    "relu", "relu6", "gelu", "silu", "tanh", "mish", "elu", "celu", "selu", "leaky_relu", "hardswish", "prelu_kernel",
+    "relu", "relu6", "gelu", "silu", "tanh", "mish", "elu", "celu", "selu", "leaky_relu", "hardswish", "rrelu",
     "abs", "neg", "positive", "sqrt", "square", "sign", "sgn", "sin", "sinh", "tan", "asin", "asinh", "atan", "atanh",
     "erf", "expm1", "log1p", "floor", "ceil", "round", "trunc", "frac", "softshrink", "hardshrink", "nan_to_num",
     "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout",
-    "clone", "contiguous", "detach", "alias", "lift_fresh", "lift_fresh_copy", "lift", "_to_copy", "float",
-    "half", "double", "bfloat16", "real", "conj", "conj_physical", "resolve_conj", "resolve_neg", "deg2rad",
+    "clone", "contiguous", "detach", "alias", "lift_fresh", "lift_fresh_copy", "lift", "_to_copy", "real", "imag",
+    "angle", "conj", "conj_physical", "resolve_conj", "resolve_neg", "deg2rad", "rad2deg", "special_erf",
 )  # fmt: skip
 pointwise("x * y", _any, "mul", "multiply", "logical_and", "bitwise_and", "__and__")
 pointwise("x + y", _all,
@@ -84,16 +79,14 @@ pointwise("x + y", _all,
 pointwise("f(x) with f(0) not 0, or not known to be", nowhere,
     "sigmoid", "hardsigmoid", "log_sigmoid", "exp", "exp2", "log", "log2", "log10", "cos", "cosh", "acos",
     "rsqrt", "reciprocal", "softplus", "erfc", "erfinv", "eq", "ne", "lt", "le", "gt", "ge", "isnan",
-    "isinf", "isfinite", "logical_not", "bitwise_not", "isclose", "logit", "special_expit", "ones_like", "full_like", "rand_like", "randn_like", "empty_like", "heaviside",
-    "__or__", "__xor__", "bernoulli",
+    "isinf", "isfinite", "logical_not", "bitwise_not", "isclose", "logit", "special_expit", "special_logit",
+    "ones_like", "full_like", "rand_like", "randn_like", "empty_like", "heaviside", "__or__", "__xor__", "bernoulli",
+    "lgamma", "digamma", "sinc", "logaddexp", "logaddexp2", "xlogy", "special_xlogy", "addcdiv", "polar", "complex",
+    "greater", "greater_equal", "less", "less_equal", "not_equal", "ldexp",
 )  # fmt: skip
 pointwise("a clamp", _where(_clamps_around_zero), "clamp", "hardtanh", "clip", "clamp_min", "clamp_max")
 pointwise("x ** n", _where(_positive_power), "pow")
 pointwise("x where not masked, else a value", _where(_fills_with_zero), "masked_fill")
-
-
-def _tie_all(here: Here, out: Dims, **arguments: Any) -> None:
-    tie_broadcast(here, out, tensors(arguments.values()))
 
 
 @relation("threshold", zero=_where(lambda threshold, value, **_: threshold >= 0 and value == 0))
@@ -104,11 +97,11 @@ def threshold(here: Here, out: Dims, self: Dims, **_: Any) -> None:
 
 def _zero_of_quotient(here: Here, out: Dims, **arguments: Any) -> Atoms:
     above, below = arguments["self"], arguments["other"]
-    if not isinstance(below, Dims):
-        return set(above.zero)
     if not isinstance(above, Dims):
         return set()
     zero = by_dimension(out, [above], every=True)
+    if not isinstance(below, Dims):
+        return zero
     for atom in zero & below.zero:
         here.freeze(atom, "0 / 0 at its removed indices")
     return zero - below.zero
@@ -119,12 +112,18 @@ pointwise("x / y", _zero_of_quotient, "div", "divide", "true_divide", "floor_div
 
 def _zero_of_where(here: Here, out: Dims, **arguments: Any) -> Atoms:
     chosen = [v for k, v in arguments.items() if k != "condition"]
-    if any(not isinstance(v, Dims) and v != 0 for v in chosen):
+    if isinstance(out, list) or any(not isinstance(v, Dims) and v != 0 for v in chosen):
         return set()
     return by_dimension(out, tensors(chosen), every=True)
 
 
-pointwise("x where a condition holds, else y", _zero_of_where, "where")
+@relation("where", zero=_zero_of_where)
+def where(here: Here, out: Any, **a: Any) -> None:
+    """x where a condition holds, else y"""
+    if isinstance(out, list):
+        here.freeze_all([out, a["condition"]], "what it picks depends on values")
+        return
+    tie_broadcast(here, out, tensors(a.values()))
 
 
 def _zero_of_addcmul(here: Here, out: Dims, **a: Any) -> Atoms:
@@ -139,7 +138,7 @@ pointwise("x + v * y * z", _zero_of_addcmul, "addcmul")
 def prelu(here: Here, out: Dims, self: Dims, weight: Dims, **_: Any) -> None:
     """b c *, c -> b c *"""
     tie_broadcast(here, out, [self])
-    if len(self) > 1:
+    if len(self) > 1 and len(weight):
         here.tie(weight[0], self[1])
 
 

@@ -39,7 +39,8 @@ def _zero_of_sum(here: Here, out: Dims, self: Dims, **a: Any) -> Atoms:
     return self.zero & out.atoms()
 
 
-@relation("sum", "linalg_vector_norm", "norm", "nansum", "count_nonzero", zero=_zero_of_sum)
+@relation("sum", "linalg_vector_norm", "linalg_norm", "linalg_matrix_norm", "norm", "frobenius_norm", "nuclear_norm",
+          "nansum", "count_nonzero", zero=_zero_of_sum)  # fmt: skip
 def sum_(here: Here, out: Dims, self: Dims, **a: Any) -> None:
     """a sum over dimensions: exact where what is removed is zero"""
     chosen = _chosen(self, a)
@@ -60,7 +61,7 @@ def _resize_mean(sizes: Resize, out: Dims, self: Dims, **a: Any) -> dict[str, An
     return {} if old == new else {"output_scale": new / old}
 
 
-@relation("mean", "nanmean", zero=_zero_of_sum, resize=_resize_mean)
+@relation("mean", zero=_zero_of_sum, resize=_resize_mean)
 def mean(here: Here, out: Dims, self: Dims, **a: Any) -> None:
     """a sum over dimensions divided by a count that stays the old one"""
     chosen = _chosen(self, a)
@@ -69,9 +70,8 @@ def mean(here: Here, out: Dims, self: Dims, **a: Any) -> None:
         here.measures(self[i])
 
 
-def _zero_along(here: Here, out: Any, self: Dims, **_: Any) -> Atoms:
-    first = out[0] if isinstance(out, list) else out
-    return self.zero & first.atoms()
+def _zero_of_statistic(here: Here, out: Any, self: Dims, **_: Any) -> Atoms:
+    return set(self.zero)
 
 
 def _extremum(here: Here, out: Any, self: Dims, a: dict[str, Any], why: str) -> None:
@@ -82,8 +82,14 @@ def _extremum(here: Here, out: Any, self: Dims, a: dict[str, Any], why: str) -> 
         _tie_kept(here, result, self, chosen)
 
 
-@relation("amax", "amin", "argmax", "argmin", "prod", "logsumexp", "median", "mode", "kthvalue", "aminmax", "any",
-          "all", "std", "var", "std_mean", "var_mean")  # fmt: skip
+@relation("amax", "amin", "aminmax", "prod", "any", "std", "var", "std_mean", "var_mean", "nanmean",
+          zero=_zero_of_statistic)  # fmt: skip
+def statistic(here: Here, out: Any, self: Dims, **a: Any) -> None:
+    """a statistic of whole dimensions, which freeze; that of zeros is zero"""
+    _extremum(here, out, self, a, "a statistic that zeros change runs over it")
+
+
+@relation("argmax", "argmin", "logsumexp", "median", "nanmedian", "mode", "kthvalue", "all")
 def extremum(here: Here, out: Any, self: Dims, **a: Any) -> None:
     """a statistic of whole dimensions, which freeze"""
     _extremum(here, out, self, a, "a statistic that zeros change runs over it")
@@ -115,25 +121,31 @@ def _along(here: Here, out: Any, self: Dims, dim: Any, why: str) -> None:
         here.freeze(self[at], why)
 
 
-@relation("softmax", "log_softmax", "_softmax", "_log_softmax", "special_softmax", "softmin")
+@relation("softmax", "log_softmax", "_softmax", "_log_softmax", "special_softmax")
 def softmax(here: Here, out: Dims, self: Dims, dim: int = -1, **_: Any) -> None:
     """exp(x) over its sum along a dimension, which freezes"""
     _along(here, out, self, dim, "a softmax runs over it")
 
 
-@relation("cumsum", "cumprod", "logcumsumexp", zero=_zero_along)
+@relation("cumsum", "cumprod", zero=lambda here, out, self, **_: set(self.zero))
 def cumulative(here: Here, out: Any, self: Dims, dim: int, **_: Any) -> None:
     """a running result along a dimension, which freezes"""
     _along(here, out, self, dim, "a running result along it")
 
 
-@relation("cummax", "cummin")
+@relation("logcumsumexp", "cummax", "cummin")
 def running_extremum(here: Here, out: Any, self: Dims, dim: int, **_: Any) -> None:
     """a running extremum along a dimension, which freezes"""
     _along(here, out, self, dim, "a running result along it")
 
 
-@relation("sort", "argsort", "topk", "msort")
+@relation("sort", "argsort", "topk")
 def sort(here: Here, out: Any, self: Dims, dim: int = -1, **_: Any) -> None:
     """an order along a dimension, which freezes"""
     _along(here, out, self, dim, "it is ordered by value")
+
+
+@relation("msort")
+def msort(here: Here, out: Any, self: Dims, **_: Any) -> None:
+    """an order along the first dimension, which freezes"""
+    _along(here, out, self, 0, "it is ordered by value")

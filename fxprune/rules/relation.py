@@ -214,25 +214,23 @@ def carried(here: Here, out: Value, **arguments: Any) -> Atoms:
 
 
 def of_first(here: Here, out: Value, **arguments: Any) -> Atoms:
-    """The output is zero where the first tensor is."""
-    return set(tensors(arguments.values())[0].zero)
+    """The output, or each output, is zero where the first tensor is, which broadcasts to it."""
+    first = tensors(arguments.values())[:1]
+    found = [by_dimension(dims, first, every=True) for dims in (out if isinstance(out, list) else [out])]
+    return set.intersection(*found) if found else set()
 
 
 def by_dimension(out: Dims, operands: Sequence[Dims], every: bool) -> Atoms:
-    """Atoms zero in a broadcast combination: where every operand is, or where any that has the dimension is.
+    """Atoms zero in a broadcast combination: in every dimension of theirs, every operand is zero, or any is.
 
-    Dimensions line up from the right.
+    Dimensions line up from the right. An operand that has the atom in another dimension is not zero along this one.
     """
+    combine = all if every else any
     verdict: dict[Axis, bool] = {}
     for back, axis in enumerate(reversed(out.axes), 1):
+        found = [set(atoms(x[-back])) & x.zero if back <= len(x) else set() for x in operands]
         for atom in atoms(axis):
-            if every:
-                here = all(atom in operand.zero for operand in operands)
-            else:
-                here = any(
-                    back <= len(operand) and is_wide(operand[-back]) and atom in operand.zero for operand in operands
-                )
-            verdict[atom] = verdict.get(atom, True) and here
+            verdict[atom] = verdict.get(atom, True) and combine(atom in zero for zero in found)
     return {atom for atom, zero in verdict.items() if zero}
 
 

@@ -6,7 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..axis import ONE, Axis, Conflict, divide, pair_products
-from .relation import Dims, Here, Resize, carried, dimension, dimension_list, is_wide, relation, tie_broadcast
+from .relation import (
+    Atoms,
+    Dims,
+    Here,
+    Resize,
+    by_dimension,
+    carried,
+    dimension,
+    dimension_list,
+    is_wide,
+    of_first,
+    relation,
+    tie_broadcast,
+    tie_rows,
+)
 
 
 def tie_view(here: Here, xs: Sequence[Axis], ys: Sequence[Axis]) -> None:
@@ -34,30 +48,41 @@ def view(here: Here, out: Dims, self: Dims, dtype: Any = None, **_: Any) -> None
     """the same elements in row-major order"""
     if dtype is not None:
         tie_broadcast(here, out, [self])
-        if self[-1].root().size != out[-1].root().size:
+        if len(self) and self[-1].root().size != out[-1].root().size:
             here.freeze_all([self, out], "it reads bits as another type")
         return
     tie_view(here, self.axes, out.axes)
 
 
-@relation(
-    "flatten",
-    "squeeze",
-    "unsqueeze",
-    "ravel",
-    "view_as",
-    "reshape_as",
-    "atleast_1d",
-    "atleast_2d",
-    "atleast_3d",
-    zero=carried,
-)
+@relation("flatten", "squeeze", "unsqueeze", "ravel", zero=carried)
 def reshape_without_sizes(here: Here, out: Dims, self: Dims, **_: Any) -> None:
     """the same elements in row-major order"""
     tie_view(here, self.axes, out.axes)
 
 
-def _resize_unflatten(sizes: Resize, out: Dims, self: Dims, dim: int, **a: Any) -> dict[str, Any]:
+@relation("atleast_1d", "atleast_2d", "atleast_3d", zero=carried)
+def atleast(here: Here, out: Dims | list[Dims], **a: Any) -> None:
+    """the same elements in row-major order"""
+    given = a["self"] if "self" in a else a["tensors"]
+    if isinstance(out, Dims):
+        tie_view(here, given.axes, out.axes)
+        return
+    for x, y in zip(given, out):
+        tie_view(here, x.axes, y.axes)
+
+
+def _zero_of_self(here: Here, out: Dims, self: Dims, **_: Any) -> Atoms:
+    return self.zero & out.atoms()
+
+
+@relation("view_as", "reshape_as", zero=_zero_of_self)
+def view_as(here: Here, out: Dims, self: Dims, other: Dims, **_: Any) -> None:
+    """the same elements in row-major order, in the shape of another tensor"""
+    tie_view(here, self.axes, out.axes)
+    tie_rows(here, other.axes, out.axes)
+
+
+def _resize_unflatten(sizes: Resize, out: Dims, /, self: Dims, dim: int, **a: Any) -> dict[str, Any]:
     first = dimension(dim, self)
     return {"sizes": [sizes.literal(out[first + i], value) for i, value in enumerate(a["sizes"])]}
 
@@ -89,7 +114,13 @@ def transpose(here: Here, out: Dims, self: Dims, **a: Any) -> None:
     _permuted(here, out, self, order)
 
 
-@relation("t", "numpy_T", "mT", "matrix_H", "adjoint", "H", zero=carried)
+@relation("numpy_T", zero=carried)
+def numpy_t(here: Here, out: Dims, self: Dims, **_: Any) -> None:
+    """dimensions in reverse order"""
+    _permuted(here, out, self, list(reversed(range(len(self)))))
+
+
+@relation("t", "mT", "mH", "matrix_H", "adjoint", zero=carried)
 def t(here: Here, out: Dims, self: Dims, **_: Any) -> None:
     """the last two dimensions change places"""
     order = list(range(len(self)))
@@ -107,19 +138,23 @@ def movedim(here: Here, out: Dims, self: Dims, source: Any, destination: Any, **
     _permuted(here, out, self, [placed[d] if d in placed else next(rest) for d in range(len(self))])
 
 
-@relation("expand", "broadcast_to", zero=carried, resize=resize_view)
+@relation("expand", "broadcast_to", zero=of_first, resize=resize_view)
 def expand(here: Here, out: Dims, self: Dims, **_: Any) -> None:
     """dimensions of one index repeat"""
     tie_broadcast(here, out, [self])
 
 
-@relation("expand_as", zero=carried)
+@relation("expand_as", zero=of_first)
 def expand_as(here: Here, out: Dims, self: Dims, other: Dims, **_: Any) -> None:
     """dimensions of one index repeat, as many times as another tensor has"""
     tie_broadcast(here, out, [self, other])
 
 
-@relation("broadcast_tensors", zero=carried)
+def _zero_of_broadcast(here: Here, out: list[Dims], tensors: list[Dims], **_: Any) -> Atoms:
+    return by_dimension(out[0], tensors, every=True)
+
+
+@relation("broadcast_tensors", zero=_zero_of_broadcast)
 def broadcast_tensors(here: Here, out: list[Dims], tensors: list[Dims], **_: Any) -> None:
     """dimensions of one index repeat until all tensors have one shape"""
     for result, given in zip(out, tensors):
@@ -138,7 +173,7 @@ def _resize_repeat(sizes: Resize, out: Dims, self: Dims, **a: Any) -> dict[str, 
     return {name: counts}
 
 
-@relation("repeat", "tile", zero=carried, resize=_resize_repeat)
+@relation("repeat", "tile", zero=of_first, resize=_resize_repeat)
 def repeat(here: Here, out: Dims, self: Dims, **_: Any) -> None:
     """the whole tensor again and again along dimensions: the copy is the outer index"""
     for x, y in zip(reversed(self.axes), reversed(out.axes)):
@@ -147,15 +182,24 @@ def repeat(here: Here, out: Dims, self: Dims, **_: Any) -> None:
 
 
 def _resize_repeat_interleave(
-    sizes: Resize, out: Dims, self: Dims | None = None, dim: int | None = None, repeats: Any = None, **_: Any
+    sizes: Resize, out: Dims, self: Dims | None = None, dim: int | None = None, repeats: Any = None, **a: Any
 ) -> dict[str, Any]:
     if self is None or dim is None or not isinstance(repeats, int):
         return {}
     at = dimension(dim, self)
-    return {"repeats": sizes.copies(out[at], self[at], repeats)}
+    changed = {"repeats": sizes.copies(out[at], self[at], repeats)}
+    return (
+        changed
+        if a.get("output_size") is None
+        else {**changed, "output_size": sizes.literal(out[at], a["output_size"])}
+    )
 
 
-@relation("repeat_interleave", zero=carried, resize=_resize_repeat_interleave)
+def _zero_of_repeat_interleave(here: Here, out: Dims, self: Dims | None = None, **_: Any) -> Atoms:
+    return set() if self is None else by_dimension(out, [self], every=True)
+
+
+@relation("repeat_interleave", zero=_zero_of_repeat_interleave, resize=_resize_repeat_interleave)
 def repeat_interleave(
     here: Here, out: Dims, self: Dims | None = None, dim: int | None = None, repeats: Any = None, **_: Any
 ) -> None:

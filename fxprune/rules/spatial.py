@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..axis import Axis, Conflict, Size, cut, divide
-from .relation import Atoms, Dims, Here, Resize, carried, dimension, is_wide, relation
+from .relation import Atoms, Dims, Here, Resize, carried, dimension, is_wide, relation, tensors
 
 _WINDOW = "windows slide over it"
 
@@ -22,16 +22,16 @@ def _tie_leading(here: Here, outs: Any, x: Dims, spatial: int, why: str) -> None
                 here.freeze(b, why)
 
 
-def _zero_of_pool(here: Here, out: Any, self: Dims, **_: Any) -> Atoms:
-    first = out[0] if isinstance(out, list) else out
-    return self.zero & first.atoms()
+def _zero_of_pool(here: Here, out: Any, **a: Any) -> Atoms:
+    # A second output holds positions, which are not zero.
+    return set() if isinstance(out, list) else tensors(a.values())[0].zero & out.atoms()
 
 
 def _pool(spatial: int, *ops: str) -> None:
     @relation(*ops, zero=_zero_of_pool)
-    def pool(here: Here, out: Any, self: Dims, **_: Any) -> None:
+    def pool(here: Here, out: Any, **a: Any) -> None:
         """* . -> * ."""
-        _tie_leading(here, out, self, spatial, _WINDOW)
+        _tie_leading(here, out, tensors(a.values())[0], spatial, _WINDOW)
 
 
 for _n in (1, 2, 3):
@@ -44,13 +44,26 @@ _pool(
     1, "upsample_nearest1d", "upsample_linear1d", "_upsample_nearest_exact1d", "reflection_pad1d", "replication_pad1d"
 )
 _pool(2, "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_nearest_exact2d",
-      "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "reflection_pad2d", "replication_pad2d",
-      "grid_sampler_2d")  # fmt: skip
+      "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "reflection_pad2d", "replication_pad2d")  # fmt: skip
 _pool(3, "upsample_nearest3d", "upsample_trilinear3d", "_upsample_nearest_exact3d", "reflection_pad3d",
       "replication_pad3d")  # fmt: skip
 
 
-@relation("grid_sampler", zero=lambda here, out, input, **_: input.zero & out.atoms())
+def _unpool(spatial: int, op: str) -> None:
+    @relation(op, zero=lambda here, out, self, **_: self.zero & out.atoms())
+    def unpool(here: Here, out: Dims, self: Dims, indices: Dims, **_: Any) -> None:
+        """* ., * . -> * ."""
+        _tie_leading(here, out, self, spatial, _WINDOW)
+        _tie_leading(here, out, indices, spatial, _WINDOW)
+
+
+_unpool(2, "max_unpool2d")
+_unpool(3, "max_unpool3d")
+
+
+@relation(
+    "grid_sampler", "grid_sampler_2d", "grid_sampler_3d", zero=lambda here, out, input, **_: input.zero & out.atoms()
+)
 def grid_sampler(here: Here, out: Dims, input: Dims, grid: Dims, **_: Any) -> None:
     """b c ., b . 2 -> b c ."""
     here.tie(input[0], out[0])
@@ -85,7 +98,10 @@ def _resize_pad(sizes: Resize, out: Dims, self: Dims, pad: Sequence[Any], **_: A
 
 def _zero_of_pad(here: Here, out: Dims, self: Dims, mode: str = "constant", value: Any = None, **_: Any) -> Atoms:
     kept = self.zero & out.atoms()
-    return kept | (out.atoms() - self.atoms()) if mode == "constant" and not value else kept
+    if mode != "constant":
+        return kept
+    # Another value than zero stands beside the indices of every dimension.
+    return set() if value else kept | (out.atoms() - self.atoms())
 
 
 @relation("pad", "constant_pad_nd", zero=_zero_of_pad, resize=_resize_pad)
@@ -163,28 +179,28 @@ def channel_shuffle(here: Here, out: Dims, self: Dims, groups: int, **_: Any) ->
 
 @relation("im2col", zero=lambda here, out, self, **_: self.zero & out.atoms())
 def im2col(here: Here, out: Dims, self: Dims, kernel_size: Any, **_: Any) -> None:
-    """b c h w -> b (c k k) l"""
-    here.tie(self[0], out[0])
-    over = out[1].root().size.over(self[1].root().size)
-    _tie_divided(here, out[1], [self[1].root().size, over or Size(1)], self[1])
-    for axis in (*self.axes[2:], out[2]):
+    """b? c h w -> b? (c k k) l"""
+    _tie_leading(here, Dims(out.axes[:-2]), Dims(self.axes[:-3]), 0, "")
+    over = out[-2].root().size.over(self[-3].root().size)
+    _tie_divided(here, out[-2], [self[-3].root().size, over or Size(1)], self[-3])
+    for axis in (*self.axes[-2:], out[-1]):
         here.freeze(axis, _WINDOW)
 
 
 @relation("col2im", zero=lambda here, out, self, **_: self.zero & out.atoms())
 def col2im(here: Here, out: Dims, self: Dims, **_: Any) -> None:
-    """b (c k k) l -> b c h w"""
-    here.tie(self[0], out[0])
-    over = self[1].root().size.over(out[1].root().size)
-    _tie_divided(here, self[1], [out[1].root().size, over or Size(1)], out[1])
-    for axis in (self[2], *out.axes[2:]):
+    """b? (c k k) l -> b? c h w"""
+    _tie_leading(here, Dims(out.axes[:-3]), Dims(self.axes[:-2]), 0, "")
+    over = self[-2].root().size.over(out[-3].root().size)
+    _tie_divided(here, self[-2], [out[-3].root().size, over or Size(1)], out[-3])
+    for axis in (self[-1], *out.axes[-2:]):
         here.freeze(axis, _WINDOW)
 
 
 @relation("unfold", zero=lambda here, out, self, **_: self.zero & out.atoms())
-def unfold(here: Here, out: Dims, self: Dims, dimension_: int = 0, **a: Any) -> None:
+def unfold(here: Here, out: Dims, self: Dims, **a: Any) -> None:
     """windows along a dimension, which become a last dimension"""
-    at = dimension(a.get("dimension", dimension_), self)
+    at = dimension(a["dimension"], self)
     for i, (x, y) in enumerate(zip(self.axes, out.axes)):
         if i != at:
             here.tie(x, y)
