@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,5 +33,5 @@ def analyze(
     args, keywords = admit.admit_call(model, example_inputs, kwargs)
     if isinstance(model, nn.Module) and any(p.is_meta for p in model.parameters()):
         args, keywords = pytree.tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, keywords))
-    with torch.no_grad():
+    with admit.untouched(model) if isinstance(model, nn.Module) else contextlib.nullcontext(), torch.no_grad():
         return couple(capture(model, args, keywords, dynamic_shapes).program)

@@ -46,6 +46,7 @@ class Size(NamedTuple):
 
 ONE = Size(1)
 PART_OF = "part of"
+SYMBOLIC = "symbolic size"
 Kind = Literal["product", "concat"]
 
 
@@ -56,24 +57,27 @@ class Conflict(Exception):
 class Axis:
     """Indices 0 .. size - 1. `parts` are major to minor for a product, first to last for a concatenation.
 
-    `frozen` and `mixed` say why an atom must not shrink, or only on request. `cause` is the reason given to this very
-    axis, `links` the axes tied to it and where: both are for `explain`.
+    `held` and `mixed` say why an atom was forbidden to shrink, or may only on request. `cause` is the reason given to
+    this very axis, `links` the axes tied to it and where: both are for `explain`.
     """
 
-    __slots__ = ("_parent", "cause", "frozen", "kind", "links", "mixed", "parts", "size")
+    __slots__ = ("_parent", "cause", "held", "kind", "links", "mixed", "parts", "size")
 
     def __init__(self, size: Size | int, kind: Kind | None = None, parts: Sequence[Axis] = ()) -> None:
         self.size = Size(size) if isinstance(size, int) else size
         self.kind, self.parts = kind, tuple(parts)
         self._parent: Axis | None = None
-        self.frozen = ""
+        self.held = ""
         self.mixed = ""
         self.cause = ""
         self.links: list[tuple[Axis, str]] = []
         for part in self.parts:
             part.links.append((self, PART_OF))
-        if self.size.symbols:
-            freeze(self, "symbolic size")
+
+    @property
+    def frozen(self) -> str:
+        """Why an atom must not shrink: it was held, or its size is symbolic; empty where it may."""
+        return self.held or (SYMBOLIC if self.size.symbols else "")
 
     def root(self) -> Axis:
         """The axis that this one was tied into, with the path to it shortened."""
@@ -99,14 +103,15 @@ def product(parts: Sequence[Axis]) -> Axis:
     size = ONE
     for part in wide:
         size = size.times(part.root().size)
-    return Axis(size, "product" if wide else None, wide)
+    return Axis(size, "product", wide) if wide and size.number else Axis(size)
 
 
 def concat(parts: Sequence[Axis]) -> Axis:
     """The axis whose indices are those of `parts` one after the other."""
-    if len(parts) == 1:
-        return parts[0].root()
-    return Axis(sum(part.root().size.number for part in parts), "concat", parts)
+    filled = [part for part in parts if part.root().size.number] or parts[:1]
+    if len(filled) == 1:
+        return filled[0].root()
+    return Axis(sum(part.root().size.number for part in filled), "concat", filled)
 
 
 def atoms(axis: Axis) -> list[Axis]:
@@ -120,7 +125,7 @@ def atoms(axis: Axis) -> list[Axis]:
 def freeze(axis: Axis, why: str) -> None:
     """No atom of the axis may shrink, because `why`; the first reason stays."""
     axis.cause = axis.cause or why
-    _mark(axis.root(), "frozen", why)
+    _mark(axis.root(), "held", why)
 
 
 def mix(axis: Axis, why: str) -> None:
@@ -164,7 +169,7 @@ def tie(a: Axis, b: Axis, where: str = "") -> None:
     if first.kind is None and second.kind is not None:
         first, second = second, first
     second._parent = first
-    for mark in ("frozen", "mixed"):
+    for mark in ("held", "mixed"):
         if why := getattr(second, mark):
             _mark(first, mark, why)
         elif (why := getattr(first, mark)) and second.kind is not None:
@@ -208,6 +213,8 @@ def pair_products(xs: Iterable[Axis], ys: Iterable[Axis], where: str = "") -> No
     """Tie two rows of axes whose products are one index space: what a view does. Raises Conflict."""
     left = [leaf for x in xs for leaf in _flat(x, "product") if leaf.size != ONE]
     right = [leaf for y in ys for leaf in _flat(y, "product") if leaf.size != ONE]
+    if any(leaf.size.number == 0 for leaf in left) and any(leaf.size.number == 0 for leaf in right):
+        return
     while left and right:
         x, y = left.pop().root(), right.pop().root()
         if x.kind == "product" or y.kind == "product":
@@ -233,8 +240,15 @@ def pair_products(xs: Iterable[Axis], ys: Iterable[Axis], where: str = "") -> No
 def divide(axis: Axis, sizes: Sequence[Size], where: str = "") -> list[Axis]:
     """The axis as a product of parts of these sizes, major to minor. Raises Conflict where its structure forbids."""
     axis = axis.root()
+    wide = [size for size in sizes if size != ONE]
+    if len(wide) < len(sizes):
+        # No part is as large as the whole: an axis tied to a part of itself would never end.
+        parts = iter(divide(axis, wide, where) if wide else [])
+        return [Axis(ONE) if size == ONE else next(parts) for size in sizes]
     if len(sizes) == 1:
         return [axis]
+    if axis.size.number == 0:
+        return [Axis(size) for size in sizes]
     if axis.kind is None:
         return list(_split(axis, "product", [Axis(size) for size in sizes]))
     if axis.kind == "product":
@@ -277,6 +291,10 @@ def _divide_concat(axis: Axis, inner: Size, where: str) -> tuple[Axis, Axis]:
 def cut(axis: Axis, sizes: Sequence[int]) -> list[Axis]:
     """The axis as consecutive pieces of these sizes. Raises Conflict where its structure forbids."""
     axis = axis.root()
+    filled = [size for size in sizes if size]
+    if len(filled) < len(sizes):
+        parts = iter(cut(axis, filled) if filled else [])
+        return [next(parts) if size else Axis(0) for size in sizes]
     if len(sizes) == 1:
         return [axis]
     if axis.size.symbols:
@@ -309,7 +327,7 @@ def _split(atom: Axis, kind: Kind, parts: list[Axis]) -> tuple[Axis, ...]:
     atom.kind, atom.parts = kind, tuple(parts)
     for part in parts:
         part.links.append((atom, PART_OF))
-        part.frozen, part.mixed = part.frozen or atom.frozen, atom.mixed
+        part.held, part.mixed = atom.held, atom.mixed
     return atom.parts
 
 
@@ -373,8 +391,9 @@ def explain(axis: Axis, label: Callable[[Axis], str]) -> list[str]:
     seen.update(id(part) for part, _ in below)
     while waiting:
         here, path = waiting.popleft()
-        if here.cause:
-            return [*path, f"{label(here)}: {here.cause}"]
+        whole = here.root()
+        if cause := here.cause or (SYMBOLIC if whole.kind is None and whole.size.symbols else ""):
+            return [*path, f"{label(here)}: {cause}"]
         for other, where in here.links:
             if id(other) not in seen:
                 seen.add(id(other))

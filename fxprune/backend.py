@@ -91,7 +91,7 @@ def _is_fake(value: Any) -> bool:
 def _lower(captured: Capture, settings: Settings) -> torch.fx.GraphModule:
     captured.program = _returned_apart(fold_constants(captured.program))
     report = Report("torch.compile graph")
-    selection = choose_selection(captured, None, None, report)
+    selection = choose_selection(captured, captured.program, report)
     program = fold_masks(captured.program, selection)
     packed, lowered = lower(program, selection.mask, Chooser(only=settings.layout))
     _log(lowered)

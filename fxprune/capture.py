@@ -152,11 +152,15 @@ def _finish(
 
 
 def _rewrap(unlifted: torch.fx.GraphModule) -> Program:
-    """A plain GraphModule: no guard module (EntryCheck has its conditions), parameters fetched where they are used."""
+    """A plain GraphModule: no guard module (EntryCheck has its conditions), parameters fetched where they are used.
+
+    Ops that nobody reads leave: the mean over heads that nn.MultiheadAttention makes for its weights would hold them.
+    """
     graph = unlifted.graph
     for node in list(graph.nodes):
         if node.op == "call_module" and node.target == "_guards_fn":
             graph.erase_node(node)
+    graph.eliminate_dead_code(lambda node: node.op != "call_function" or node.is_impure())
     for node in list(graph.nodes):
         if node.op == "get_attr" and node.users:
             order = {n: i for i, n in enumerate(graph.nodes)} if len(node.users) > 1 else {}

@@ -19,8 +19,7 @@ from .axis import Axis, Conflict, Size, atoms, freeze
 from .capture import Program
 from .coupling import Call, Coupling, Group, Member
 from .rules import RULES, Dims, Here, Value, packet_name, tensors
-
-_UNIT = (0, 1)
+from .weights import names_of_parameters
 
 
 def couple(program: Program) -> Coupling:
@@ -43,7 +42,7 @@ class _Walk:
         self.written: dict[str, list[Axis]] = {}
         self.ruled: list[tuple[Node, Here, Any, Value, dict[str, Any]]] = []
         self.missing: dict[str, int] = {}
-        self._parameters = {id(p) for p in program.parameters()}
+        self._first_name = names_of_parameters(program)
 
     def visit(self, node: Node) -> None:
         """Give the node's value its axes and tie them."""
@@ -67,9 +66,10 @@ class _Walk:
         dims = self.tensors.get(id(value))
         if dims is None:
             dims = Dims(tuple(Axis(int(size)) for size in value.shape))
-            if id(value) in self._parameters:
-                dims.source = str(node.target)
+            dims.source = self._first_name.get(str(node.target), "")
             self.tensors[id(value)] = dims
+        # A tied parameter goes by its first name, also where the graph reads it by another.
+        self.names[dims.source or str(node.target)] = dims
         self.names[str(node.target)] = dims
         self.values[node] = dims
 

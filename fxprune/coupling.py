@@ -162,20 +162,9 @@ class Coupling:
         return result
 
     def atoms_of(self, keep: Mapping[str, Tensor]) -> dict[Axis, Tensor]:
-        """The same by atom, without groups that keep everything. Raises PlanError for a group that is not here."""
-        found = {}
-        for name, indices in keep.items():
-            if name not in self._by_name:
-                raise PlanError(
-                    "no such group in the graph",
-                    where=f'"{name}"',
-                    why="the selection was made for another graph",
-                    do="Replay a selection on the model and the example inputs that it was made for.",
-                )
-            group = self._by_name[name]
-            if len(indices) < group.size:
-                found[group.axis] = indices
-        return found
+        """The same by atom, without groups that keep everything."""
+        groups = ((self._by_name[name], indices) for name, indices in keep.items())
+        return {group.axis: indices for group, indices in groups if len(indices) < group.size}
 
     def why(self, name: str, dim: int) -> str:
         """The ties that lead from a dimension of a parameter to what froze or mixed it, in words."""

@@ -42,17 +42,17 @@ def couple_if_needed(program: Program, plan: Plan | None, replay: Selection | No
 def choose_selection(
     capture: Capture,
     program: Program,
-    plan: Plan | None,
-    replay: Selection | None,
-    coupling: Coupling | None,
     report: Report,
+    plan: Plan | None = None,
+    replay: Selection | None = None,
+    coupling: Coupling | None = None,
 ) -> Selection:
     """The selection for a program: replayed, or by plan, or the masks and zeros that the model came with.
 
     `program` is the captured one, without the blocks that were dropped.
     """
     if replay is not None:
-        _check_replay(program, replay)
+        _check_replay(program, replay, coupling)
         return replay
     names = names_of_parameters(program)
     known = candidates(program, coupling)
@@ -98,24 +98,44 @@ def _existing(capture: Capture, names: dict[str, str], weights: dict[str, Tensor
     return masks
 
 
-def _check_replay(program: Program, replay: Selection) -> None:
+def _check_replay(program: Program, replay: Selection, coupling: Coupling | None) -> None:
     names = set(names_of_parameters(program).values())
     for name, mask in replay.mask.items():
         if name not in names:
-            raise InputError(
-                "cannot replay the selection",
-                where=f'"{name}"',
-                why="the model has no parameter of this name",
-                do="Use it with the model it was made for.",
-            )
+            raise _no_replay(f'"{name}"', "the model has no parameter of this name")
         shape = tuple(program.get_parameter(name).shape)
         if tuple(mask.shape) != shape:
-            raise InputError(
-                "cannot replay the selection",
-                where=f'"{name}" {list(shape)}',
-                why=f"its mask has shape {list(mask.shape)}",
-                do="Use it with the model it was made for.",
-            )
+            raise _no_replay(f'"{name}" {list(shape)}', f"its mask has shape {list(mask.shape)}")
+    groups = {group.name: group for group in coupling or ()}
+    for name, indices in replay.keep.items():
+        if name not in groups:
+            raise _no_replay(f'group "{name}"', "the selection was made for another graph: it has no such group")
+        group = groups[name]
+        if group.frozen:
+            raise _no_replay(f'group "{name}"', f"it must not shrink: {group.frozen}")
+        if wrong := _not_indices(indices, group.size):
+            raise _no_replay(f'group "{name}" of size {group.size}', f"the indices that stay {wrong}")
+
+
+def _not_indices(indices: Tensor, size: int) -> str:
+    """What is wrong with the indices that stay of an axis; empty for ascending int64 of at least one and below size."""
+    if indices.dtype != torch.int64 or indices.dim() != 1:
+        return f"are {indices.dtype} of shape {list(indices.shape)}, and not int64 in one dimension"
+    if len(indices) == 0:
+        return "are none"
+    if bool((indices[1:] <= indices[:-1]).any()):
+        return "do not ascend"
+    low, high = int(indices[0]), int(indices[-1])
+    return "" if low >= 0 and high < size else f"run from {low} to {high}"
+
+
+def _no_replay(where: str, why: str) -> InputError:
+    return InputError(
+        "cannot replay the selection",
+        where=where,
+        why=why,
+        do="Use it with the model and the example inputs that it was made for.",
+    )
 
 
 def batches(capture: Capture, sizes: tuple[int, ...]) -> dict[sympy.Symbol, tuple[int, ...]]:

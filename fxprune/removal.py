@@ -78,7 +78,7 @@ class Removal:
 
 
 def removal(coupling: Coupling, keep: Mapping[str, Tensor]) -> Removal:
-    """What the groups' kept indices come to. Raises PlanError for a group that is not in the coupling."""
+    """What the groups' kept indices come to."""
     by_atom = coupling.atoms_of(keep)
     statistics = {
         node.name: _statistic(call, by_atom)

@@ -82,9 +82,10 @@ def transform(
         blocks = choose_blocks(captured.program, plan, selection)
         program = drop_proved(captured.program, blocks, proof.example, report)
         coupling = couple_if_needed(program, plan, selection)
-        trace.write("couple", program, str(coupling).splitlines() if coupling is not None else [])
+        if coupling is not None or blocks:
+            trace.write("couple", program, str(coupling or "no groups were asked for").splitlines())
     with stages("select"):
-        selection = choose_selection(captured, program, plan, selection, coupling, report)
+        selection = choose_selection(captured, program, report, plan, selection, coupling)
         selection.drop = blocks
         if coupling is None:
             proof.expect(selection, program)

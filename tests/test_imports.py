@@ -49,7 +49,7 @@ BENEATH = {
     "native": "errors",
     "channels": "coupling plan score",
     "removal": "coupling",
-    "couple": "coupling",
+    "couple": "coupling weights",
     "coupling": "rules capture",
     "rules": "axis",
     "axis": "",

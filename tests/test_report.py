@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune import Plan, Rule, Unstructured
+from fxprune import Channels, Plan, Rule, Unstructured
 from fxprune.capture import Program
 from fxprune.errors import CheckError
 from fxprune.passes import lower
@@ -32,7 +32,7 @@ def test_the_report_prints_every_weight_and_every_check() -> None:
     assert all(row.ok for row in report.checks)
     assert report["0.weight"].reached == 0.75
     assert report.bytes < report.dense_bytes == 4 * 24 * 16
-    assert set(report.seconds) == {"capture", "select", "fold", "lower", "emit"}
+    assert set(report.seconds) == {"capture", "couple", "select", "shrink", "fold", "lower", "emit"}
 
 
 def test_the_report_says_why_a_layout_was_refused() -> None:
@@ -65,6 +65,17 @@ def test_the_trace_writes_each_stage_with_its_change(tmp_path: Path, monkeypatch
     assert "# 0.weight: nonzeros" in files["02_lower.txt"]
     change = files["02_lower.txt"].partition("# change")[2]
     assert "nonzeros_linear" in change and "-" in change
+
+
+def test_the_trace_of_channels_shows_the_groups_and_the_smaller_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FXPRUNE_TRACE", str(tmp_path))
+    quick(perceptron(), X, plan=Plan([Rule("0.weight", Channels(0.5, align=1))]))
+    files = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert {"01_couple.txt", "02_shrink.txt"} < files.keys()
+    assert "0.weight[0]" in files["01_couple.txt"] and "free" in files["01_couple.txt"]
+    assert "# change" in files["02_shrink.txt"]
 
 
 def test_check_2_holds_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,9 @@ def drop_blocks(program: Program, blocks: Sequence[Block]) -> Program:
     # From the last to the first, so that a block's entry may be the exit of one before it.
     for block, call in sorted(_last_calls(blocks), key=lambda pair: place[nodes[pair[1].exit]], reverse=True):
         exit, entry = nodes[call.exit], nodes[call.entry]
-        if any(base(entry) in writes(n) for n in graph.nodes if n not in gone and place.get(n, -1) > place[exit]):
+        memory = {base(entry), base(exit)}
+        later = (n for n in graph.nodes if n not in gone and place.get(n, -1) > place[exit])
+        if any(memory.intersection(writes(n)) for n in later):
             # The block's output was memory of its own: a write to it must not reach the entry, nor the reverse.
             with graph.inserting_after(exit):
                 copied = graph.call_function(aten.clone.default, (entry,))
@@ -335,7 +337,7 @@ def _unknown(path: str, paths: list[str]) -> PlanError:
         why, do = "it only holds modules that are called one by one", f"Name those: {', '.join(named[:5])}."
     else:
         close = near(path, paths)
-        why = "no op of the captured model was traced in a module of this name"
+        why = "no op that the output depends on was traced in a module of this name"
         do = f"Near it: {', '.join(close)}." if close else "See dict(model.named_modules()) for the names."
     return PlanError("cannot drop this block", where=f'"{path}"', why=why, do=do)
 

@@ -208,13 +208,17 @@ def attention(
 
 
 def _zero_of_bag(here: Here, out: list[Dims], weight: Dims, **_: Any) -> Atoms:
-    return weight.zero & out[0].atoms()
+    # The last output of a maximum holds positions, which are not zero.
+    return (weight.zero & out[0].atoms()) - out[3].atoms()
 
 
 @relation("embedding_bag", zero=_zero_of_bag)
 def embedding_bag(here: Here, out: list[Dims], weight: Dims, **a: Any) -> None:
     """. d, . -> . d, .., a sum, mean or maximum of rows"""
     here.tie(weight[1], out[0][1])
+    if len(out[3]) > 1:
+        here.tie(weight[1], out[3][1])
     rest = [v for v in a.values() if isinstance(v, Dims)]
-    here.freeze_all([Dims(weight.axes[:1]), Dims(out[0].axes[:1]), *out[1:], *rest], "positions along it matter")
+    rows = [Dims(dims.axes[:1]) for dims in (weight, out[0], out[3])]
+    here.freeze_all([*rows, *out[1:3], *rest], "positions along it matter")
     here.writes(weight, weight[1])

@@ -38,7 +38,9 @@ def _zero_of_conv(
     try:
         each_in = _groups(input[1], groups, here.name)[1]
         group, each_out = _groups(out[1], groups, here.name)
-    except Conflict:
+    except Conflict as conflict:
+        # a tie made since has broken the groups
+        here.freeze_all([out, input, weight, bias], str(conflict))
         return set()
     for atom in atoms(each_in):
         if not atom.frozen and atom not in input.zero | weight.zero:

@@ -143,14 +143,12 @@ def group_norm(
     for vector in (weight, bias):
         if vector is not None:
             here.tie(vector[0], out[1])
-    try:
-        inner = _groups(out[1], num_groups, here.name)[1]
-    except Conflict as conflict:
-        here.freeze(out[1], str(conflict))
-        return
-    here.mix(inner, "a statistic runs over it")
     for axis in out.axes[2:]:
         here.freeze(axis, "a statistic runs over it")
+    try:
+        here.mix(_groups(out[1], num_groups, here.name)[1], "a statistic runs over it")
+    except Conflict as conflict:
+        here.freeze(out[1], str(conflict))
 
 
 def _zero_of_weight_norm(here: Here, out: Dims, v: Dims, dim: int = 0, **_: Any) -> Atoms:

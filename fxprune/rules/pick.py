@@ -7,7 +7,7 @@ from typing import Any
 
 from ..axis import atoms
 from .cut import PICKED, select
-from .relation import Atoms, Dims, Here, by_dimension, dimension, is_wide, of_first, relation
+from .relation import Atoms, Dims, Here, by_dimension, carried, dimension, is_wide, of_first, relation
 
 
 def _zero_of_index(here: Here, out: Dims, self: Dims, indices: list[Dims | None], **_: Any) -> Atoms:
@@ -119,12 +119,14 @@ def scatter(here: Here, out: Dims, self: Dims, dim: int, index: Dims, src: Any =
 def index_put(here: Here, out: Dims, self: Dims, indices: list[Dims | None], values: Dims, **_: Any) -> None:
     """elements written where tensors of indices say"""
     here.freeze_all([x for x in indices if isinstance(x, Dims)], PICKED)
+    # A mask takes as many dimensions as it has.
+    taken = sum(max(1, len(x)) if isinstance(x, Dims) else 1 for x in indices)
     for i, (a, b) in enumerate(zip(self.axes, out.axes)):
         here.tie(a, b)
-        if i < len(indices):
+        if i < taken:
             here.freeze(a, PICKED)
     for back, axis in enumerate(reversed(values.axes), 1):
-        if back <= len(self) - len(indices):
+        if back <= len(self) - taken:
             here.tie(axis, self[-back])
         else:
             here.freeze(axis, PICKED)
@@ -157,6 +159,7 @@ def slice_scatter(
     # written like a slice, but its bounds would have to follow
     at = dimension(dim, self)
     here.freeze(self[at], PICKED)
+    here.freeze(src[at], PICKED)
     for i, (x, y) in enumerate(zip(self.axes, src.axes)):
         if i != at:
             here.tie(x, y)
@@ -197,7 +200,7 @@ def _tie_others(here: Here, out: Dims, self: Dims, chosen: set[int], why: str) -
             here.tie(a, b)
 
 
-@relation("diff", zero=lambda here, out, self, **_: self.zero & out.atoms())
+@relation("diff", zero=carried)
 def diff(
     here: Here, out: Dims, self: Dims, dim: int = -1, prepend: Dims | None = None, append: Dims | None = None, **_: Any
 ) -> None:

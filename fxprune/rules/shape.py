@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from ..axis import ONE, Axis, Conflict, divide, pair_products
 from .relation import (
     Atoms,
@@ -34,8 +36,8 @@ def tie_view(here: Here, xs: Sequence[Axis], ys: Sequence[Axis]) -> None:
 
 def resize_view(sizes: Resize, out: Dims, **a: Any) -> dict[str, Any]:
     """The literal sizes of a view follow the axes of what it makes."""
-    name = "size" if "size" in a else "shape" if "shape" in a else "sizes"
-    return {name: _sizes(sizes, out, a[name])}
+    name = next((k for k in ("size", "shape") if k in a), None)
+    return {} if name is None else {name: _sizes(sizes, out, a[name])}
 
 
 def _sizes(sizes: Resize, out: Dims, given: Sequence[Any]) -> list[Any]:
@@ -54,7 +56,20 @@ def view(here: Here, out: Dims, self: Dims, dtype: Any = None, **_: Any) -> None
     tie_view(here, self.axes, out.axes)
 
 
-@relation("flatten", "squeeze", "unsqueeze", "ravel", zero=carried)
+def _resize_squeeze(sizes: Resize, out: Dims, self: Dims, dim: Any = None, **_: Any) -> dict[str, Any]:
+    """An axis that shrinks to one index stays: only what was squeezed before is squeezed."""
+    chosen = [i for i in dimension_list(dim, self) if not is_wide(self[i])]
+    left = any(sizes.number(axis) == 1 for axis in self.axes if sizes.changed(axis))
+    return {"target": torch.ops.aten.squeeze.dims, "dim": chosen} if left else {}
+
+
+@relation("squeeze", zero=carried, resize=_resize_squeeze)
+def squeeze(here: Here, out: Dims, self: Dims, **_: Any) -> None:
+    """the same elements in row-major order"""
+    tie_view(here, self.axes, out.axes)
+
+
+@relation("flatten", "unsqueeze", "ravel", zero=carried)
 def reshape_without_sizes(here: Here, out: Dims, self: Dims, **_: Any) -> None:
     """the same elements in row-major order"""
     tie_view(here, self.axes, out.axes)
