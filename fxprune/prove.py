@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from . import admit
 from .capture import Capture, Program, capture
-from .check import Call, CheckRow, Oracle, compare, outputs, refuse, resized_call, restrided_call, second_call
+from .check import HALF, Call, CheckRow, Oracle, compare, outputs, refuse, resized_call, restrided_call, second_call
 from .errors import CaptureError, InputError
 from .removal import Removal
 from .report import Report
@@ -28,6 +28,8 @@ class Proof:
         self._report, self._enabled = report, enabled
         self._expected: list[list[Any]] = []
         self._expected_resized: list[Any] = []
+        self._wide = False
+        self._expected_wide: list[Any] = []
 
     @property
     def enabled(self) -> bool:
@@ -41,15 +43,20 @@ class Proof:
         """
         if not self._enabled:
             return
-        oracle = Oracle(program or self._captured.program, selection, removal)
+        program = program or self._captured.program
+        oracle = Oracle(program, selection, removal)
         self._expected = [oracle.outputs(call) for call in self._calls]
         if self._resized is not None:
             self._expected_resized = oracle.outputs(self._resized)
+        if removal is not None:
+            self._wide = any(getattr(n.meta.get("val"), "dtype", None) in HALF for n in program.graph.nodes)
+            wide = Oracle(program, selection, removal, wide=True)
+            self._expected_wide = wide.outputs(self.example) if self._wide else self._expected[0]
 
     def try_shrunk(self, program: Program, selection: Selection) -> CheckRow:
-        """A shrunk program with its masks, held against the oracle on the example."""
-        got = Oracle(program, selection).outputs(self.example)
-        return compare("shrunk = zeroed", self.example, self._expected[0], got)
+        """A shrunk program with its masks, held against the oracle on the example; half precision in float32."""
+        got = Oracle(program, selection, wide=self._wide).outputs(self.example)
+        return compare("shrunk = zeroed", self.example, self._expected_wide, got)
 
     def stage(self, name: str, program: Program) -> None:
         """With FXPRUNE_CHECK=2, holds the program after a stage against the oracle and names the one that departs."""
