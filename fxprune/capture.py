@@ -19,6 +19,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from . import compat
+from .alias import writes
 from .entry import EntryCheck, TensorInput, entry_check
 from .errors import CaptureError, InputError
 from .existing import fold_existing
@@ -176,7 +177,7 @@ def _rewrap(unlifted: torch.fx.GraphModule) -> Program:
 
 def _refuse_state(program: Program) -> None:
     for node in program.graph.nodes:
-        for written in _written(node):
+        for written in writes(node):
             if written.op == "get_attr":
                 raise InputError(
                     "cannot transform a model that keeps state",
@@ -184,21 +185,6 @@ def _refuse_state(program: Program) -> None:
                     why="each call of the model writes to this tensor, so a call does not depend on its inputs alone",
                     do="Take the state out of forward, or hand it in and out as arguments.",
                 )
-
-
-def _written(node: torch.fx.Node) -> list[torch.fx.Node]:
-    """The tensors that an op writes to, traced back through views to what they are views of."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-        return []
-    found = []
-    for index, argument in enumerate(node.target._schema.arguments):
-        value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
-        if argument.alias_info is None or not argument.alias_info.is_write or not isinstance(value, torch.fx.Node):
-            continue
-        while isinstance(value.target, torch._ops.OpOverload) and value.target._schema.returns[0].alias_info:
-            value = value.all_input_nodes[0]
-        found.append(value)
-    return found
 
 
 def _refuse_training_ops(program: Program) -> None:

@@ -18,11 +18,11 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from ..alias import base, chain, live, writes
 from ..capture import Program
 from ..errors import PlanError
 from ..plan import near
 from ..weights import names_of_parameters
-from .alias import base, chain, live, writes
 from .edit import copy_program, drop_unused, fetch
 from .residual import Ways, alike, sizes, source, varying_tensors, ways_back
 

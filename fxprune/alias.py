@@ -20,6 +20,27 @@ DROPOUTS = {
     aten.alpha_dropout.default,
     aten.feature_alpha_dropout.default,
 }
+# So do these, where nothing is to be done.
+_HANDED_ON = DROPOUTS | {
+    aten.type_as.default,
+    aten.sum_to_size.default,
+    aten._unsafe_view.default,
+    aten.unsafe_chunk.default,
+    aten.unsafe_split.Tensor,
+    aten.unsafe_split_with_sizes.default,
+    aten.atleast_1d.default,
+    aten.atleast_2d.default,
+    aten.atleast_3d.default,
+}
+# Each result is a view of the input at its place in the list.
+_ONE_BY_ONE = {
+    aten.broadcast_tensors.default,
+    aten.meshgrid.default,
+    aten.meshgrid.indexing,
+    aten.atleast_1d.Sequence,
+    aten.atleast_2d.Sequence,
+    aten.atleast_3d.Sequence,
+}
 
 
 def chain(node: Node, instead: Mapping[Node, Node] | None = None) -> Iterator[Node]:
@@ -32,7 +53,7 @@ def chain(node: Node, instead: Mapping[Node, Node] | None = None) -> Iterator[No
     while following is not None:
         following = swap.get(following, following)
         yield following
-        following = _aliased(following)
+        following = aliased(following)
 
 
 def base(node: Node, instead: Mapping[Node, Node] | None = None) -> Node:
@@ -41,15 +62,20 @@ def base(node: Node, instead: Mapping[Node, Node] | None = None) -> Node:
     return last
 
 
-def writes(node: Node, instead: Mapping[Node, Node] | None = None) -> list[Node]:
-    """The bases of the tensors that an op writes to."""
+def written(node: Node) -> list[Node]:
+    """The tensors that an op writes to."""
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
         return []
     found: list[Node] = []
     for index, argument in enumerate(node.target._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            found += [base(n, instead) for n in _nodes(_argument(node, index, argument.name))]
+            found += _nodes(_argument(node, index, argument.name))
     return found
+
+
+def writes(node: Node, instead: Mapping[Node, Node] | None = None) -> list[Node]:
+    """The bases of the tensors that an op writes to."""
+    return [base(n, instead) for n in written(node)]
 
 
 def live(graph: Graph, gone: set[Node], instead: Mapping[Node, Node] | None = None) -> set[Node]:
@@ -89,17 +115,25 @@ def _checks_inputs(node: Node, bases: list[Node]) -> bool:
     return node.op == "call_function" and node.is_impure() and not bases and not seeded and node.target is not _ASSERT
 
 
-def _aliased(node: Node) -> Node | None:
+def aliased(node: Node) -> Node | None:
+    """The node that this one has its memory from, or may have."""
     if node.target is operator.getitem:
-        return node.all_input_nodes[0]
-    if node.target in DROPOUTS:
+        (whole,) = node.all_input_nodes
+        if whole.target not in _ONE_BY_ONE:
+            return whole
+        return next(iter(_nodes(whole.args[0])[node.args[1] :]), None)  # pyright: ignore
+    permutes = node.target is aten.einsum.default and len(node.all_input_nodes) == 1
+    if node.target in _HANDED_ON or permutes:
         return node.all_input_nodes[0]
     if not isinstance(node.target, torch._ops.OpOverload):
         return None
     schema = node.target._schema
     returned = {name for value in schema.returns if value.alias_info for name in value.alias_info.before_set}
-    for index, argument in enumerate(schema.arguments if returned else ()):
-        if argument.alias_info is not None and returned & argument.alias_info.before_set:
+    for index, argument in enumerate(schema.arguments):
+        # A list of views, as chunk returns it, is written `Tensor(a -> *)` at the argument alone.
+        if argument.alias_info is not None and (
+            returned & argument.alias_info.before_set or "*" in argument.alias_info.after_set
+        ):
             nodes = _nodes(_argument(node, index, argument.name))
             if nodes:
                 return nodes[0]
