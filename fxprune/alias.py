@@ -32,6 +32,14 @@ _HANDED_ON = DROPOUTS | {
     aten.atleast_2d.default,
     aten.atleast_3d.default,
 }
+# These copy where strides ask for it, so that a change of sizes can change whether they do.
+MAY_COPY = {
+    aten.contiguous.default,
+    aten.reshape.default,
+    aten.reshape_as.default,
+    aten.flatten.using_ints,
+    aten.ravel.default,
+}
 # Each result is a view of the input at its place in the list.
 _ONE_BY_ONE = {
     aten.broadcast_tensors.default,
@@ -94,7 +102,7 @@ def live(graph: Graph, gone: set[Node], instead: Mapping[Node, Node] | None = No
             bases = writes(node, instead)
             for memory in bases:
                 writers.setdefault(memory, []).append(node)
-            if any(memory.op != "call_function" for memory in bases) or _checks_inputs(node, bases):
+            if any(memory.op != "call_function" for memory in bases) or checks_inputs(node, bases):
                 waiting.append(node)
     found: set[Node] = set()
     while waiting:
@@ -109,7 +117,7 @@ def live(graph: Graph, gone: set[Node], instead: Mapping[Node, Node] | None = No
     return found | {n for n in checks if found.issuperset(n.all_input_nodes)}
 
 
-def _checks_inputs(node: Node, bases: list[Node]) -> bool:
+def checks_inputs(node: Node, bases: list[Node]) -> bool:
     """Whether a node is there for an effect other than writing to a tensor or drawing random numbers."""
     seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
     return node.op == "call_function" and node.is_impure() and not bases and not seeded and node.target is not _ASSERT

@@ -13,8 +13,10 @@ from torch.utils import _pytree as pytree
 
 from . import admit
 from .capture import capture
+from .check import Call
 from .couple import couple
 from .coupling import Coupling
+from .errors import CaptureError, InputError
 
 
 def analyze(
@@ -27,11 +29,32 @@ def analyze(
     """The groups of axes that keep the same indices: members, size, what is frozen and why. Prints as a table.
 
     `.why("encoder.q.weight", 0)` walks the ties from a dimension of a parameter to what froze it. The model is only
-    traced, never run: it may be on the meta device, in which case the example inputs are taken there too. Raises
-    InputError or CaptureError.
+    traced, and run only where that fails, to tell why. It may be on the meta device, in which case the example inputs
+    are taken there too. Raises InputError or CaptureError.
     """
     args, keywords = admit.admit_call(model, example_inputs, kwargs)
-    if isinstance(model, nn.Module) and any(p.is_meta for p in model.parameters()):
+    if not isinstance(model, nn.Module) or not any(p.is_meta for p in model.parameters()):
+        admit.admit_model(model)
+    else:
+        _refuse_training(model)
         args, keywords = pytree.tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, keywords))
+    example = Call("example", args, keywords)
     with admit.untouched(model) if isinstance(model, nn.Module) else contextlib.nullcontext(), torch.no_grad():
-        return couple(capture(model, args, keywords, dynamic_shapes).program)
+        try:
+            program = capture(model, args, keywords, dynamic_shapes).program
+        except CaptureError:
+            # Where the model itself refuses the call, the call is at fault and no line of the model.
+            admit.run_model(model, *example.copy())
+            raise
+        return couple(program)
+
+
+def _refuse_training(model: nn.Module) -> None:
+    """What admit_model says of a model in training mode; all else that it asks is about values."""
+    if model.training and not isinstance(model, torch.fx.GraphModule):
+        raise InputError(
+            "cannot analyze a model in training mode",
+            where=type(model).__name__,
+            why="dropout and batch-norm would be captured as they behave in training",
+            do="Call model.eval() first.",
+        )

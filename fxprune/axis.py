@@ -11,12 +11,9 @@ to what froze it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import Literal, NamedTuple
-
-import torch
-from torch import Tensor
 
 
 class Size(NamedTuple):
@@ -108,7 +105,7 @@ def product(parts: Sequence[Axis]) -> Axis:
 
 def concat(parts: Sequence[Axis]) -> Axis:
     """The axis whose indices are those of `parts` one after the other."""
-    filled = [part for part in parts if part.root().size.number] or parts[:1]
+    filled = [leaf for part in parts for leaf in _flat(part, "concat") if leaf.size.number] or parts[:1]
     if len(filled) == 1:
         return filled[0].root()
     return Axis(sum(part.root().size.number for part in filled), "concat", filled)
@@ -211,30 +208,52 @@ def _flat(axis: Axis, kind: Kind) -> list[Axis]:
 
 def pair_products(xs: Iterable[Axis], ys: Iterable[Axis], where: str = "") -> None:
     """Tie two rows of axes whose products are one index space: what a view does. Raises Conflict."""
+    rest, why = line_up(xs, ys, where)
+    if rest:
+        raise Conflict(why)
+
+
+def line_up(xs: Iterable[Axis], ys: Iterable[Axis], where: str = "") -> tuple[list[Axis], str]:
+    """Tie what two rows of axes over one index space have in common: from the right, and where that ends from the left.
+
+    Returns the axes in between, which do not line up, and why; none where all of them do.
+    """
     left = [leaf for x in xs for leaf in _flat(x, "product") if leaf.size != ONE]
     right = [leaf for y in ys for leaf in _flat(y, "product") if leaf.size != ONE]
     if any(leaf.size.number == 0 for leaf in left) and any(leaf.size.number == 0 for leaf in right):
-        return
+        return [], ""
+    why = _line_up_right(left, right, where)
+    while len(left) > 1 and len(right) > 1 and left[0].root().size == right[0].root().size:
+        tie(left.pop(0), right.pop(0), where)
+    return [*left, *right], why or "the sizes of a view do not multiply to the same"
+
+
+def _line_up_right(left: list[Axis], right: list[Axis], where: str) -> str:
+    """Take from both rows what ties from the right; returns why it ended where both have more."""
     while left and right:
         x, y = left.pop().root(), right.pop().root()
-        if x.kind == "product" or y.kind == "product":
-            # a tie further to the right has split it meanwhile
-            left += _flat(x, "product")
-            right += _flat(y, "product")
-        elif x.size == y.size:
-            tie(x, y, where)
-        elif (rest := y.size.over(x.size)) is not None:
-            major, minor = divide(y, [rest, x.size], where)
-            right.append(major)
-            tie(x, minor, where)
-        elif (rest := x.size.over(y.size)) is not None:
-            major, minor = divide(x, [rest, y.size], where)
-            left.append(major)
-            tie(minor, y, where)
-        else:
-            raise Conflict(f"a view of {y.size} over {x.size} does not line up")
-    if left or right:
-        raise Conflict("the sizes of a view do not multiply to the same")
+        try:
+            if x.kind == "product" or y.kind == "product":
+                # a tie further to the right has split it meanwhile
+                left += _flat(x, "product")
+                right += _flat(y, "product")
+            elif x.size == y.size:
+                tie(x, y, where)
+            elif (rest := y.size.over(x.size)) is not None:
+                major, minor = divide(y, [rest, x.size], where)
+                right.append(major)
+                tie(x, minor, where)
+            elif (rest := x.size.over(y.size)) is not None:
+                major, minor = divide(x, [rest, y.size], where)
+                left.append(major)
+                tie(minor, y, where)
+            else:
+                raise Conflict(f"a view of {y.size} over {x.size} does not line up")
+        except Conflict as conflict:
+            left.append(x)
+            right.append(y)
+            return str(conflict)
+    return ""
 
 
 def divide(axis: Axis, sizes: Sequence[Size], where: str = "") -> list[Axis]:
@@ -329,56 +348,6 @@ def _split(atom: Axis, kind: Kind, parts: list[Axis]) -> tuple[Axis, ...]:
         part.links.append((atom, PART_OF))
         part.held, part.mixed = atom.held, atom.mixed
     return atom.parts
-
-
-def kept_indices(axis: Axis, keep: Mapping[Axis, Tensor]) -> Tensor:
-    """Indices of an axis that stay (int64, ascending) when the atoms in `keep` keep theirs, all others everything."""
-    axis = axis.root()
-    if axis.kind is None:
-        kept = keep.get(axis)
-        return torch.arange(axis.size.number) if kept is None else kept
-    parts = [(part.root().size.number, kept_indices(part, keep)) for part in axis.parts]
-    if axis.kind == "concat":
-        offset, found = 0, []
-        for size, kept in parts:
-            found.append(kept + offset)
-            offset += size
-        return torch.cat(found)
-    result = parts[0][1]
-    for size, kept in parts[1:]:
-        result = (result[:, None] * size + kept).flatten()
-    return result
-
-
-def shrunk_size(axis: Axis, keep: Mapping[Axis, Tensor]) -> Size:
-    """The size of an axis when the atoms in `keep` keep those indices only."""
-    axis = axis.root()
-    if axis.kind is None:
-        kept = keep.get(axis)
-        return axis.size if kept is None else Size(len(kept))
-    sizes = [shrunk_size(part, keep) for part in axis.parts]
-    if axis.kind == "concat":
-        return Size(sum(size.number for size in sizes))
-    result = ONE
-    for size in sizes:
-        result = result.times(size)
-    return result
-
-
-def positions(axis: Axis, atom: Axis) -> Tensor:
-    """For each index of an axis, which index of `atom` it belongs to, or -1: int64 [size]."""
-    axis = axis.root()
-    if axis is atom:
-        return torch.arange(axis.size.number)
-    if axis.kind is None:
-        return torch.full((axis.size.number,), -1)
-    parts = [positions(part, atom) for part in axis.parts]
-    if axis.kind == "concat":
-        return torch.cat(parts)
-    result = parts[0]
-    for part in parts[1:]:
-        result = torch.maximum(result[:, None], part).flatten()
-    return result
 
 
 def explain(axis: Axis, label: Callable[[Axis], str]) -> list[str]:

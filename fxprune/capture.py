@@ -29,12 +29,16 @@ Program = torch.fx.GraphModule
 
 @dataclasses.dataclass
 class Capture:
-    """A program, what it demands of its inputs, the masks it came with (True = kept), and notes for the report."""
+    """A program, what it demands of its inputs, the masks it came with (True = kept), and notes for the report.
+
+    `literals` names tensors of the program that the model's code wrote out and that the model does not own.
+    """
 
     program: Program
     entry: EntryCheck
     existing: dict[str, Tensor]
     notes: list[str]
+    literals: frozenset[str] = frozenset()
 
 
 def capture(
@@ -149,7 +153,8 @@ def _finish(
     ]
     if fixed and not notes:
         notes.append(f"dim 0 is fixed by the model in {', '.join(fixed)}")
-    return Capture(program, entry, existing, notes)
+    literals = exported.graph_signature.inputs_to_lifted_tensor_constants.values()
+    return Capture(program, entry, existing, notes, frozenset(map(str, literals)))
 
 
 def _rewrap(unlifted: torch.fx.GraphModule) -> Program:
@@ -193,13 +198,15 @@ def _refuse_training_ops(program: Program) -> None:
         if node.target is torch.ops.aten.dropout.default:
             training = node.args[2] if node.args[1] else False
         elif node.target is torch.ops.aten.batch_norm.default:
-            training = node.args[5]
+            # Without running statistics a batch-norm takes those of the batch in evaluation too.
+            training = node.args[5] and node.args[3] is not None
         if training:
+            op = "dropout" if node.target is torch.ops.aten.dropout.default else "batch_norm"
             raise InputError(
                 "cannot transform a model in training mode",
                 where=f"node {node.name}",
-                why="dropout or batch-norm was captured with training=True",
-                do="Call model.eval() before capturing.",
+                why=f"{op} runs with training=True",
+                do=f"Call model.eval() before; where the model calls F.{op} itself, pass training=self.training.",
             )
 
 

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .axis import Axis, atoms, positions
+from .axis import Axis, atoms
 from .coupling import Coupling, Group
 from .errors import PlanError
+from .indices import positions
 from .patterns import Channels
 from .plan import Binding, Plan
 from .score import group_score
@@ -23,7 +24,7 @@ class Kept:
 
     keep   group -> indices that stay (int64, ascending), for groups that lose some
     asked  group -> fraction that its rule asked for, for every group that a rule bound
-    notes  in words: what a rule's wildcard met and could not use
+    notes  in words: what a rule's wildcard met and could not use, and pools that lose less than was asked
     """
 
     keep: dict[str, Tensor] = dataclasses.field(default_factory=dict)
@@ -50,14 +51,16 @@ def keep_channels(coupling: Coupling, tensors: Mapping[str, Tensor], plan: Plan,
         for pool in _pools(coupling, tensors, groups, rule.scope):
             scores = {g.name: group_score(_members(g, coupling, tensors), rule.sparsity) for g in pool}
             alone = rule.scope == "local"
-            counts = _local(pool, rule.sparsity) if alone else _pooled(pool, scores, rule.sparsity)
+            exact = _local(pool, rule.sparsity) if alone else _pooled(pool, scores, rule.sparsity)
+            counts = {g.name: _aligned(coupling, g, rule.sparsity, exact[g.name]) for g in pool}
             for group in pool:
                 kept.asked[group.name] = (
                     rule.sparsity.count(group.size) / group.size if alone else _share(pool, rule.sparsity)
                 )
-                count = _aligned(coupling, group, rule.sparsity, counts[group.name])
-                if count < group.size:
-                    kept.keep[group.name] = _highest(scores[group.name], count)
+                if counts[group.name] < group.size:
+                    kept.keep[group.name] = _highest(scores[group.name], counts[group.name])
+            if not alone:
+                kept.notes += _shortfall(index, pool, rule.sparsity, sum(exact.values()), sum(counts.values()))
     order = {group.name: i for i, group in enumerate(coupling)}
     kept.keep = dict(sorted(kept.keep.items(), key=lambda item: order[item[0]]))
     return kept
@@ -126,14 +129,20 @@ def _claim(
 
 
 def units(axis: Axis, unit: str) -> list[Axis]:
-    """The atoms that leave when an axis is pruned: of each concatenated part, the outermost (or innermost) that may."""
+    """The atoms that leave when an axis is pruned: of each concatenated part, the outermost (or innermost) that may.
+
+    The innermost is never the outermost as well, nor one around an axis that shrinks on request only: whoever asks for
+    head width does not mean heads.
+    """
     axis = axis.root()
     if axis.kind == "concat":
         return list(dict.fromkeys(atom for part in axis.parts for atom in units(part, unit)))
     if axis.kind == "product":
-        for part in reversed(axis.parts) if unit == "inner" else axis.parts:
+        for part in reversed(axis.parts[1:]) if unit == "inner" else axis.parts:
             if found := units(part, unit):
                 return found
+            if unit == "inner" and any(atom.mixed and not atom.frozen for atom in atoms(part)):
+                break
         return []
     if axis.size.number < 2 or axis.frozen:
         return []
@@ -183,15 +192,37 @@ def _share(pool: list[Group], how: Channels) -> float:
     return how.count(total) / total
 
 
+def _shortfall(index: int, pool: list[Group], how: Channels, exact: int, final: int) -> list[str]:
+    """A note where fewer units of a pool leave than were asked for: `exact` stay before alignment, `final` after."""
+    total = sum(group.size for group in pool)
+    asked = how.count(total)
+    if total - final >= asked:
+        return []
+    why = []
+    if total - exact < asked:
+        why.append(f"each group keeps at least min_keep={how.min_keep}")
+    if final > exact:
+        why.append(f"widths are multiples of align={how.align}")
+    text = f"rule {index} asked for {asked} of the {total} units of {_named(pool)}, and {total - final} leave"
+    return [f"{text}: {', and '.join(why)}"]
+
+
+def _named(pool: list[Group]) -> str:
+    if len(pool) == 1:
+        return f'the group "{pool[0].name}"'
+    return f'the {len(pool)} groups of "{pool[0].name}" and others'
+
+
 def _pooled(pool: list[Group], scores: Mapping[str, Tensor], how: Channels) -> dict[str, int]:
     """Units that stay in each group when the lowest of the whole pool go; each group's scores over their mean."""
     total = sum(group.size for group in pool)
     wanted = how.count(total)
     if isinstance(how.amount, int) and wanted >= total:
+        held = f"it has {total}, and" if len(pool) == 1 else f"together they have {total}, and each"
         raise PlanError(
             f"asked for {how.amount} units",
-            where=f'the {len(pool)} groups of "{pool[0].name}" and others',
-            why=f"together they have {total}, and each keeps at least {how.min_keep}",
+            where=_named(pool),
+            why=f"{held} keeps at least {how.min_keep}",
             do="Ask for fewer, or for a fraction such as 0.5.",
         )
     values, owners = [], []

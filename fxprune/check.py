@@ -183,6 +183,11 @@ def _equal_with_nan(a: Tensor, b: Tensor) -> bool:
     return bool(torch.all((a == b) | (torch.isnan(a) & torch.isnan(b))))
 
 
+def is_finite(values: Sequence[Any]) -> bool:
+    """Whether no floating tensor among them holds an infinity or a NaN."""
+    return all(bool(v.isfinite().all()) for v in values if isinstance(v, Tensor) and v.is_floating_point())
+
+
 def second_call(call: Call, seed: int = 0) -> Call:
     """Another input of the same sizes: floats drawn anew around the example's mean and spread, other tensors shuffled.
 
@@ -209,6 +214,32 @@ def _redraw(leaf: Tensor, generator: torch.Generator) -> Tensor:
         return _laid_out_as(leaf, fresh)
     order = torch.randperm(leaf.numel(), generator=generator).to(leaf.device)
     return _laid_out_as(leaf, leaf.reshape(-1)[order].reshape(leaf.shape))
+
+
+def turned_call(call: Call, seed: int = 0) -> Call | None:
+    """The call with other values where a flag or a 0/1 mask has one value throughout; None where there is none.
+
+    Shuffling such a tensor changes nothing, and whatever hangs on its other value would go unseen.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    turned = False
+
+    def turn(leaf: Any) -> Any:
+        nonlocal turned
+        if not isinstance(leaf, Tensor) or leaf.is_floating_point() or leaf.is_complex() or leaf.numel() < 2:
+            return leaf
+        if leaf.dtype != torch.bool and leaf.device.type != "cpu":
+            # An index that a table does not have is an error on a CPU, and the end of the process on a GPU.
+            return leaf
+        first = int(leaf.flatten()[0])
+        if first not in (0, 1) or bool((leaf != first).any()):
+            return leaf
+        turned = True
+        coins = torch.rand(leaf.shape, generator=generator).to(leaf.device) < 0.5
+        return _laid_out_as(leaf, torch.where(coins, 1 - first, first).to(leaf.dtype))
+
+    args, kwargs = pytree.tree_map(turn, (call.args, call.kwargs))
+    return Call("flags turned", args, kwargs) if turned else None
 
 
 def _laid_out_as(example: Tensor, tensor: Tensor) -> Tensor:

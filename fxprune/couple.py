@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from .alias import MAY_COPY, aliased, written
 from .axis import Axis, Conflict, Size, atoms, freeze
 from .capture import Program
 from .coupling import Call, Coupling, Group, Member
@@ -43,9 +44,17 @@ class _Walk:
         self.ruled: list[tuple[Node, Here, Any, Value, dict[str, Any]]] = []
         self.missing: dict[str, int] = {}
         self._first_name = names_of_parameters(program)
+        self._place: dict[Node, int] = {}
+        # Node -> the first node of its memory, and that one -> all nodes that are or may be the same memory.
+        self._memory: dict[Node, Node] = {}
+        self._sharing: dict[Node, list[Node]] = {}
 
     def visit(self, node: Node) -> None:
         """Give the node's value its axes and tie them."""
+        self._place[node] = len(self._place)
+        before = aliased(node) if node.op == "call_function" else None
+        self._memory[node] = self._memory[before] if before is not None else node
+        self._sharing.setdefault(self._memory[node], []).append(node)
         if node.op == "get_attr":
             self._fetch(node)
         elif node.op == "placeholder":
@@ -81,13 +90,11 @@ class _Walk:
         if out is None and not held:
             return
         rule = RULES.get(packet_name(node.target)) if isinstance(node.target, torch._ops.OpOverload) else None
-        if rule is None:
-            if out is not None:
+        if rule is None or out is None or "out" in given:
+            if out is not None or written(node):
                 name = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else node.name
                 self.missing[name] = self.missing.get(name, 0) + 1
                 _freeze_all([out, *held], f"no rule for {name} ({node.name})")
-            return
-        if out is None:
             return
         here = Here(node.name, packet_name(node.target), self.written)
         try:
@@ -105,23 +112,31 @@ class _Walk:
             if _attribute(self.program, name).is_floating_point():
                 dims.zero = dims.atoms()
         for node, here, rule, out, given in self.ruled:
-            zero = rule.zero(here, out, **given)
+            try:
+                zero = rule.zero(here, out, **given)
+            except Conflict as conflict:
+                here.freeze_all([out, *tensors(given.values())], str(conflict))
+                zero = set()
             for dims in out if isinstance(out, list) else [out]:
                 dims.zero = zero & dims.atoms()
-            if _writes_in_place(node):
-                self._spoil(node, out)
+            for target in written(node):
+                self._spoil(node, target, out)
 
-    def _spoil(self, node: Node, out: Value) -> None:
-        """After a write in place, what was written to, and what it is a view of, is zero only where the result is."""
-        written: Any = node.args[0]
-        while isinstance(written, Node):
-            before = self.values.get(written)
-            if isinstance(before, Dims) and isinstance(out, Dims):
-                seen = out.atoms()
-                before.zero = {atom for atom in before.zero if atom in out.zero or atom not in seen} | (
-                    out.zero & before.atoms() if written is node.args[0] else set()
-                )
-            written = written.args[0] if _is_view(written) and written.args else None
+    def _spoil(self, node: Node, target: Node, out: Value) -> None:
+        """After a write in place, every earlier value over that memory is zero only where the result is."""
+        results = list(_flat([out]))
+        zero, seen = set().union(*(d.zero for d in results)), set().union(*(d.atoms() for d in results))
+        sharing = [n for n in self._sharing[self._memory[target]] if self._place[n] < self._place[node]]
+        held = list(_flat(self.values.get(n) for n in sharing))
+        for dims in held:
+            dims.zero = {atom for atom in dims.zero if atom in zero or atom not in seen}
+        for dims in _flat([self.values.get(target)]):
+            dims.zero |= zero & dims.atoms()
+        if any(n.target in MAY_COPY for n in sharing) and any(self._is_read_after(n, node) for n in sharing):
+            _freeze_all([*held, *results], f"written in place through what may be a copy ({node.name})")
+
+    def _is_read_after(self, earlier: Node, node: Node) -> bool:
+        return any(self._place.get(user, 0) > self._place[node] for user in earlier.users)
 
     def coupling(self) -> Coupling:
         """What was found, by groups in the order of the program's parameters."""
@@ -137,25 +152,24 @@ class _Walk:
                     members.setdefault(atom, []).append(Member(name, dim))
         groups = [Group(_group_name(atom, found, self.names), atom, tuple(found)) for atom, found in members.items()]
         calls = {node: Call(rule, out, given) for node, _, rule, out, given in self.ruled}
-        return Coupling(groups, self.names, self.values, calls, self.written, self._produced(), dict(self.missing))
+        return Coupling(groups, self.names, self.values, calls, self.written, dict(self.missing))
 
-    def _produced(self) -> dict[Axis, int]:
-        """How many products write to each atom."""
-        count: dict[Axis, int] = {}
+    def _producers(self) -> dict[Axis, set[str]]:
+        """The layers whose products write to each atom."""
+        found: dict[Axis, set[str]] = {}
         for _, here, *_rest in self.ruled:
-            for axis in here.produced:
-                for atom in set(atoms(axis)):
-                    count[atom] = count.get(atom, 0) + 1
-        return count
+            for atom in {atom for axis in here.produced for atom in atoms(axis)}:
+                found.setdefault(atom, set()).add(here.producer)
+        return found
 
     def _mark_shared_norms(self) -> None:
         """A norm over what several layers write to is a residual width: it leaves only on request."""
-        produced = self._produced()
+        producers = self._producers()
         for _, here, *_rest in self.ruled:
             for axis in here.measured:
                 for atom in set(atoms(axis)):
-                    if produced.get(atom, 0) > 1:
-                        here.mix(atom, f"a statistic runs over what {produced[atom]} layers write to")
+                    if (count := len(producers.get(atom, ()))) > 1:
+                        here.mix(atom, f"a statistic runs over what {count} layers write to")
 
 
 def _group_name(atom: Axis, members: list[Member], names: Mapping[str, Dims]) -> str:
@@ -246,14 +260,3 @@ def _attribute(program: Program, name: str) -> Any:
 
 def _node(value: Any) -> Any:
     return value if isinstance(value, Node) else None
-
-
-def _writes_in_place(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def _is_view(node: Node) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    returns = node.target._schema.returns
-    return bool(returns) and returns[0].alias_info is not None

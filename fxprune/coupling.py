@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -11,8 +11,9 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.fx import Node
 
-from .axis import Axis, atoms, explain, kept_indices
+from .axis import Axis, atoms, explain
 from .errors import PlanError
+from .indices import kept_indices
 from .rules import Dims, Relation, Value, tensors
 
 
@@ -84,7 +85,6 @@ class Coupling:
         values: Mapping[Node, Any],
         calls: Mapping[Node, Call],
         written: Mapping[str, list[Axis]],
-        produced: Mapping[Axis, int],
         missing: Mapping[str, int],
     ) -> None:
         self.groups = groups
@@ -94,7 +94,6 @@ class Coupling:
         self.missing = missing
         self._written = written
         self._written_by_atom: dict[Axis, list[Axis]] = {}
-        self._produced = produced
         self._by_axis = {group.axis: group for group in groups}
         self._by_name = {group.name: group for group in groups}
 
@@ -121,13 +120,20 @@ class Coupling:
 
     def axis(self, name: str, dim: int) -> Axis:
         """The axis of one dimension of a parameter. Raises PlanError where there is none."""
-        dims = self.tensors.get(name)
+        dims = self.tensors.get(name) if isinstance(name, str) else None
         if dims is None:
             raise PlanError(
                 "no such parameter in the graph",
                 where=f'"{name}"',
                 why=f"it reads {len(self.tensors)} parameters and buffers, and none has this name",
                 do=f"For example: {', '.join(list(self.tensors)[:3])}.",
+            )
+        if isinstance(dim, bool) or not isinstance(dim, numbers.Integral):
+            raise PlanError(
+                f"cannot use dimension {dim!r}",
+                where=f'"{name}"',
+                why=f"it is a {type(dim).__name__}, not a whole number",
+                do=f"Give one from {-len(dims)} to {len(dims) - 1}.",
             )
         if not -len(dims) <= dim < len(dims):
             raise PlanError(
@@ -146,10 +152,6 @@ class Coupling:
                     for part in dict.fromkeys(atoms(axis)):
                         self._written_by_atom.setdefault(part, []).append(axis)
         return self._written_by_atom.get(atom, [])
-
-    def produced(self, atom: Axis) -> int:
-        """How many products write to an atom."""
-        return self._produced.get(atom, 0)
 
     def kept(self, keep: Mapping[str, Tensor]) -> dict[str, list[tuple[int, Tensor]]]:
         """Group -> indices that stay, to tensor -> [(dim, indices that stay)] for every tensor that shrinks."""
@@ -187,12 +189,6 @@ class Coupling:
                 for dim, found in enumerate(dims.axes):
                     self._labels[id(found)] = f"{name}[{dim}]"
         return self._labels.get(id(axis), f"a part of {axis.size}")
-
-    def frozen_reasons(self) -> Counter[str]:
-        """Reason -> number of groups of more than one index that it freezes or mixes, nodes' names left out."""
-        return Counter(
-            (group.frozen or group.mixed).split(" (")[0].split(' "')[0] for group in self.groups if not group.free
-        )
 
     def __str__(self) -> str:
         rows = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 import sympy
@@ -15,7 +16,7 @@ from .couple import couple
 from .coupling import Coupling
 from .errors import InputError
 from .mask import PackedMask, chunks
-from .passes.drop import module_paths
+from .passes.blocks import module_paths
 from .patterns import Channels
 from .plan import Plan
 from .report import Report
@@ -47,13 +48,19 @@ def choose_selection(
     replay: Selection | None = None,
     coupling: Coupling | None = None,
 ) -> Selection:
-    """The selection for a program: replayed, or by plan, or the masks and zeros that the model came with.
+    """The selection for a program: replayed (a copy), or by plan, or the masks and zeros that the model came with.
 
     `program` is the captured one, without the blocks that were dropped.
     """
     if replay is not None:
         _check_replay(program, replay, coupling)
-        return replay
+        return dataclasses.replace(
+            replay,
+            keep=dict(replay.keep),
+            mask=dict(replay.mask),
+            values=dict(replay.values),
+            asked=dict(replay.asked),
+        )
     names = names_of_parameters(program)
     known = candidates(program, coupling)
     weights = {name: program.get_parameter(name).detach() for name, c in known.items() if c.prunable}
@@ -100,12 +107,16 @@ def _existing(capture: Capture, names: dict[str, str], weights: dict[str, Tensor
 
 def _check_replay(program: Program, replay: Selection, coupling: Coupling | None) -> None:
     names = set(names_of_parameters(program).values())
-    for name, mask in replay.mask.items():
-        if name not in names:
-            raise _no_replay(f'"{name}"', "the model has no parameter of this name")
-        shape = tuple(program.get_parameter(name).shape)
-        if tuple(mask.shape) != shape:
-            raise _no_replay(f'"{name}" {list(shape)}', f"its mask has shape {list(mask.shape)}")
+    for table, kind, noun in ((replay.mask, PackedMask, "mask"), (replay.values, Tensor, "new value")):
+        for name, found in table.items():
+            if name not in names:
+                raise _no_replay(f'"{name}"', "the model has no parameter of this name")
+            shape = tuple(program.get_parameter(name).shape)
+            if not isinstance(found, kind):
+                why = f"its {noun} is a {type(found).__name__}, and not a {kind.__name__}"
+                raise _no_replay(f'"{name}" {list(shape)}', why)
+            if tuple(found.shape) != shape:
+                raise _no_replay(f'"{name}" {list(shape)}', f"its {noun} has shape {list(found.shape)}")
     groups = {group.name: group for group in coupling or ()}
     for name, indices in replay.keep.items():
         if name not in groups:
@@ -117,8 +128,10 @@ def _check_replay(program: Program, replay: Selection, coupling: Coupling | None
             raise _no_replay(f'group "{name}" of size {group.size}', f"the indices that stay {wrong}")
 
 
-def _not_indices(indices: Tensor, size: int) -> str:
+def _not_indices(indices: object, size: int) -> str:
     """What is wrong with the indices that stay of an axis; empty for ascending int64 of at least one and below size."""
+    if not isinstance(indices, Tensor):
+        return f"are a {type(indices).__name__}, and not a tensor"
     if indices.dtype != torch.int64 or indices.dim() != 1:
         return f"are {indices.dtype} of shape {list(indices.shape)}, and not int64 in one dimension"
     if len(indices) == 0:

@@ -112,8 +112,8 @@ class Binding:
 class Plan:
     """Rules in order (a later one wins), blocks to drop, and patterns that no wildcard may bind.
 
-    Rules and drops are given as one list and are kept apart. A rule that writes a name out in full means it:
-    `exclude` does not take it away. `exclude` speaks of parameters, not of blocks. Raises PlanError for
+    Rules and drops are given as one list (drops also as `drops`) and are kept apart. A rule that writes a name out in
+    full means it: `exclude` does not take it away. `exclude` speaks of parameters, not of blocks. Raises PlanError for
     anything malformed.
     """
 
@@ -121,8 +121,12 @@ class Plan:
     exclude: tuple[str, ...] = ()
     drops: tuple[Drop, ...] = ()
 
-    def __init__(self, rules: Iterable[Rule | Drop] = (), exclude: Iterable[str] = ()) -> None:
+    def __init__(
+        self, rules: Iterable[Rule | Drop] = (), exclude: Iterable[str] = (), drops: Iterable[Drop] = ()
+    ) -> None:
         given = _tuple(rules, (Rule, Drop), "Plan(rules=...)", "Rule(...), Drop(...)")
+        # dataclasses.replace hands over every field, so the drops must have an argument of their own.
+        given += _tuple(drops, (Drop,), "Plan(drops=...)", "Drop(...)")
         object.__setattr__(self, "rules", tuple(item for item in given if isinstance(item, Rule)))
         object.__setattr__(self, "drops", tuple(item for item in given if isinstance(item, Drop)))
         object.__setattr__(self, "exclude", _tuple(exclude, (str,), "Plan(exclude=...)", '"name"'))
@@ -224,7 +228,7 @@ class Plan:
         """The plan that `to_json` wrote. Raises PlanError for any other text."""
         try:
             data = json.loads(text)
-        except (json.JSONDecodeError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise _unreadable(f"not JSON: {error}") from error
         if not isinstance(data, dict) or data.get("fxprune_plan") != _FORMAT:
             raise _unreadable(f'it does not say "fxprune_plan": {_FORMAT}')
@@ -232,7 +236,9 @@ class Plan:
             drops = _tuple(data.get("drops", ()), (str,), 'the "drops" of Plan.from_json', '"module"')
             rules = [_read_rule(rule) for rule in data["rules"]]
             return cls([*rules, *map(Drop, drops)], data["exclude"])
-        except (KeyError, TypeError, AttributeError) as error:
+        except PlanError:
+            raise
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise _unreadable(f"{type(error).__name__}: {error}") from error
 
 

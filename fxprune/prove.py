@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -10,7 +11,20 @@ from torch.export import ExportedProgram
 
 from . import admit
 from .capture import Capture, Program, capture
-from .check import HALF, Call, CheckRow, Oracle, compare, outputs, refuse, resized_call, restrided_call, second_call
+from .check import (
+    HALF,
+    Call,
+    CheckRow,
+    Oracle,
+    compare,
+    is_finite,
+    outputs,
+    refuse,
+    resized_call,
+    restrided_call,
+    second_call,
+    turned_call,
+)
 from .errors import CaptureError, InputError
 from .removal import Removal
 from .report import Report
@@ -29,7 +43,7 @@ class Proof:
         self._expected: list[list[Any]] = []
         self._expected_resized: list[Any] = []
         self._wide = False
-        self._expected_wide: list[Any] = []
+        self._expected_wide: list[list[Any]] = []
 
     @property
     def enabled(self) -> bool:
@@ -51,12 +65,16 @@ class Proof:
         if removal is not None:
             self._wide = any(getattr(n.meta.get("val"), "dtype", None) in HALF for n in program.graph.nodes)
             wide = Oracle(program, selection, removal, wide=True)
-            self._expected_wide = wide.outputs(self.example) if self._wide else self._expected[0]
+            self._expected_wide = [wide.outputs(call) for call in self._calls] if self._wide else self._expected
 
     def try_shrunk(self, program: Program, selection: Selection) -> CheckRow:
-        """A shrunk program with its masks, held against the oracle on the example; half precision in float32."""
-        got = Oracle(program, selection, wide=self._wide).outputs(self.example)
-        return compare("shrunk = zeroed", self.example, self._expected_wide, got)
+        """A shrunk program with its masks, held against the oracle: the worst of its calls; half types in float32."""
+        oracle = Oracle(program, selection, wide=self._wide)
+        rows = [
+            compare("shrunk = zeroed", call, expected, oracle.outputs(call))
+            for call, expected in zip(self._calls, self._expected_wide, strict=True)
+        ]
+        return max(rows, key=lambda row: row.error if row.error == row.error else math.inf)
 
     def stage(self, name: str, program: Program) -> None:
         """With FXPRUNE_CHECK=2, holds the program after a stage against the oracle and names the one that departs."""
@@ -137,6 +155,9 @@ def _capture_checked(
     if not _runs(runnable, calls[1]):
         report.notes.append("the model refuses a second input drawn at random, so only the example was checked")
         calls.pop()
+    turned = turned_call(example)
+    if turned is not None and _runs(runnable, turned) and is_finite(outputs(runnable, turned)):
+        calls.append(turned)
     resized = resized_call(captured, example)
     if resized is not None:
         row = _check_resized(runnable, captured, resized)

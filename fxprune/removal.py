@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .axis import Axis, atoms, kept_indices
+from .axis import Axis, atoms
 from .coupling import Call, Coupling
+from .indices import kept_indices
 from .rules import STATISTICS, Dims, Resize, packet_name
 
 Cuts = list[tuple[int, Tensor]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Collection
 
 from tabulate import tabulate
 
@@ -81,8 +82,10 @@ class Report:
     parameters: tuple[int, int] | None = None
     pending: bool = False
 
-    def tell_groups(self, program: Program, coupling: Coupling, selection: Selection) -> None:
-        """What became of each group, and which slices of which tensors left."""
+    def tell_groups(
+        self, program: Program, coupling: Coupling, selection: Selection, literals: Collection[str] = ()
+    ) -> None:
+        """What became of each group, and which slices of which tensors left; `literals` are not the model's own."""
         self.groups = [
             GroupReport(
                 group.name,
@@ -96,7 +99,8 @@ class Report:
         ]
         leaving = removal(coupling, selection.keep)
         tensors = {**dict(program.named_parameters(remove_duplicate=False)), **dict(program.named_buffers())}
-        self.removed = {name: leaving.removed(name, tensors[name]) for name in leaving.kept if name in tensors}
+        names = [name for name in leaving.kept if name in tensors and name not in literals]
+        self.removed = {name: leaving.removed(name, tensors[name]) for name in names}
 
     def __getitem__(self, name: str) -> WeightReport:
         """The entry of one weight by name."""

@@ -102,30 +102,33 @@ def group_score(members: Iterable[tuple[Tensor, int, Tensor]], how: ChannelScore
     Source: Li et al., "Pruning Filters for Efficient ConvNets", 2017 (norms of filters); Fang et al., "DepGraph:
     Towards Any Structural Pruning", 2023 (over all coupled members).
     """
-    total: list[Tensor] = []
-    for tensor, dim, index in members:
-        size = int(index.max()) + 1
-        slices = _slice_norms(tensor.detach(), dim, how.norm)
-        index = index.to(slices.device)
-        mine = index >= 0
-        empty = slices.new_zeros(size)
-        if math.isinf(how.norm):
-            total.append(empty.scatter_reduce(0, index[mine], slices[mine], "amax").cpu())
-        else:
-            total.append(empty.index_add(0, index[mine], slices[mine]).pow(1 / how.norm).cpu())
-    scores = torch.stack(total)
+    scores = torch.stack([_norms(tensor.detach(), dim, index, how.norm).cpu() for tensor, dim, index in members])
     return scores.amax(0) if how.reduce == "max" else scores.mean(0) if how.reduce == "mean" else scores.sum(0)
 
 
-def _slice_norms(tensor: Tensor, dim: int, p: float) -> Tensor:
-    """The sum of |x|^p over each slice along `dim` (its maximum for inf), in float64, a piece at a time."""
+def _norms(tensor: Tensor, dim: int, index: Tensor, p: float) -> Tensor:
+    """The Lp norm of all slices along `dim` that belong to each index of a group, in float64."""
     rows = tensor.movedim(dim, 0).flatten(1) if tensor.dim() > 1 else tensor.reshape(-1, 1)
-    pieces = []
+    index = index.to(rows.device)
+    mine = index >= 0
+    owner = index[mine]
+    empty = torch.zeros(int(index.max()) + 1, dtype=torch.float64, device=rows.device)
+    if not rows.numel():
+        return empty
+    largest = empty.scatter_reduce(0, owner, _reduced(rows, lambda piece, _: piece.amax(1))[mine], "amax")
+    if math.isinf(p):
+        return largest
+    # A power of a magnitude underflows or overflows where p is large; one of its share of the largest does not matter.
+    scale = largest.where(largest > 0, 1.0)[index.clamp(min=0)].unsqueeze(1)
+    powers = _reduced(rows, lambda piece, at: (piece / scale[at]).pow(p).sum(1))
+    return empty.index_add(0, owner, powers[mine]).pow(1 / p) * largest
+
+
+def _reduced(rows: Tensor, reduce: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """What `reduce` makes of the magnitudes (float64) of rows and their place, a piece at a time."""
     step = max(1, (1 << 22) // max(1, rows.shape[1]))
-    for start in range(0, len(rows), step):
-        piece = rows[start : start + step].double().abs()
-        pieces.append(piece.amax(1) if math.isinf(p) else piece.pow(p).sum(1))
-    return torch.cat(pieces)
+    places = [slice(start, start + step) for start in range(0, len(rows), step)]
+    return torch.cat([reduce(rows[at].double().abs(), at) for at in places])
 
 
 _CONTRACT = "A score maps a weight to one finite, non-negative float for each element; the smallest go first."

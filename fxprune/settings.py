@@ -39,6 +39,12 @@ class Settings:
         """Settings from transform's arguments. Raises InputError for what is unknown or of the wrong type."""
         if mode is not None and mode not in _MODES:
             raise _unknown("mode", mode, _MODES)
+        if options is not None and not isinstance(options, Mapping):
+            raise InputError(
+                f"cannot use a {type(options).__name__} as options",
+                why="they are not names with values",
+                do='Pass a dict, such as {"freezing": False}.',
+            )
         known = {f.name for f in dataclasses.fields(Settings)} - {"mode"}
         values = dict(options or {})
         for key, value in values.items():

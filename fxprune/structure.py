@@ -11,7 +11,8 @@ from .capture import Program
 from .check import Call, compare, outputs, refuse, run_flat
 from .coupling import Coupling
 from .mask import PackedMask
-from .passes.drop import Bypassing, drop_blocks, find_block
+from .passes.blocks import find_blocks
+from .passes.drop import Bypassing, drop_blocks
 from .passes.shrink import shrink, slice_tensor
 from .prove import Proof
 from .removal import Cuts, removal
@@ -23,7 +24,7 @@ def drop_proved(program: Program, paths: Sequence[str], example: Call, report: R
     """The program without these residual blocks, held against the program whose blocks hand on their input."""
     if not paths:
         return program
-    blocks = [find_block(program, path) for path in paths]
+    blocks = find_blocks(program, paths)
     result = drop_blocks(program, blocks)
     row = compare(
         "dropped = bypassed", example, run_flat(Bypassing(program, blocks), example), outputs(result, example)

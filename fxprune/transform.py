@@ -93,7 +93,7 @@ def transform(
         left = selection
         if coupling is not None:
             shrunk, selection = shrink_proved(program, coupling, selection, proof, report)
-            report.tell_groups(program, coupling, selection)
+            report.tell_groups(program, coupling, selection, captured.literals)
             program, left = shrunk.program, shrunk.selection
         if coupling is not None or blocks:
             report.parameters = (count_elements(captured.program), count_elements(program))
@@ -139,6 +139,12 @@ def _refuse(plan: Plan | None, selection: Selection | None, calibration: Any) ->
         raise InputError(
             f"cannot use a {type(plan).__name__} as a plan",
             do='Write Plan([Rule("encoder.*.weight", Unstructured(0.9))]).',
+        )
+    if selection is not None and not isinstance(selection, Selection):
+        raise InputError(
+            f"cannot use a {type(selection).__name__} as a selection",
+            why="it is not an fxprune.select.Selection",
+            do="Pass the selection of an earlier result: selection=result.selection.",
         )
     if plan is not None and selection is not None:
         raise InputError(

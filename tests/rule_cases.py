@@ -11,6 +11,7 @@ each(
     relu relu6 gelu silu tanh mish elu celu selu leaky_relu hardswish rrelu abs neg positive square sign sgn sin
     sinh tan asinh atan erf expm1 floor ceil round trunc frac softshrink hardshrink nan_to_num clone contiguous
     detach alias lift_fresh lift_fresh_copy lift _to_copy real angle conj conj_physical resolve_conj resolve_neg
+    _conj_physical _neg_view
     deg2rad rad2deg special_erf sigmoid hardsigmoid log_sigmoid exp exp2 cos cosh softplus erfc isnan isinf
     isfinite logical_not special_expit ones_like zeros_like digamma sinc
     """,
@@ -161,6 +162,8 @@ for _mode in (0, 1, 2):
     case("embedding_bag", F(9, 4), I(9, 6), I(1, 1), False, _mode)
 _ROWS, _EXPERTS, _ENDS = Given("single", (6, 16)), Given("single", (2, 16, 16)), Given("ends", (2,), high=6)
 case("_grouped_mm", _ROWS, _EXPERTS, _ENDS, aligned=True)
+
+each("_conj _conj_physical conj_physical resolve_conj", C(2, 3, 4))
 
 # compare
 case("cosine_similarity", F(2, 4, 3), F(2, 4, 3), 1)

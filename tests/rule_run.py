@@ -9,7 +9,8 @@ import torch
 from rule_case import Case, Given
 from torch import Tensor
 
-from fxprune.axis import Axis, Conflict, Size, atoms, concat, cut, divide, kept_indices
+from fxprune.axis import Axis, Conflict, Size, atoms, concat, cut, divide
+from fxprune.indices import kept_indices
 from fxprune.rules import RULES, Dims, Here, Relation, Resize
 
 # The axis of one dimension, from its size and its place among all dimensions of the arguments.

@@ -25,14 +25,12 @@ from fxprune.axis import (
     divide,
     explain,
     freeze,
-    kept_indices,
     mix,
     pair_products,
-    positions,
     product,
-    shrunk_size,
     tie,
 )
+from fxprune.indices import kept_indices, positions, shrunk_size
 
 SIZES = st.sampled_from([0, 1, 2, 3, 4, 6, 8, 12, 24])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import Channels, Drop, FxPruneError, Plan, Rule, Unstructured
-from fxprune.errors import InputError, PlanError
+from fxprune.errors import CaptureError, InputError, PlanError
+from fxprune.mask import PackedMask
 from fxprune.select import Selection
 from tests.structured_oracle import kept, randomised, shrunk
 from tests.test_bad_input import refused
@@ -84,7 +87,31 @@ def test_the_largest_number_is_taken_down_to_min_keep() -> None:
 @pytest.mark.parametrize("scope", ["global", "isomorphic"])
 def test_a_number_as_large_as_the_pool(scope: str) -> None:
     rule = Rule("left.weight", Channels(24), scope=scope)
-    refused_plan(rule, words=("asked for 24 units", "together they have 24"))
+    refused_plan(rule, words=("asked for 24 units", 'the group "left.weight[0]"', "it has 24"))
+    rule = Rule("*.weight", Channels(40), scope="global")
+    model = nn.Sequential(nn.Linear(10, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 6)).eval()
+    words = ('the 2 groups of "0.weight[0]" and others', "together they have 40, and each keeps")
+    refused(PlanError, model, lambda: shrunk(model, X, plan=Plan([rule])), *words)
+
+
+def asked_of(how: Channels, scope: str) -> list[str]:
+    """What the report of two groups of 24 and 16 says of the amount."""
+    model = randomised(nn.Sequential(nn.Linear(10, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 6)))
+    result = shrunk(model, X, plan=Plan([Rule("*", how, scope=scope)]))
+    return [note for note in result.report.notes if "asked for" in note]
+
+
+def test_a_pooled_amount_that_is_not_reached_is_noted() -> None:
+    """The report says what was asked, what was reached, and which setting stood in the way."""
+    assert asked_of(Channels(0.5, align=1), "global") == []
+    (note,) = asked_of(Channels(0.9, align=1, min_keep=10), "global")
+    assert note == (
+        'rule 0 asked for 36 of the 40 units of the 2 groups of "0.weight[0]" and others, and 20 leave: '
+        "each group keeps at least min_keep=10"
+    )
+    first, second = asked_of(Channels(0.5, align=16), "isomorphic")
+    assert 'asked for 12 of the 24 units of the group "0.weight[0]", and 8 leave' in first
+    assert first.endswith("widths are multiples of align=16") and "and 0 leave" in second
 
 
 @pytest.mark.parametrize(
@@ -261,6 +288,102 @@ def test_a_selection_that_drops_what_is_no_block() -> None:
     refused(FxPruneError, model, lambda: shrunk(model, X, plan=None, selection=Selection(drop=("plain",))), "plain")
 
 
+def replay(model: nn.Module, selection: Any, *words: str, where: str) -> None:
+    error = refused(InputError, model, lambda: shrunk(model, X, plan=None, selection=selection), *words, where=where)
+    assert "selection" in error.what
+
+
+@pytest.mark.parametrize(
+    ("tables", "words", "where"),
+    [
+        ({"keep": {"left.weight[0]": [0, 1]}}, ("a list",), "left.weight[0]"),
+        ({"mask": {"left.weight": torch.ones(24, 10).bool()}}, ("a Tensor", "PackedMask"), "left.weight"),
+        ({"mask": {"lift.weight": PackedMask.ones((24, 10))}}, ("no parameter",), "lift.weight"),
+        ({"values": {"left.weight": torch.ones(24, 9)}}, ("[24, 9]",), "left.weight"),
+        ({"values": {"left.weight": [1.0]}}, ("a list", "Tensor"), "left.weight"),
+        ({"values": {"lift.weight": torch.ones(24, 10)}}, ("no parameter",), "lift.weight"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_selection_that_holds_something_else(tables: dict[str, Any], words: tuple[str, ...], where: str) -> None:
+    replay(net(), Selection(**tables), *words, where=where)
+
+
+@pytest.mark.parametrize("examples", [(X,), None], ids=["with example inputs", "pending"])
+@pytest.mark.parametrize("selection", ["x", {}, 3], ids=repr)
+def test_what_is_no_selection(selection: Any, examples: Any) -> None:
+    model = net()
+    act = lambda: fxprune.transform(model, None, examples, selection=selection, progress=False)  # noqa: E731
+    refused(InputError, model, act, type(selection).__name__, "as a selection")
+
+
+def test_a_replayed_selection_stays_the_callers() -> None:
+    model = net()
+    plan = Plan([Rule("left.weight", Channels(0.5)), Rule("hidden.weight", Unstructured(0.5))])
+    mine = shrunk(model, X, plan=plan).selection
+    before = {field.name: getattr(mine, field.name) for field in dataclasses.fields(mine)}
+    copies = {name: dict(table) for name, table in before.items() if isinstance(table, dict)}
+    theirs = shrunk(model, X, plan=None, selection=mine).selection
+    assert theirs is not mine and theirs.keep.keys() == mine.keep.keys() and theirs.mask.keys() == mine.mask.keys()
+    for name in copies:
+        assert getattr(theirs, name) is not getattr(mine, name)
+        getattr(theirs, name).clear()
+    for name, table in before.items():
+        assert getattr(mine, name) is table and copies.get(name, table) == table
+
+
+# --- plans as text, and changed --------------------------------------------------------------------------------------
+
+
+def text_of(sparsity: Any) -> str:
+    return json.dumps(
+        {"fxprune_plan": 1, "rules": [{"pattern": "a", "sparsity": sparsity, "scope": "local"}], "exclude": []}
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        text_of("abc"),
+        text_of([1]),
+        text_of(None),
+        b"\xff\xfe\xfa",
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        "9" * 5000,
+        3,
+        None,
+    ],
+    ids=["a text", "a list", "nothing", "bytes", "deep lists", "deep objects", "a long number", "3", "None"],
+)
+def test_texts_that_are_no_plan(text: Any) -> None:
+    model = net()
+    refused(PlanError, model, lambda: Plan.from_json(text), "cannot read a plan", where="Plan.from_json")
+
+
+def test_a_plan_whose_text_asks_for_too_much_keeps_its_own_error() -> None:
+    with pytest.raises(PlanError, match=r"cannot use amount 1.5"):
+        Plan.from_json(text_of({"kind": "channels", "amount": 1.5}))
+
+
+def test_a_plan_with_one_field_replaced() -> None:
+    plan = Plan([Rule("*", Channels(0.5)), Drop("layer.1")], exclude=["head.*"])
+    assert dataclasses.replace(plan) == plan
+    other = dataclasses.replace(plan, exclude=["left.*"])
+    assert (other.rules, other.drops, other.exclude) == (plan.rules, plan.drops, ("left.*",))
+    assert dataclasses.replace(plan, drops=()) == Plan(plan.rules, plan.exclude)
+    assert Plan([Drop("a")], drops=[Drop("b")]).drops == (Drop("a"), Drop("b"))
+    model = net()
+    for drops in ("layer.1", [Rule("*", Channels(0.5))], 3):
+        refused(PlanError, model, lambda drops=drops: dataclasses.replace(plan, drops=drops), where="Plan(drops=...)")
+
+
+@pytest.mark.parametrize("options", [[1], "compile", 3], ids=repr)
+def test_options_that_are_no_dict(options: Any) -> None:
+    model = net()
+    refused(InputError, model, lambda: shrunk(model, X, options=options), type(options).__name__)
+
+
 # --- models and calls --------------------------------------------------------------------------------------------
 
 
@@ -283,7 +406,50 @@ def test_analyze_refuses_what_it_cannot_trace() -> None:
     model = net()
     refused(InputError, model, lambda: fxprune.analyze(model, X), "one tensor")  # pyright: ignore
     refused(PlanError, model, lambda: fxprune.analyze(model, (X,)).why("lift.weight", 0), where="lift.weight")
-    refused(PlanError, model, lambda: fxprune.analyze(model, (X,)).why("left.weight", 2), where="left.weight")
+    coupling = fxprune.analyze(model, (X,))
+    for dim in (2, "0", None, True, 0.0):
+        refused(PlanError, model, lambda dim=dim: coupling.why("left.weight", dim), repr(dim), where="left.weight")
+    for name in (3, None, ["left.weight"]):
+        refused(PlanError, model, lambda name=name: coupling.why(name, 0), "no such parameter")
+
+
+@pytest.mark.parametrize("model", [3, "x", None], ids=repr)
+def test_analyze_refuses_what_is_no_model(model: Any) -> None:
+    refused(InputError, net(), lambda: fxprune.analyze(model, (X,)), type(model).__name__)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [((), ("missing 1 required",)), (((torch.randn(4, 9),),), ("[4, 9]",)), (((X, X),), ("positional",))],
+    ids=["none", "another shape", "too many"],
+)
+def test_analyze_says_that_the_model_refuses_the_call(device: str, arguments: Any, words: tuple[str, ...]) -> None:
+    with torch.device(device):
+        model = Net().eval()
+    if device == "meta":
+        with pytest.raises(InputError, match="cannot run the model on the example inputs"):
+            fxprune.analyze(model, *arguments)
+    else:
+        refused(InputError, model, lambda: fxprune.analyze(model, *arguments), "cannot run the model", *words)
+
+
+def test_analyze_of_a_model_that_runs_but_cannot_be_captured() -> None:
+    class Branching(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if float(x.sum()) > 0 else super().forward(-x)
+
+    model = Branching().eval()
+    refused(CaptureError, model, lambda: fxprune.analyze(model, (X,)), "Change that line")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_analyze_refuses_training_mode(device: str) -> None:
+    with torch.device(device):
+        model = nn.Sequential(nn.Linear(10, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    with pytest.raises(InputError, match=r"training mode.*model\.eval\(\)"):
+        fxprune.analyze(model, (X,))
+    assert fxprune.analyze(model.eval(), (X,))["0.weight[0]"].free
 
 
 def test_calls_of_the_result_that_do_not_fit() -> None:

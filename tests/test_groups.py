@@ -240,7 +240,7 @@ def test_key_value_heads_tie_their_queries() -> None:
 
 def test_concatenations_are_sums_of_their_parts() -> None:
     coupling = analyzed("densenet")
-    assert repr(coupling.axis("one.weight", 1)) == repr(coupling.axis("three.weight", 1)) == "((16+12)+12)"
+    assert repr(coupling.axis("one.weight", 1)) == repr(coupling.axis("three.weight", 1)) == "(16+12+12)"
     assert repr(coupling.axis("head.weight", 1)) == "(8+24+4)"
     assert "bn2.running_mean[0]" in members(coupling, "conv1.weight[0]")
 

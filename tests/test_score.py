@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from fxprune import mask as mask_module
 from fxprune.errors import InputError
 from fxprune.mask import PackedMask, chunks
-from fxprune.score import SCORES, check_weight, magnitude, scores
+from fxprune.patterns import Channels
+from fxprune.score import SCORES, check_weight, group_score, magnitude, scores
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 
@@ -129,3 +131,51 @@ def test_chunks_of_strided_tensors(dtype: torch.dtype, monkeypatch: pytest.Monke
     weight = torch.randn(5, 7, 2).to(dtype).permute(2, 0, 1)
     flat = torch.cat([piece.float() for piece in chunks(weight)])
     assert torch.equal(flat, weight.float().flatten())
+
+
+NORMS = [0.1, 0.5, 1.0, 1.5, 2.0, 3.0, math.inf]
+
+
+def members() -> list[tuple[Tensor, int, Tensor]]:
+    """Members of a group of six: by rows, by columns with two indices elsewhere, and two slices for each index."""
+    generator = torch.Generator().manual_seed(0)
+    index = torch.arange(6)
+    elsewhere = torch.cat([index, index.new_full((2,), -1)])
+    return [
+        (torch.randn(6, 20, generator=generator) * 0.005, 0, index),
+        (torch.randn(3, 8, generator=generator) * 0.005, 1, elsewhere),
+        (torch.randn(12, 2, 3, generator=generator) * 0.005, 0, index.repeat_interleave(2)),
+        (torch.randn(6, generator=generator) * 0.005, 0, index),
+    ]
+
+
+def by_definition(tensor: Tensor, dim: int, index: Tensor, p: float) -> Tensor:
+    rows = tensor.movedim(dim, 0).double()
+    return torch.stack([torch.linalg.vector_norm(rows[index == i], p) for i in range(6)])
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean", "max"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_group_scores_are_the_norms_of_all_slices(norm: float, reduce: str) -> None:
+    norms = torch.stack([by_definition(*member, norm) for member in members()])
+    wanted = {"sum": norms.sum(0), "mean": norms.mean(0), "max": norms.amax(0)}[reduce]
+    torch.testing.assert_close(group_score(members(), Channels(0.5, norm=norm, reduce=reduce)), wanted)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 0.005, 1.0, 1e30])
+@pytest.mark.parametrize("norm", [300, 1e6])
+def test_large_norms_rank_as_the_largest_magnitude_does(norm: float, scale: float) -> None:
+    scaled = [(tensor.double() * scale, dim, index) for tensor, dim, index in members()]
+    found = group_score(scaled, Channels(0.5, norm=norm))
+    limit = group_score(scaled, Channels(0.5, norm=math.inf))
+    torch.testing.assert_close(found, limit, rtol=0.02, atol=0)
+    assert torch.equal(found.argsort(), limit.argsort())
+
+
+@pytest.mark.parametrize("norm", [1, 2, 300, math.inf])
+def test_slices_of_zeros_score_zero(norm: float) -> None:
+    weight = torch.tensor([[0.0, 0.0], [1e-3, 2e-3]])
+    found = group_score([(weight, 0, torch.arange(2))], Channels(0.5, norm=norm))
+    assert found[0] == 0 and found[1] > 0
+    empty = group_score([(weight[:, :0], 0, torch.arange(2))], Channels(0.5, norm=norm))
+    assert empty.tolist() == [0, 0]

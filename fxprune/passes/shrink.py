@@ -117,6 +117,8 @@ def _resize_call(
     if (pieces := changed.pop("pieces", None)) is not None:
         node.target = aten.split_with_sizes.default
         node.args, node.kwargs = (node.args[0], pieces, call.arguments.get("dim", 0)), {}
+    if (target := changed.pop("target", None)) is not None:
+        node.target, node.args, node.kwargs = target, node.args[:1], {}
     if (factor := changed.pop("output_scale", None)) is not None:
         _scale_output(node, factor)
     for name, value in changed.items():

@@ -79,7 +79,7 @@ def _conv(here: Here, out: Dims, input: Dims, weight: Dims, bias: Dims | None, g
         return
     if bias is not None:
         here.tie(bias[0], out[1])
-    here.writes(weight, out[1])
+    here.writes(weight, out[1], channelwise=groups > 1 and input[1].root().size == Size(groups))
 
 
 @relation("conv1d", "conv2d", "conv3d", zero=_zero_of_conv, resize=_resize_conv)

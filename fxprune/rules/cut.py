@@ -117,7 +117,8 @@ def _resize_slice(
     sizes: Resize, out: Dims, self: Dims, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1, **_: Any
 ) -> dict[str, Any]:
     at = dimension(dim, self)
-    if not sizes.changed(self[at]):
+    if not sizes.changed(self[at]) or self[at].root().size.symbols:
+        # Of a symbolic size only the whole may be taken, and the whole stays the whole.
         return {}
     bounds = _bounds(sizes.old(self[at]), start, end)
     if bounds is None:
@@ -178,20 +179,24 @@ def _tie_strided(here: Here, x: Axis, y: Axis, first: int, last: int, step: Any)
     here.freeze(y, "a strided slice")
 
 
-@relation(
-    "narrow",
-    zero=carried,
-    resize=lambda sizes, out, self, dim, start, length, **_: _resize_narrow(sizes, self, dim, start, length),
-)
+def _narrow_ends(self: Dims, dim: int, start: Any, length: Any) -> tuple[Any, Any]:
+    """Start and end of a narrow as those of a slice; a symbolic one stays what it is, and freezes."""
+    if not isinstance(start, int) or not isinstance(length, int):
+        return start, length
+    first = start + self[dimension(dim, self)].root().size.number if start < 0 else start
+    return first, first + length
+
+
+def _resize_narrow(sizes: Resize, out: Dims, self: Dims, dim: int, start: Any, length: Any, **_: Any) -> dict[str, Any]:
+    first, end = _narrow_ends(self, dim, start, length)
+    changed = _resize_slice(sizes, out, self, dim, first, end) if isinstance(length, int) else {}
+    return {"start": changed["start"], "length": changed["end"] - changed["start"]} if changed else {}
+
+
+@relation("narrow", zero=carried, resize=_resize_narrow)
 def narrow(here: Here, out: Dims, self: Dims, dim: int, start: Any, length: Any, **_: Any) -> None:
     """a run of indices along a dimension"""
-    end: Any = start + length if isinstance(start, int) and isinstance(length, int) else length
-    slice_(here, out, self, dim, start, end)
-
-
-def _resize_narrow(sizes: Resize, self: Dims, dim: int, start: int, length: int) -> dict[str, Any]:
-    changed = _resize_slice(sizes, self, self, dim, start, start + length) if isinstance(length, int) else {}
-    return {"start": changed["start"], "length": changed["end"] - changed["start"]} if changed else {}
+    slice_(here, out, self, dim, *_narrow_ends(self, dim, start, length))
 
 
 @relation("select", zero=carried)

@@ -69,7 +69,8 @@ pointwise("f(x) with f(0) = 0", of_first,
     "erf", "expm1", "log1p", "floor", "ceil", "round", "trunc", "frac", "softshrink", "hardshrink", "nan_to_num",
     "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout",
     "clone", "contiguous", "detach", "alias", "lift_fresh", "lift_fresh_copy", "lift", "_to_copy", "real", "imag",
-    "angle", "conj", "conj_physical", "resolve_conj", "resolve_neg", "deg2rad", "rad2deg", "special_erf",
+    "angle", "conj", "conj_physical", "resolve_conj", "resolve_neg", "_conj",
+    "_conj_physical", "_neg_view", "deg2rad", "rad2deg", "special_erf",
 )  # fmt: skip
 pointwise("x * y", _any, "mul", "multiply", "logical_and", "bitwise_and", "__and__")
 pointwise("x + y", _all,

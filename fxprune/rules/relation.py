@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..axis import ONE, Axis, Conflict, Size, atoms, freeze, kept_indices, mix, shrunk_size, tie
+from ..axis import ONE, Axis, Conflict, Size, atoms, freeze, mix, tie
+from ..indices import kept_indices, shrunk_size
 
 Atoms = set[Axis]
 
@@ -54,6 +55,7 @@ class Here:
         self.name, self.op = name, op
         self._written = written
         self.produced: list[Axis] = []
+        self.producer = ""
         self.measured: list[Axis] = []
 
     def tie(self, a: Axis, b: Axis) -> None:
@@ -75,9 +77,15 @@ class Here:
                 for axis in dims.axes:
                     self.freeze(axis, why)
 
-    def writes(self, weight: Dims, axis: Axis) -> None:
-        """`weight` makes the indices of `axis`: it is an output dimension of a product with this weight."""
-        self.produced.append(axis)
+    def writes(self, weight: Dims, axis: Axis, *, channelwise: bool = False) -> None:
+        """`weight` makes the indices of `axis`: it is an output dimension of a product with this weight.
+
+        `channelwise`: each index comes of the same one of the input, so that this is no further layer of its channels.
+        """
+        if not channelwise:
+            self.produced.append(axis)
+            # A layer that is called twice, or has several weights, is one.
+            self.producer = self.producer or weight.source or self.name
         if weight.source:
             self._written.setdefault(weight.source, []).append(axis)
 
@@ -209,8 +217,11 @@ def nowhere(here: Here, out: Value, **_: Any) -> Atoms:
 def carried(here: Here, out: Value, **arguments: Any) -> Atoms:
     """The output is zero where all the tensors that carry an atom are: moving values around makes no others."""
     found = tensors(arguments.values())
-    result = set().union(*(dims.zero for dims in found)) if found else set()
-    return {atom for atom in result if all(atom in dims.zero for dims in found if atom in dims.atoms())}
+    zero, other = set(), set()
+    for dims in found:
+        zero |= dims.zero
+        other |= dims.atoms() - dims.zero
+    return zero - other
 
 
 def of_first(here: Here, out: Value, **arguments: Any) -> Atoms:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..axis import ONE, Axis, Conflict, divide, pair_products
+from ..axis import ONE, Axis, Conflict, divide, line_up
 from .relation import (
     Atoms,
     Dims,
@@ -27,11 +27,9 @@ from .relation import (
 
 def tie_view(here: Here, xs: Sequence[Axis], ys: Sequence[Axis]) -> None:
     """Two rows of axes that index the same elements in row-major order are tied, split where they must be."""
-    try:
-        pair_products(xs, ys, here.name)
-    except Conflict as conflict:
-        for axis in (*xs, *ys):
-            here.freeze(axis, str(conflict))
+    rest, why = line_up(xs, ys, here.name)
+    for axis in rest:
+        here.freeze(axis, why)
 
 
 def resize_view(sizes: Resize, out: Dims, **a: Any) -> dict[str, Any]:
