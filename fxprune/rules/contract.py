@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ..axis import Conflict, atoms, divide
+from ..axis import Conflict, divide
 from .notation import Operand, axes, operand, relate, zero_of
 from .relation import Atoms, Dims, Here, Relation, Resize, add, relation, tie_broadcast
 
@@ -160,9 +160,7 @@ def _resize_attention(sizes: Resize, out: Dims, query: Dims, scale: Any = None, 
 
 
 def _zero_of_attention(here: Here, out: Dims, query: Dims, key: Dims, value: Dims, **_: Any) -> Atoms:
-    for atom in atoms(query[-1]):
-        if not atom.frozen and atom not in query.zero | key.zero:
-            here.freeze(atom, "summed over where its removed indices are not zero")
+    here.sums(query[-1], query.zero | key.zero)
     # Scores of removed heads may be anything: their values are zero, and so is what comes out.
     return {atom for atom in value.zero if atom in out.atoms()}
 

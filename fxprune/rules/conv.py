@@ -4,27 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..axis import ONE, Axis, Conflict, Size, atoms, divide
-from .relation import Atoms, Dims, Here, Resize, relation
+from ..axis import Axis, Conflict, Size, atoms
+from .relation import Atoms, Dims, Here, Resize, relation, split_groups
 
 _WINDOW = "windows slide over it"
 
 
-def _groups(axis: Axis, groups: int, where: str) -> tuple[Axis, Axis]:
-    """A channel axis as (groups, channels in a group); either may have one index. Raises Conflict."""
-    size = axis.root().size
-    if groups == 1:
-        return Axis(ONE), axis.root()
-    if size == Size(groups):
-        return axis.root(), Axis(ONE)
-    major, minor = divide(axis, [Size(groups), Size(size.number // groups)], where)
-    return major, minor
-
-
 def _tie_channels(here: Here, x: Axis, y: Axis, w_in: Axis, w_out: Axis, groups: int, transposed: bool) -> None:
     """x = (g i), y = (g o); a plain weight is [(g o), i, ...], a transposed one [(g i), o, ...]."""
-    group_in, each_in = _groups(x, groups, here.name)
-    group_out, each_out = _groups(y, groups, here.name)
+    group_in, each_in = split_groups(x, groups, here.name)
+    group_out, each_out = split_groups(y, groups, here.name)
     here.tie(group_in, group_out)
     here.tie(w_in, x if transposed else each_in)
     here.tie(w_out, each_out if transposed else y)
@@ -36,15 +25,13 @@ def _zero_of_conv(
     if len(input) != len(weight):
         return set()
     try:
-        each_in = _groups(input[1], groups, here.name)[1]
-        group, each_out = _groups(out[1], groups, here.name)
+        each_in = split_groups(input[1], groups, here.name)[1]
+        group, each_out = split_groups(out[1], groups, here.name)
     except Conflict as conflict:
         # a tie made since has broken the groups
         here.freeze_all([out, input, weight, bias], str(conflict))
         return set()
-    for atom in atoms(each_in):
-        if not atom.frozen and atom not in input.zero | weight.zero:
-            here.freeze(atom, "summed over where its removed indices are not zero")
+    here.sums(each_in, input.zero | weight.zero)
     verdict: dict[Axis, bool] = {}
     for axis, zero in (
         (out[0], input.zero if bias is None else set()),
@@ -59,7 +46,7 @@ def _zero_of_conv(
 def _resize_conv(sizes: Resize, out: Dims, input: Dims, groups: int = 1, **_: Any) -> dict[str, Any]:
     if groups == 1 or not (sizes.changed(input[1]) or sizes.changed(out[1])):
         return {}
-    return {"groups": sizes.number(_groups(input[1], groups, "")[0])}
+    return {"groups": sizes.number(split_groups(input[1], groups, "")[0])}
 
 
 def _conv(here: Here, out: Dims, input: Dims, weight: Dims, bias: Dims | None, groups: int, transposed: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .relation import Atoms, Dims, Here, dimension, relation
+from .relation import Atoms, Dims, Here, dimension, of_self, relation
 from .shape import resize_view
 
 
@@ -28,7 +28,7 @@ def positions(here: Here, out: Dims, **_: Any) -> None:
     here.freeze_all([out], "its values are positions")
 
 
-@relation("tril", "triu", zero=lambda here, out, self, **_: self.zero & out.atoms())
+@relation("tril", "triu", zero=of_self)
 def triangle(here: Here, out: Dims, self: Dims, **_: Any) -> None:
     """half of each matrix, whose rows and columns freeze"""
     for i, (a, b) in enumerate(zip(self.axes, out.axes)):
@@ -57,7 +57,7 @@ def meshgrid(here: Here, out: list[Dims], tensors: list[Dims], indexing: str = "
                 here.tie(axis, result[dim])
 
 
-@relation("diag_embed", zero=lambda here, out, self, **_: self.zero & out.atoms())
+@relation("diag_embed", zero=of_self)
 def diag_embed(here: Here, out: Dims, self: Dims, dim1: int = -2, dim2: int = -1, **_: Any) -> None:
     """the last dimension as the diagonal of two new ones; all three freeze"""
     chosen = {dimension(dim1, out), dimension(dim2, out)}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..axis import Axis, Conflict, concat, cut
-from .relation import Atoms, Dims, Here, Resize, carried, dimension, relation
+from .relation import Dims, Here, Resize, carried, dimension, of_self, relation
 from .shape import tie_view
 
 PICKED = "picked by index"
@@ -216,11 +216,7 @@ def unbind(here: Here, out: list[Dims], self: Dims, dim: int = 0, **_: Any) -> N
         select(here, piece, self, dim, 0)
 
 
-def _zero_of_glu(here: Here, out: Dims, self: Dims, **_: Any) -> Atoms:
-    return self.zero & out.atoms()
-
-
-@relation("glu", zero=_zero_of_glu)
+@relation("glu", zero=of_self)
 def glu(here: Here, out: Dims, self: Dims, dim: int = -1, **_: Any) -> None:
     """the first half of a dimension times the sigmoid of its second half"""
     at = dimension(dim, self)

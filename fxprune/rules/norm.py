@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..axis import ONE, Axis, Conflict, Size, atoms, divide
-from .relation import Atoms, Dims, Here, Resize, relation, tie_broadcast
+from ..axis import Conflict, atoms
+from .relation import Atoms, Dims, Here, Resize, relation, split_groups, tie_broadcast
 
 # Ops whose mixed axes change what they compute when indices leave.
 STATISTICS = {"layer_norm", "rms_norm", "group_norm"}
@@ -100,28 +100,17 @@ def layer_norm(
         here.mix(axis, "a statistic runs over it")
 
 
-def _groups(axis: Axis, groups: int, where: str) -> tuple[Axis, Axis]:
-    """A channel axis as (norm groups, channels in a group). Raises Conflict."""
-    size = axis.root().size
-    if groups == size.number:
-        return axis.root(), Axis(ONE)
-    if groups == 1:
-        return Axis(ONE), axis.root()
-    major, minor = divide(axis, [Size(groups), Size(size.number // groups)], where)
-    return major, minor
-
-
 def _resize_groups(sizes: Resize, out: Dims, num_groups: int, **_: Any) -> dict[str, Any]:
     if not sizes.changed(out[1]):
         return {}
-    return {"num_groups": sizes.number(_groups(out[1], num_groups, "")[0])}
+    return {"num_groups": sizes.number(split_groups(out[1], num_groups, "")[0])}
 
 
 def _zero_of_group_norm(
     here: Here, out: Dims, input: Dims, num_groups: int, weight: Dims | None = None, bias: Dims | None = None, **_: Any
 ) -> Atoms:
     try:
-        inner = _groups(out[1], num_groups, here.name)[1]
+        inner = split_groups(out[1], num_groups, here.name)[1]
     except Conflict:
         return set()
     # Within a group the removed channels are put back as zeros, as in layer_norm.
@@ -146,7 +135,7 @@ def group_norm(
     for axis in out.axes[2:]:
         here.freeze(axis, "a statistic runs over it")
     try:
-        here.mix(_groups(out[1], num_groups, here.name)[1], "a statistic runs over it")
+        here.mix(split_groups(out[1], num_groups, here.name)[1], "a statistic runs over it")
     except Conflict as conflict:
         here.freeze(out[1], str(conflict))
 

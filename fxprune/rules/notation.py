@@ -101,9 +101,7 @@ def zero_of(here: Here, operands: list[Operand], result: tuple[str, ...], given:
         for letter, axis in row_of(o.letters, dims):
             if letter in kept or letter == ".":
                 continue
-            for atom in atoms(axis):
-                if not atom.frozen and not any(atom in zero.get(letter, ()) for _, zero in zeros):
-                    here.freeze(atom, "summed over where its removed indices are not zero")
+            here.sums(axis, set().union(*(zero.get(letter, ()) for _, zero in zeros)))
     verdict: dict[Axis, bool] = {}
     for letter, axis in row_of(result, out):
         for atom in atoms(axis):

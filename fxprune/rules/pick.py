@@ -7,7 +7,7 @@ from typing import Any
 
 from ..axis import atoms
 from .cut import PICKED, select
-from .relation import Atoms, Dims, Here, by_dimension, carried, dimension, is_wide, of_first, relation
+from .relation import Atoms, Dims, Here, by_dimension, carried, dimension, is_wide, of_first, of_self, relation
 
 
 def _zero_of_index(here: Here, out: Dims, self: Dims, indices: list[Dims | None], **_: Any) -> Atoms:
@@ -183,7 +183,7 @@ def _square(here: Here, out: Dims, self: Dims, chosen: set[int], why: str) -> No
         here.freeze(axis, why)
 
 
-@relation("diagonal", zero=lambda here, out, self, **_: self.zero & out.atoms())
+@relation("diagonal", zero=of_self)
 def diagonal(here: Here, out: Dims, self: Dims, **a: Any) -> None:
     """the diagonal of two dimensions, which freeze, as a last one"""
     first, second = a.get("dim1", 0), a.get("dim2", 1)
@@ -210,7 +210,7 @@ def diff(
             _tie_others(here, out, row, {dimension(dim, self)}, "its order matters")
 
 
-@relation("rot90", zero=lambda here, out, self, **_: self.zero & out.atoms())
+@relation("rot90", zero=of_self)
 def rot90(here: Here, out: Dims, self: Dims, dims: Sequence[int] = (0, 1), **_: Any) -> None:
     """a rotation in the plane of two dimensions, which freeze"""
     _tie_others(here, out, self, {dimension(d, self) for d in dims}, "its order matters")

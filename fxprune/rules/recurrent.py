@@ -63,16 +63,10 @@ def _zero_of_cells(here: Here, cells: Sequence[Cell], unit: Axis, state: Axis, b
     if projections:
         states = set(atoms(state)).intersection(*(projection.zero for projection in projections))
         for projection in projections:
-            _sum(here, unit, projection.zero | units)
+            here.sums(unit, projection.zero | units)
     for cell in cells:
-        _sum(here, state, cell.w_hh.zero)
+        here.sums(state, cell.w_hh.zero)
     return units | states
-
-
-def _sum(here: Here, axis: Axis, zero: Atoms) -> None:
-    for atom in atoms(axis):
-        if not atom.frozen and atom not in zero:
-            here.freeze(atom, "summed over where its removed indices are not zero")
 
 
 def _gates(here: Here) -> Axis:
@@ -105,11 +99,11 @@ def _zero_of_layers(
     directions = 2 if bidirectional else 1
     cells = _cells(params, has_biases, num_layers * directions)
     for cell in cells[:directions]:
-        _sum(here, input[-1], input.zero | cell.w_ih.zero)
+        here.sums(input[-1], input.zero | cell.w_ih.zero)
     before = hx[1] if isinstance(hx, list) else None if here.op.startswith("rnn") else hx
     zero = _zero_of_cells(here, cells, out[-1][-1], out[1][-1], before)
     for cell in cells[directions:]:
-        _sum(here, out[1][-1], zero | cell.w_ih.zero)
+        here.sums(out[1][-1], zero | cell.w_ih.zero)
     return zero
 
 
@@ -164,7 +158,7 @@ def _cell(a: dict[str, Any]) -> Cell:
 
 def _zero_of_step(here: Here, out: Any, input: Dims, hx: Any, **a: Any) -> Atoms:
     cell, last = _cell(a), out[-1] if isinstance(out, list) else out
-    _sum(here, input[-1], input.zero | cell.w_ih.zero)
+    here.sums(input[-1], input.zero | cell.w_ih.zero)
     before = hx[1] if isinstance(hx, list) else None if here.op.startswith("rnn") else hx
     return _zero_of_cells(here, [cell], last[-1], last[-1], before)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..axis import atoms
 from .relation import (
     Atoms,
     Dims,
@@ -33,9 +32,7 @@ def _tie_kept(here: Here, out: Dims, self: Dims, chosen: set[int]) -> None:
 
 def _zero_of_sum(here: Here, out: Dims, self: Dims, **a: Any) -> Atoms:
     for i in _chosen(self, a):
-        for atom in atoms(self[i]):
-            if not atom.frozen and atom not in self.zero:
-                here.freeze(atom, "summed over where its removed indices are not zero")
+        here.sums(self[i], self.zero)
     return self.zero & out.atoms()
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..axis import ONE, Axis, Conflict, Size, atoms, freeze, mix, tie
+from ..axis import ONE, Axis, Conflict, Size, atoms, divide, freeze, mix, tie
 from ..indices import kept_indices, shrunk_size
 
 Atoms = set[Axis]
@@ -69,6 +69,12 @@ class Here:
     def mix(self, axis: Axis, why: str) -> None:
         """The axis loses indices only on request, because `why`."""
         mix(axis, f"{why} ({self.op} at {self.name})")
+
+    def sums(self, axis: Axis, zero: Atoms) -> None:
+        """A sum runs over `axis`, whose terms at removed indices are zero at the atoms in `zero`: the others freeze."""
+        for atom in atoms(axis):
+            if not atom.frozen and atom not in zero:
+                self.freeze(atom, "summed over where its removed indices are not zero")
 
     def freeze_all(self, values: Iterable[Value | None], why: str) -> None:
         """Freeze every axis of every tensor."""
@@ -209,6 +215,17 @@ def dimension_list(dim: Any, dims: Dims) -> list[int]:
     return [dimension(d, dims) for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
 
 
+def split_groups(axis: Axis, groups: int, where: str) -> tuple[Axis, Axis]:
+    """A channel axis as (groups, channels in a group); either may have one index. Raises Conflict."""
+    size = axis.root().size
+    if groups == 1:
+        return Axis(ONE), axis.root()
+    if size == Size(groups):
+        return axis.root(), Axis(ONE)
+    major, minor = divide(axis, [Size(groups), Size(size.number // groups)], where)
+    return major, minor
+
+
 def nowhere(here: Here, out: Value, **_: Any) -> Atoms:
     """Removed parameters leave nothing zero in the output."""
     return set()
@@ -222,6 +239,11 @@ def carried(here: Here, out: Value, **arguments: Any) -> Atoms:
         zero |= dims.zero
         other |= dims.atoms() - dims.zero
     return zero - other
+
+
+def of_self(here: Here, out: Dims, self: Dims, **_: Any) -> Atoms:
+    """The output is zero where `self` is."""
+    return self.zero & out.atoms()
 
 
 def of_first(here: Here, out: Value, **arguments: Any) -> Atoms:

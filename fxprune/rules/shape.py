@@ -19,6 +19,7 @@ from .relation import (
     dimension_list,
     is_wide,
     of_first,
+    of_self,
     relation,
     tie_broadcast,
     tie_rows,
@@ -84,11 +85,7 @@ def atleast(here: Here, out: Dims | list[Dims], **a: Any) -> None:
         tie_view(here, x.axes, y.axes)
 
 
-def _zero_of_self(here: Here, out: Dims, self: Dims, **_: Any) -> Atoms:
-    return self.zero & out.atoms()
-
-
-@relation("view_as", "reshape_as", zero=_zero_of_self)
+@relation("view_as", "reshape_as", zero=of_self)
 def view_as(here: Here, out: Dims, self: Dims, other: Dims, **_: Any) -> None:
     """the same elements in row-major order, in the shape of another tensor"""
     tie_view(here, self.axes, out.axes)

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .relation import Atoms, Dims, Here, dimension_list, relation
+from .relation import Dims, Here, dimension_list, of_self, relation
 
 
-def _zero_of_self(here: Here, out: Dims, self: Dims, **_: Any) -> Atoms:
-    return self.zero & out.atoms()
-
-
-@relation("view_as_complex", zero=_zero_of_self)
+@relation("view_as_complex", zero=of_self)
 def view_as_complex(here: Here, out: Dims, self: Dims, **_: Any) -> None:
     """* 2 -> *"""
     here.freeze(self[-1], "positions along it matter")
@@ -20,7 +16,7 @@ def view_as_complex(here: Here, out: Dims, self: Dims, **_: Any) -> None:
         here.tie(a, b)
 
 
-@relation("view_as_real", zero=_zero_of_self)
+@relation("view_as_real", zero=of_self)
 def view_as_real(here: Here, out: Dims, self: Dims, **_: Any) -> None:
     """* -> * 2"""
     here.freeze(out[-1], "positions along it matter")
@@ -40,7 +36,7 @@ def _transform(here: Here, out: Dims, self: Dims, chosen: list[int]) -> None:
 @relation(*(f"fft_{kind}" for kind in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")),
           *(f"fft_{kind}2" for kind in ("fft", "ifft", "rfft", "irfft")),
           *(f"fft_{kind}n" for kind in ("fft", "ifft", "rfft", "irfft")),
-          "fft_fftshift", "fft_ifftshift", zero=_zero_of_self)  # fmt: skip
+          "fft_fftshift", "fft_ifftshift", zero=of_self)  # fmt: skip
 def fourier(here: Here, out: Dims, self: Dims, dim: Any = None, s: Sequence[Any] | None = None, **_: Any) -> None:
     """a Fourier transform along some dimensions, which freeze"""
     if dim is None and s is not None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..axis import Axis, Conflict, Size, cut, divide
-from .relation import Atoms, Dims, Here, Resize, carried, dimension, is_wide, relation, tensors
+from .relation import Atoms, Dims, Here, Resize, carried, dimension, is_wide, of_self, relation, tensors
 
 _WINDOW = "windows slide over it"
 
@@ -50,7 +50,7 @@ _pool(3, "upsample_nearest3d", "upsample_trilinear3d", "_upsample_nearest_exact3
 
 
 def _unpool(spatial: int, op: str) -> None:
-    @relation(op, zero=lambda here, out, self, **_: self.zero & out.atoms())
+    @relation(op, zero=of_self)
     def unpool(here: Here, out: Dims, self: Dims, indices: Dims, **_: Any) -> None:
         """* ., * . -> * ."""
         _tie_leading(here, out, self, spatial, _WINDOW)
@@ -177,7 +177,7 @@ def channel_shuffle(here: Here, out: Dims, self: Dims, groups: int, **_: Any) ->
         here.freeze(out[1], str(conflict))
 
 
-@relation("im2col", zero=lambda here, out, self, **_: self.zero & out.atoms())
+@relation("im2col", zero=of_self)
 def im2col(here: Here, out: Dims, self: Dims, kernel_size: Any, **_: Any) -> None:
     """b? c h w -> b? (c k k) l"""
     _tie_leading(here, Dims(out.axes[:-2]), Dims(self.axes[:-3]), 0, "")
@@ -187,7 +187,7 @@ def im2col(here: Here, out: Dims, self: Dims, kernel_size: Any, **_: Any) -> Non
         here.freeze(axis, _WINDOW)
 
 
-@relation("col2im", zero=lambda here, out, self, **_: self.zero & out.atoms())
+@relation("col2im", zero=of_self)
 def col2im(here: Here, out: Dims, self: Dims, **_: Any) -> None:
     """b? (c k k) l -> b? c h w"""
     _tie_leading(here, Dims(out.axes[:-3]), Dims(self.axes[:-2]), 0, "")
@@ -197,7 +197,7 @@ def col2im(here: Here, out: Dims, self: Dims, **_: Any) -> None:
         here.freeze(axis, _WINDOW)
 
 
-@relation("unfold", zero=lambda here, out, self, **_: self.zero & out.atoms())
+@relation("unfold", zero=of_self)
 def unfold(here: Here, out: Dims, self: Dims, **a: Any) -> None:
     """windows along a dimension, which become a last dimension"""
     at = dimension(a["dimension"], self)
