@@ -126,7 +126,7 @@ def checks_inputs(node: Node, bases: list[Node]) -> bool:
 def aliased(node: Node) -> Node | None:
     """The node that this one has its memory from, or may have."""
     if node.target is operator.getitem:
-        (whole,) = node.all_input_nodes
+        whole = node.all_input_nodes[0]
         if whole.target not in _ONE_BY_ONE:
             return whole
         return next(iter(_nodes(whole.args[0])[node.args[1] :]), None)  # pyright: ignore

@@ -187,6 +187,8 @@ SOUND = {"untouched": True, "difference": 1e-6, "from_dense": 0.5, "misshapen": 
         ({"untouched": False}, "model changed"),
         ({"difference": 2e-4}, "wrong"),
         ({"difference": math.nan}, "wrong"),
+        ({"difference": 2e-4, "difference_float64": 1e-8}, "wrong"),
+        ({"difference": 2e-4, "difference_float64": 1e-12}, "rounding"),
         ({"misshapen": ["a"]}, "wrong shapes"),
         ({"share": 0.1}, "share missed"),
         ({"from_dense": 1e-3}, "oracle too near"),
@@ -202,6 +204,9 @@ def small_model() -> ZooModel:
     return ZooModel("mlp", "timm", build, lambda: ((torch.randn(2, 8),), {}))
 
 
+ROUNDS = 2e-3
+
+
 class Cut(nn.Module):
     """What a pruner returns: the model with slices of it at zero, and perhaps with a mistake on top."""
 
@@ -210,7 +215,9 @@ class Cut(nn.Module):
         self.inner, self.mistake = model, mistake
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(x) * (1 + self.mistake)
+        # The mistake of "rounding" is one of float32 alone.
+        rounds = self.mistake == ROUNDS and x.dtype == torch.float64
+        return self.inner(x) * (1.0 if rounds else 1 + self.mistake)
 
 
 def fake_prune(
@@ -237,6 +244,7 @@ def fake_prune(
     [
         ({}, "ok"),
         ({"mistake": 1e-3}, "wrong"),
+        ({"mistake": ROUNDS}, "rounding"),
         ({"touch": True}, "model changed"),
         ({"count": 2}, "share missed"),
         ({"mistake": math.nan}, "wrong"),
