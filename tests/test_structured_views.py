@@ -102,15 +102,40 @@ def test_a_batch_norm_without_running_statistics() -> None:
     assert got["0.weight"] == (8, 3, 3, 3) and got["1.weight"] == (8,) and got["4.weight"] == (4, 128)
 
 
-def test_weights_standardised_by_a_batch_norm() -> None:
-    """As NFNets and BiT write it: a batch-norm over the weight itself, output channels as its channels."""
+class Standardised(nn.Conv2d):
+    """A convolution whose weight is standardised by a batch-norm of its own, as BiT and NFNets write it."""
+
+    def __init__(self, i: int, o: int, groups: int = 1, gain: bool = False, how: str = "reshape_as") -> None:
+        super().__init__(i, o, 3, padding=1, groups=groups)
+        self.gain, self.how = nn.Parameter(torch.ones(o, 1, 1, 1)) if gain else None, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        gain = None if self.gain is None else self.gain.mul(0.5).view(-1)
+        weight = nn.functional.batch_norm(rows, None, None, weight=gain, training=True)
+        weight = weight.reshape_as(self.weight) if self.how == "reshape_as" else weight.view(self.weight.shape)
+        return nn.functional.conv2d(x, weight, self.bias, padding=1, groups=self.groups)
+
+
+@pytest.mark.parametrize("gain", [False, True])
+@pytest.mark.parametrize("how", ["reshape_as", "view"])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_standardised_weights_lose_rows_and_keep_their_statistics(gain: bool, how: str, trainable: bool) -> None:
+    """A statistic over a whole weight stays one: what leaves is taken off behind it."""
 
     def forward(m: Any, x: Tensor) -> Tensor:
-        weight = nn.functional.batch_norm(m.a.weight.reshape(1, 16, -1), None, None, training=True).view_as(m.a.weight)
-        return m.o(nn.functional.conv2d(x, weight, m.a.bias).relu().mean((2, 3)))
+        x = m.b(m.a(x).relu()).relu()
+        return m.o((x + m.c(x).relu()).mean((2, 3)))
 
-    model = net(forward, a=nn.Conv2d(3, 16, 3), o=nn.Linear(16, 4))
-    assert sizes(right(model, torch.randn(2, 3, 6, 6), other=torch.randn(5, 3, 6, 6)))["a.weight"] == (8, 3, 3, 3)
+    more: dict[str, Any] = {"gain": gain, "how": how}
+    parts = {"a": Standardised(3, 16, **more), "b": Standardised(16, 24, **more), "c": Standardised(24, 24, 2, **more)}
+    model = net(forward, **parts, o=nn.Linear(24, 4))
+    result = right(model, torch.randn(2, 3, 6, 6), other=torch.randn(5, 3, 6, 6), trainable=trainable)
+    # Of two groups of channels one leaves.
+    assert kept(result) == {"a.weight[0]": 8, "b.weight[0].0": 1}
+    assert dict(result.report.removed["b.weight"]).keys() == {0} and dict(result.report.removed["o.weight"]).keys() == {
+        1
+    }
 
 
 def test_a_dropout_that_is_always_on_is_refused_in_words_that_help() -> None:

@@ -121,6 +121,8 @@ def _resize_call(
         node.target, node.args, node.kwargs = target, node.args[:1], {}
     if (factor := changed.pop("output_scale", None)) is not None:
         _scale_output(node, factor)
+    for dim, indices in changed.pop("select", ()):
+        _select_output(node, old, dim, indices)
     for name, value in changed.items():
         set_argument(node, name, _in_copy(value, copies))
 
@@ -139,6 +141,22 @@ def _scale_output(node: Node, factor: float) -> None:
     scaled.meta["val"] = node.meta.get("val")
     for user in users:
         user.replace_input_with(node, scaled)
+
+
+def _select_output(node: Node, old: Node, dim: int, indices: Tensor) -> None:
+    """The op runs as before, over all indices, and those that leave are taken off its output."""
+    users = list(node.users)
+    graph = node.graph
+    name = f"{node.name}_kept_{dim}"
+    assert graph.owning_module is not None
+    graph.owning_module.register_buffer(name, indices.to(old.meta["val"].device), persistent=False)
+    with graph.inserting_after(node):
+        kept = graph.get_attr(name)
+    with graph.inserting_after(kept):
+        selected = graph.call_function(aten.index_select.default, (node, dim, kept))
+    selected.meta["val"], node.meta["val"] = node.meta["val"], old.meta["val"]
+    for user in users:
+        user.replace_input_with(node, selected)
 
 
 def set_argument(node: Node, name: str, value: Any) -> None:

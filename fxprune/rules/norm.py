@@ -25,7 +25,24 @@ def _zero_by_channel(
     return zero & set(atoms(out[1]))
 
 
-@relation("batch_norm", zero=_zero_by_channel)
+def _standardises(input: Dims, running_mean: Dims | None, training: bool) -> bool:
+    """Whether a batch-norm stands over a weight (weight standardisation, as in BiT and NFNets).
+
+    Its statistic runs over all of the weight, whose indices are taken off afterwards.
+    """
+    return bool(input.source) and (running_mean is None or training)
+
+
+def _resize_batch_norm(
+    sizes: Resize, out: Dims, input: Dims, running_mean: Dims | None = None, training: bool = False, **_: Any
+) -> dict[str, Any]:
+    if not _standardises(input, running_mean, training):
+        return {}
+    cuts = [(i, sizes.indices(axis)) for i, axis in enumerate(out.axes) if i != 1 and sizes.changed(axis)]
+    return {"select": cuts} if cuts else {}
+
+
+@relation("batch_norm", zero=_zero_by_channel, resize=_resize_batch_norm)
 def batch_norm(
     here: Here,
     out: Dims,
@@ -38,15 +55,15 @@ def batch_norm(
     **_: Any,
 ) -> None:
     """b c *, c?, c?, c?, c? -> b c *"""
-    for a, b in zip(input.axes, out.axes):
-        here.tie(a, b)
+    here.tie(input[1], out[1])
+    for i, (a, b) in enumerate(zip(input.axes, out.axes)):
+        if i != 1 and (running_mean is None or training):
+            here.freeze(a, "a statistic runs over it")
+        if not _standardises(input, running_mean, training):
+            here.tie(a, b)
     for vector in (weight, bias, running_mean, running_var):
         if vector is not None:
             here.tie(vector[0], out[1])
-    if running_mean is None or training:
-        for i, axis in enumerate(out.axes):
-            if i != 1:
-                here.freeze(axis, "a statistic runs over it")
 
 
 @relation("instance_norm", zero=_zero_by_channel)

@@ -85,11 +85,19 @@ def atleast(here: Here, out: Dims | list[Dims], **a: Any) -> None:
         tie_view(here, x.axes, y.axes)
 
 
-@relation("view_as", "reshape_as", zero=of_self)
+def _resize_view_as(sizes: Resize, out: Dims, self: Dims, other: Dims, **_: Any) -> dict[str, Any]:
+    """A weight that shrinks beside the other tensor takes its shape in numbers."""
+    if not self.source or not any(sizes.changed(axis) for axis in out.axes):
+        return {}
+    return {"target": torch.ops.aten.reshape.default, "shape": [sizes.number(axis) for axis in out.axes]}
+
+
+@relation("view_as", "reshape_as", zero=of_self, resize=_resize_view_as)
 def view_as(here: Here, out: Dims, self: Dims, other: Dims, **_: Any) -> None:
     """the same elements in row-major order, in the shape of another tensor"""
     tie_view(here, self.axes, out.axes)
-    tie_rows(here, other.axes, out.axes)
+    if not self.source:
+        tie_rows(here, other.axes, out.axes)
 
 
 def _resize_unflatten(sizes: Resize, out: Dims, /, self: Dims, dim: int, **a: Any) -> dict[str, Any]:
