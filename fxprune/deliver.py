@@ -59,10 +59,8 @@ def deliver(
         result, rows = _compiled(final, captured, proof, settings, report)
         wrong = [row for row in rows if not row.ok]
         if wrong and not is_packed:
-            raise refuse(
-                wrong[0],
-                "Please report it with FXPRUNE_TRACE=<dir>; options={'compile': False} avoids the compiler.",
-            )
+            around = "; options={'compile': False} avoids the compiler" if settings.compile else ""
+            raise refuse(wrong[0], f"Please report it with FXPRUNE_TRACE=<dir>{around}.")
         if wrong:
             report.notes.append(
                 f"the packed result was wrong on the {wrong[0].call} ({wrong[0].error:.1e}) and was dropped"

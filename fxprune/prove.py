@@ -74,7 +74,8 @@ class Proof:
             compare("shrunk = zeroed", call, expected, oracle.outputs(call))
             for call, expected in zip(self._calls, self._expected_wide, strict=True)
         ]
-        return max(rows, key=lambda row: row.error if row.error == row.error else math.inf)
+        # Each row has the tolerance of its own outputs: what is worst is the furthest beyond it.
+        return max(rows, key=lambda row: (not row.ok, row.error / row.tolerance if row.tolerance else math.inf))
 
     def stage(self, name: str, program: Program) -> None:
         """With FXPRUNE_CHECK=2, holds the program after a stage against the oracle and names the one that departs."""
@@ -156,8 +157,13 @@ def _capture_checked(
         report.notes.append("the model refuses a second input drawn at random, so only the example was checked")
         calls.pop()
     turned = turned_call(example)
-    if turned is not None and _runs(runnable, turned) and is_finite(outputs(runnable, turned)):
-        calls.append(turned)
+    if turned is not None:
+        if _runs(runnable, turned) and is_finite(outputs(runnable, turned)):
+            calls.append(turned)
+        else:
+            report.notes.append(
+                "flags that the example has constant were not tried at other values: the model fails there"
+            )
     resized = resized_call(captured, example)
     if resized is not None:
         row = _check_resized(runnable, captured, resized)

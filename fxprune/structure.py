@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from .capture import Program
-from .check import Call, compare, outputs, refuse, run_flat
+from .check import Call, CheckRow, compare, outputs, refuse, run_flat
 from .coupling import Coupling
 from .mask import PackedMask
 from .passes.blocks import find_blocks
@@ -38,10 +38,11 @@ def drop_proved(program: Program, paths: Sequence[str], example: Call, report: R
 
 @dataclasses.dataclass
 class Shrunk:
-    """A program whose groups lost indices, and the selection that is left to apply to it."""
+    """A program whose groups lost indices, the selection that is left to apply to it, and the check that it passed."""
 
     program: Program
     selection: Selection
+    row: CheckRow | None = None
 
 
 def shrink_proved(
@@ -65,8 +66,7 @@ def shrink_proved(
         except Exception as error:
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         if row.ok:
-            report.checks.append(row)
-            return result
+            return dataclasses.replace(result, row=row)
         return f"it differs from the zeroed model by {row.error:.1e}"
 
     names = list(selection.keep)
@@ -79,6 +79,7 @@ def shrink_proved(
             names = []
             found = Shrunk(program, dataclasses.replace(selection, keep={}))
             proof.expect(found.selection, program)
+    report.checks += [found.row] if found.row is not None else []
     kept = dataclasses.replace(selection, keep={name: selection.keep[name] for name in names})
     return found, kept
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune import Channels, Drop, Plan, Rule, analyze
+from fxprune import Channels, Drop, Plan, Rule, analyze, structure
 from fxprune.errors import InputError
 from tests.oracle import assert_close, snapshot
 from tests.structured_oracle import channels, kept, net, right, shrunk, sizes, zeroed
@@ -219,3 +219,39 @@ def test_a_result_handed_in_as_memory() -> None:
         result = shrunk(model, X)
         assert_close(result(X), zeroed(model, result)(X))
     assert "a.weight[0]" not in kept(result)
+
+
+# --- the call that turns flags -----------------------------------------------------------------------------------
+
+
+def test_a_flag_that_the_model_fails_on_is_said() -> None:
+    def forward(m: Any, x: Tensor, kind: Tensor) -> Tensor:
+        return m.second(m.first(x).relu()) + m.kinds(kind)
+
+    model = net(forward, first=nn.Linear(8, 16), second=nn.Linear(16, 4), kinds=nn.Embedding(1, 4))
+    result = shrunk(model, X, torch.zeros(5, dtype=torch.int64))
+    assert any("flags that the example has constant" in note for note in result.report.notes)
+    assert {row.call for row in result.report.checks}.isdisjoint({"flags turned"})
+
+
+def test_a_flag_is_tried_at_its_other_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group that is wrong there alone stays whole: the furthest beyond its own tolerance decides."""
+
+    def forward(m: Any, x: Tensor, flag: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = m.first(x).relu()
+        return m.second(hidden), flag.double() * hidden.shape[1]
+
+    model = net(forward, first=nn.Linear(8, 16), second=nn.Linear(16, 4))
+    assert kept(shrunk(model, X, FLAG)) == {"first.weight[0]": 8}
+    shrink = structure.shrink
+
+    def wrong_when_turned(*args: Any) -> Any:
+        program = shrink(*args)
+        (node,) = [n for n in program.graph.nodes if n.target is torch.ops.aten.mul.Tensor]
+        node.args = (node.args[0], node.args[1] * (1 + 1e-7))
+        program.recompile()
+        return program
+
+    monkeypatch.setattr(structure, "shrink", wrong_when_turned)
+    result = shrunk(model, X, FLAG)
+    assert kept(result) == {} and any("keeps all its indices" in note for note in result.report.notes)

@@ -195,6 +195,8 @@ def test_a_group_that_comes_out_wrong_stays_whole(resize: Any, words: str, monke
     assert sizes(result)["a.weight"] == (24, 10) and sizes(result)["b.weight"] == (16, 10)
     (note,) = [n for n in result.report.notes if "keeps all its indices" in n]
     assert note.startswith("a.weight[0]") and words in note
+    # Attempts on the way are not told as checks of the result.
+    assert sum(row.what == "shrunk = zeroed" for row in result.report.checks) == 1
     for call in (X, OTHER):
         assert_close(result(call), zeroed(model, result)(call).detach())
     # What is left of the selection replays without it.
