@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +14,9 @@ from .errors import PlanError
 from .indices import positions
 from .patterns import Channels
 from .plan import Binding, Plan
-from .score import group_score
+from .rules import Dims
+from .score import Scores
+from .unit_score import RELATIVE, Slices, has_scales, score_units
 
 
 @dataclasses.dataclass
@@ -24,7 +25,8 @@ class Kept:
 
     keep   group -> indices that stay (int64, ascending), for groups that lose some
     asked  group -> fraction that its rule asked for, for every group that a rule bound
-    notes  in words: what a rule's wildcard met and could not use, and pools that lose less than was asked
+    notes  in words: what a rule's wildcard met and could not use, pools that lose less than was asked, and groups
+           that could not be scored as was asked
     """
 
     keep: dict[str, Tensor] = dataclasses.field(default_factory=dict)
@@ -40,6 +42,7 @@ def keep_channels(coupling: Coupling, tensors: Mapping[str, Tensor], plan: Plan,
     amounts, for all units of a group, and for a weight written out in full whose axis is frozen.
     """
     kept = Kept()
+    scaling = _batch_norm_weights(coupling)
     rule_of: dict[Axis, tuple[int, str]] = {}
     for index, rule in enumerate(plan.rules):
         if isinstance(rule.sparsity, Channels):
@@ -48,10 +51,13 @@ def keep_channels(coupling: Coupling, tensors: Mapping[str, Tensor], plan: Plan,
         if not isinstance(rule.sparsity, Channels):
             continue
         groups = [coupling.of(atom) for atom, (owner, _) in rule_of.items() if owner == index]
+        slices = {g.name: _members(g, coupling, tensors, scaling) for g in groups}
+        kept.notes += _scored_otherwise(index, slices, rule.sparsity)
         for pool in _pools(coupling, tensors, groups, rule.scope):
-            scores = {g.name: group_score(_members(g, coupling, tensors), rule.sparsity) for g in pool}
+            scores = {g.name: score_units(slices[g.name], rule.sparsity) for g in pool}
             alone = rule.scope == "local"
-            exact = _local(pool, rule.sparsity) if alone else _pooled(pool, scores, rule.sparsity)
+            relative = _relative([slices[g.name] for g in pool], rule.sparsity)
+            exact = _local(pool, rule.sparsity) if alone else _pooled(pool, scores, rule.sparsity, relative)
             counts = {g.name: _aligned(coupling, g, rule.sparsity, exact[g.name]) for g in pool}
             for group in pool:
                 kept.asked[group.name] = (
@@ -174,13 +180,54 @@ def _pools(coupling: Coupling, tensors: Mapping[str, Tensor], groups: list[Group
     return alike.values()
 
 
-def _members(group: Group, coupling: Coupling, tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, int, Tensor]]:
-    """The group's parameters with the dimension, and for each of its indices the index of the group or -1."""
+def _members(group: Group, coupling: Coupling, tensors: Mapping[str, Tensor], scaling: Collection[str]) -> list[Slices]:
+    """The group's parameters; `scaling` names those that batch-norms multiply by."""
     return [
-        (tensors[m.name], m.dim, positions(coupling.tensors[m.name][m.dim], group.axis))
+        Slices(
+            m.name,
+            tensors[m.name],
+            m.dim,
+            positions(coupling.tensors[m.name][m.dim], group.axis),
+            m.name in scaling,
+        )
         for m in group.members
         if m.name in tensors and tensors[m.name].is_floating_point()
     ]
+
+
+def _batch_norm_weights(coupling: Coupling) -> set[str]:
+    """The parameters by which batch-norms multiply the channels of activations."""
+    found = set()
+    for node, call in coupling.calls.items():
+        if node.target is torch.ops.aten.batch_norm.default:
+            x, weight = call.arguments["input"], call.arguments["weight"]
+            # What has a source is a parameter or made of one: a batch-norm over such is a weight's standardisation.
+            if isinstance(weight, Dims) and weight.source and not x.source:
+                found.add(weight.source)
+    return found
+
+
+def _scored_otherwise(index: int, slices: Mapping[str, list[Slices]], how: Channels) -> list[str]:
+    """Notes on groups that a rule's score does not fit, or not in full."""
+    if how.score == "bn_scale":
+        if lacking := [name for name, members in slices.items() if not has_scales(members)]:
+            return [f"rule {index} scores {_some(lacking)} by L{how.norm:g} norm: no batch-norm scales their channels"]
+    if isinstance(how.score, Scores):
+        given = how.score
+        if lacking := sorted({m.name for members in slices.values() for m in members if m.name not in given}):
+            return [f"rule {index}: the scores of {given.method} have nothing on {_some(lacking)}, which do not count"]
+    return []
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{len(names)} ({', '.join([*names[:3], *['...'] * (len(names) > 3)])})"
+
+
+def _relative(slices: Iterable[list[Slices]], how: Channels) -> bool:
+    """Whether the scores of a pool of groups only mean something against their own group's."""
+    if how.score == "bn_scale":
+        return not all(has_scales(members) for members in slices)
+    return isinstance(how.score, str) and how.score in RELATIVE
 
 
 def _local(pool: list[Group], how: Channels) -> dict[str, int]:
@@ -213,8 +260,11 @@ def _named(pool: list[Group]) -> str:
     return f'the {len(pool)} groups of "{pool[0].name}" and others'
 
 
-def _pooled(pool: list[Group], scores: Mapping[str, Tensor], how: Channels) -> dict[str, int]:
-    """Units that stay in each group when the lowest of the whole pool go; each group's scores over their mean."""
+def _pooled(pool: list[Group], scores: Mapping[str, Tensor], how: Channels, relative: bool) -> dict[str, int]:
+    """Units that stay in each group when the lowest of the whole pool go.
+
+    `relative`: by each group's scores over their mean, not by the scores themselves.
+    """
     total = sum(group.size for group in pool)
     wanted = how.count(total)
     if isinstance(how.amount, int) and wanted >= total:
@@ -230,7 +280,7 @@ def _pooled(pool: list[Group], scores: Mapping[str, Tensor], how: Channels) -> d
         score = scores[group.name].double()
         # The best of each group stay whatever they are compared with.
         order = torch.sort(score, stable=True).indices[: max(0, group.size - how.min_keep)]
-        values.append(score[order] / (score.mean() if score.mean() > 0 else 1.0))
+        values.append(score[order] / (score.mean() if relative and score.mean() > 0 else 1.0))
         owners.append(torch.full((len(order),), index))
     ranked = torch.sort(torch.cat(values), stable=True).indices[:wanted]
     removed = torch.bincount(torch.cat(owners)[ranked], minlength=len(pool))
@@ -239,28 +289,7 @@ def _pooled(pool: list[Group], scores: Mapping[str, Tensor], how: Channels) -> d
 
 def _aligned(coupling: Coupling, group: Group, how: Channels, count: int) -> int:
     exact = dataclasses.replace(how, amount=group.size - count)
-    return exact.keep_count(group.size, _multiple(coupling, group, how.align))
-
-
-def _multiple(coupling: Coupling, group: Group, align: int) -> int:
-    """The number of units whose widths add up to a multiple of `align` in every axis that a product writes."""
-    result = 1
-    for axis in coupling.written_with(group.axis):
-        width = _width(axis, group.axis)
-        result = math.lcm(result, align // math.gcd(align, width))
-    return result
-
-
-def _width(axis: Axis, atom: Axis) -> int:
-    """How many indices of the innermost concatenated part around `atom` belong to one index of it."""
-    axis = axis.root()
-    if axis is atom:
-        return 1
-    for part in axis.parts:
-        if atom in atoms(part):
-            inner = _width(part, atom)
-            return inner if axis.kind == "concat" else inner * (axis.size.number // part.root().size.number)
-    return 1
+    return exact.keep_count(group.size, coupling.multiple(group.axis, how.align))
 
 
 def _highest(score: Tensor, count: int) -> Tensor:

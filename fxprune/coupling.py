@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -58,11 +59,15 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
-    """One node with its rule, its output's axes, and its arguments with axes in place of tensors."""
+    """One node with its rule, its output's axes, and its arguments with axes in place of tensors.
+
+    `summed` are the axes over which it sums.
+    """
 
     rule: Relation
     out: Value
     arguments: dict[str, Any]
+    summed: tuple[Axis, ...] = ()
 
     def carries(self, by_atom: Mapping[Axis, Any]) -> bool:
         """Whether one of these atoms is in its inputs or output."""
@@ -153,6 +158,13 @@ class Coupling:
                         self._written_by_atom.setdefault(part, []).append(axis)
         return self._written_by_atom.get(atom, [])
 
+    def multiple(self, atom: Axis, align: int) -> int:
+        """How many indices of an atom make a multiple of `align` in every axis that a product writes."""
+        result = 1
+        for axis in self.written_with(atom):
+            result = math.lcm(result, align // math.gcd(align, _width(axis, atom)))
+        return result
+
     def kept(self, keep: Mapping[str, Tensor]) -> dict[str, list[tuple[int, Tensor]]]:
         """Group -> indices that stay, to tensor -> [(dim, indices that stay)] for every tensor that shrinks."""
         by_atom = self.atoms_of(keep)
@@ -206,3 +218,15 @@ class Coupling:
             head += f"\nops without a rule: {ops}"
         headers = ("group", "size", "members", "may shrink", "which")
         return head + "\n" + tabulate(rows, headers=headers, disable_numparse=True)
+
+
+def _width(axis: Axis, atom: Axis) -> int:
+    """How many indices of the innermost concatenated part around `atom` belong to one index of it."""
+    axis = axis.root()
+    if axis is atom:
+        return 1
+    for part in axis.parts:
+        if atom in atoms(part):
+            inner = _width(part, atom)
+            return inner if axis.kind == "concat" else inner * (axis.size.number // part.root().size.number)
+    return 1

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from torch import Tensor
 
 from .errors import PlanError
-from .score import SCORES
+from .score import SCORES, Scores, score_name
+from .unit_score import UNIT_SCORES
 
 _UNITS = {
     "outer": "the outermost whole thing: a head, a KV group, a conv channel",
@@ -19,6 +20,8 @@ _UNITS = {
     "mixed": "an axis over which a statistic runs: the residual width under a layer norm",
 }
 _REDUCTIONS = ("sum", "mean", "max")
+# The scores that use Channels.norm: the second where a group has no batch-norm.
+_NORMED = ("norm", "bn_scale")
 
 
 @dataclass(frozen=True)
@@ -26,33 +29,25 @@ class Unstructured:
     """Mask the elements with the smallest scores.
 
     `amount` is a fraction of the whole weight (float, 0.0 to 1.0) or a number of elements (int): 1.0 is
-    everything, 1 is one element. Elements that are zero or masked already count towards it. `score` is a
-    name from `fxprune.score.SCORES` or a function from the weight to finite non-negative scores of the same
-    shape.
+    everything, 1 is one element. Elements that are masked already are the first to count towards it. `score` is
+
+    "l1", "l2"  the magnitude, in which zeros count first; one number's L2 norm is its L1 norm, so the two are one
+    "random"    drawn anew for each selection from torch's generator: torch.manual_seed decides
+    "lamp"      the square over the sum of those not smaller, for scope="global"
+    a function  from the weight to finite non-negative scores of the same shape
+    Scores      computed beforehand, such as those of `fxprune.gradient_score`: taylor, snip, fisher
+
+    `fxprune.score` has the formulas and papers. All but "l1" and "l2" hold the scores of all pooled weights at once.
     """
 
     amount: int | float
-    score: str | Callable[[Tensor], Tensor] = "l1"
+    score: str | Callable[[Tensor], Tensor] | Scores = "l1"
 
     kind: ClassVar[str] = "unstructured"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "amount", _amount(self.amount, "Unstructured", "to 1.0", "elements"))
-        if isinstance(self.score, str):
-            if self.score not in SCORES:
-                raise PlanError(
-                    f'no score is named "{self.score}"',
-                    where="Unstructured(score=...)",
-                    why=f"there are: {', '.join(SCORES)}",
-                    do="Name one of them, or give a function Tensor -> Tensor.",
-                )
-        elif not callable(self.score):
-            raise PlanError(
-                "cannot use this score",
-                where="Unstructured(score=...)",
-                why=f"{type(self.score).__name__} is neither a name nor a function",
-                do=f"Name one of {', '.join(SCORES)}, or give a function Tensor -> Tensor.",
-            )
+        _check_score(self.score, "Unstructured", SCORES)
 
     def count(self, size: int) -> int:
         """How many of `size` elements to mask: fractions round half to even, as in torch.nn.utils.prune."""
@@ -61,8 +56,7 @@ class Unstructured:
     def describe(self) -> str:
         """The amount and score in words."""
         amount = f"{self.amount} elements" if isinstance(self.amount, int) else f"{100 * self.amount:g}%"
-        score = self.score if isinstance(self.score, str) else getattr(self.score, "__name__", "a function")
-        return f"{amount} by {score}"
+        return f"{amount} by {score_name(self.score)}"
 
 
 @dataclass(frozen=True)
@@ -89,6 +83,18 @@ class Channels:
     reduce    how the members of a group add up to one score: "sum", "mean" or "max"
     align     the kept width is a multiple of this where the group is large enough
     min_keep  units that stay in each group whatever the amount
+    score     what the units of a group are worth; those worth least leave:
+                "norm"      the Lp norm of their slices
+                "random"    drawn anew for each selection from torch's generator: torch.manual_seed decides
+                "bn_scale"  |gamma| of the batch-norms over the group (network slimming); a group without any is
+                            scored by its norm, and a note says so
+                "fpgm"      the sum of the Euclidean distances to the other units
+                "lamp"      the squared L2 norm over the sum of those not smaller, for scope="global"
+                a function  from a parameter to finite non-negative scores of its elements, which add up
+                Scores      of all parameters' elements, computed beforehand, which add up: `fxprune.gradient_score`
+
+    `fxprune.unit_score` has the formulas and papers. Where groups are pooled, norms and distances are taken over their
+    group's mean, since a group's width and scale decide them; all other scores are compared as they are.
     """
 
     amount: int | float
@@ -98,6 +104,7 @@ class Channels:
     reduce: str = "sum"
     align: int = 8
     min_keep: int = 1
+    score: str | Callable[[Tensor], Tensor] | Scores = "norm"
 
     kind: ClassVar[str] = "channels"
 
@@ -113,6 +120,14 @@ class Channels:
             )
         object.__setattr__(self, "amount", amount)
         object.__setattr__(self, "norm", _norm(self.norm))
+        _check_score(self.score, "Channels", UNIT_SCORES)
+        if self.norm != 2.0 and self.score not in _NORMED:
+            raise PlanError(
+                f"cannot use norm {self.norm:g}",
+                where=f"Channels(score={score_name(self.score)}, norm=...)",
+                why="this score takes no norm of the units",
+                do='Leave norm= out, or score by score="norm".',
+            )
         if self.dim is not None:
             object.__setattr__(self, "dim", _dim(self.dim))
         if self.unit not in tuple(_UNITS):
@@ -156,19 +171,34 @@ class Channels:
         return min(size, max(nearest, least))
 
     def describe(self) -> str:
-        """The amount and norm in words, then each setting that is not its default."""
+        """The amount and score in words, then each setting that is not its default."""
         if isinstance(self.amount, int):
             amount = f"{self.amount} channel{'' if self.amount == 1 else 's'}"
         else:
             amount = f"{100 * self.amount:g}% of channels"
         settings = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
-        del settings["amount"], settings["norm"]
+        del settings["amount"], settings["score"]
+        score = score_name(self.score)
+        if score == "norm":
+            del settings["norm"]
+            score = f"L{self.norm:g} norm"
         words = [f"{name} {value}" for name, (value, default) in settings.items() if value != default]
-        return ", ".join([f"{amount} by L{self.norm:g} norm", *words])
+        return ", ".join([f"{amount} by {score}", *words])
 
 
 Sparsity = Unstructured | Existing | Channels
 SPARSITIES: dict[str, type[Sparsity]] = {kind.kind: kind for kind in (Unstructured, Existing, Channels)}
+
+
+def _check_score(score: object, pattern: str, names: Collection[str]) -> None:
+    do = f"Name one of {', '.join(names)}, or give a function Tensor -> Tensor or Scores."
+    where = f"{pattern}(score=...)"
+    if isinstance(score, str) and score not in names:
+        why = f"there are: {', '.join(names)}"
+        raise PlanError(f'no score is named "{score}"', where=where, why=why, do=do)
+    if not isinstance(score, (str, Scores)) and not callable(score):
+        why = f"{type(score).__name__} is neither a name nor a function nor Scores"
+        raise PlanError("cannot use this score", where=where, why=why, do=do)
 
 
 def _amount(amount: object, pattern: str, end: str, units: str) -> int | float:

@@ -15,7 +15,8 @@ from tabulate import tabulate
 
 from .errors import PlanError
 from .patterns import SPARSITIES, Channels, Existing, Sparsity, Unstructured
-from .score import SCORES
+from .score import SCORES, Scores
+from .unit_score import UNIT_SCORES
 
 _SCOPES = ("local", "global", "isomorphic")
 _FORMAT = 1  # of the JSON
@@ -203,18 +204,20 @@ class Plan:
         return [pattern for pattern in self.exclude if any(_matches(pattern, name) for name in names)]
 
     def to_json(self) -> str:
-        """The plan as JSON text. Raises PlanError where a score is a function: only names can be saved."""
+        """The plan as JSON text. Raises PlanError where a score is a function or Scores: only names can be saved."""
         rules = []
         for index, rule in enumerate(self.rules):
             values = {field.name: getattr(rule.sparsity, field.name) for field in fields(rule.sparsity)}
             if values.get("norm") == math.inf:
                 values["norm"] = "inf"  # JSON has no infinity
-            if callable(values.get("score")):
+            if not isinstance(values.get("score", ""), str):
+                kind = "Scores" if isinstance(values["score"], Scores) else "a function"
+                names = SCORES if isinstance(rule.sparsity, Unstructured) else UNIT_SCORES
                 raise PlanError(
                     "cannot save the plan",
                     where=f'rule {index}, "{rule.pattern}"',
-                    why="its score is a function, and a function cannot be saved",
-                    do=f"Name a score ({', '.join(SCORES)}), or save the selection instead of the plan.",
+                    why=f"its score is {kind}, and {kind} cannot be saved",
+                    do=f"Name a score ({', '.join(names)}), or save the selection instead of the plan.",
                 )
             sparsity = {"kind": rule.sparsity.kind, **values}
             rules.append({"pattern": rule.pattern, "sparsity": sparsity, "scope": rule.scope})

@@ -12,7 +12,7 @@ from .errors import InputError
 from .mask import PackedMask, chunks
 from .patterns import Existing, Unstructured
 from .plan import Binding, Plan
-from .score import SCORES, check_weight, scores
+from .score import PIECEWISE, SCORES, Scores, check_weight, scores
 from .threshold import Shard, threshold
 
 
@@ -25,6 +25,7 @@ class Selection:
     values  parameter -> the tensor that takes its place, where calibration changed it
     asked   weight or group -> fraction its rule asked for; None where no amount was asked
     drop    module paths of the residual blocks that leave
+    dead    group -> indices that stay, where masks left others without any effect; found anew at every transform
     """
 
     keep: dict[str, Tensor] = field(default_factory=dict)
@@ -32,6 +33,12 @@ class Selection:
     values: dict[str, Tensor] = field(default_factory=dict)
     asked: dict[str, float | None] = field(default_factory=dict)
     drop: tuple[str, ...] = ()
+    dead: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def staying(self) -> dict[str, Tensor]:
+        """Group -> indices that stay, whether others were asked to leave or were dead."""
+        return {**self.keep, **self.dead}
 
     def reached(self, name: str) -> float:
         """The fraction of weight `name` that is masked: 0.0 without a mask or without elements."""
@@ -68,8 +75,9 @@ def select(
     Masked elements are never revived: they are the first to count towards an amount, whatever stands there.
     Among equal scores the lowest flat index goes first, and in a pool the first weight's. A weight that no
     rule binds keeps its existing mask. Weights are only read; a tied weight must come under one name only.
-    Raises InputError for weights and scores that are not finite, and for masks that do not fit.
+    Raises InputError for weights and scores that are not finite, and for masks and given scores that do not fit.
     """
+    _check_given(weights, plan, binding)
     masks = {name: _packed(name, mask, weights) for name, mask in existing.items()}
     asked: dict[str, float | None] = dict.fromkeys(masks)
     for index, rule in enumerate(plan.rules):
@@ -95,16 +103,25 @@ def _mask_pool(pool: Mapping[str, Tensor], masks: dict[str, PackedMask], how: Un
     size = sum(weight.numel() for weight in pool.values())
     count = how.count(size)
     kept = tuple(masks.get(name) for name in pool)
-    if callable(how.score):
+    if isinstance(how.score, str) and how.score in PIECEWISE:
+        shard = Shard(tuple(pool.values()), kept, SCORES[how.score])
+    else:
         scored = tuple(scores(name, weight, how.score) for name, weight in pool.items())
         shard = Shard(scored, kept)
-    else:
-        shard = Shard(tuple(pool.values()), kept, SCORES[how.score])
     alive = shard.alive()
     # what is masked already is the first part of the count; where it is more than was asked, it stays so
     found = threshold([shard], max(0, count - (size - alive)))
     masks.update(zip(pool, shard.masks(found, 0), strict=True))
     return count / size if size else 0.0
+
+
+def _check_given(weights: Mapping[str, Tensor], plan: Plan, binding: Binding) -> None:
+    """Raise InputError where the scores given with a rule lack a weight that it binds, units or elements alike."""
+    for index, rule in enumerate(plan.rules):
+        given = None if isinstance(rule.sparsity, Existing) else rule.sparsity.score
+        if isinstance(given, Scores):
+            for name in binding.names(index):
+                given.of(name, weights[name])
 
 
 def _packed(name: str, mask: PackedMask | Tensor, weights: Mapping[str, Tensor]) -> PackedMask:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import prune as torch_prune
 
 from fxprune import mask as mask_module
 from fxprune.errors import InputError
 from fxprune.mask import PackedMask, chunks
-from fxprune.patterns import Channels
-from fxprune.score import SCORES, check_weight, group_score, magnitude, scores
+from fxprune.patterns import Unstructured
+from fxprune.plan import Candidate, Plan, Rule
+from fxprune.score import PIECEWISE, SCORES, Scores, check_weight, lamp, magnitude, score_name, scores
+from fxprune.select import Selection, select
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 
@@ -39,6 +41,7 @@ def test_magnitude(dtype: torch.dtype) -> None:
 
 def test_every_named_score_states_its_source() -> None:
     assert SCORES["l1"] is magnitude
+    assert list(SCORES) == ["l1", "l2", "random", "lamp"]
     assert all("Source:" in (score.__doc__ or "") for score in SCORES.values())
 
 
@@ -133,49 +136,199 @@ def test_chunks_of_strided_tensors(dtype: torch.dtype, monkeypatch: pytest.Monke
     assert torch.equal(flat, weight.float().flatten())
 
 
-NORMS = [0.1, 0.5, 1.0, 1.5, 2.0, 3.0, math.inf]
+def lamp_as_written(weight: Tensor) -> Tensor:
+    """Element by element: the square over the sum of its own and of all that come after it in ascending order."""
+    flat = weight.double().flatten().tolist()
+    ranked = sorted(range(len(flat)), key=lambda i: (abs(flat[i]), i))
+    found = torch.zeros(len(flat), dtype=torch.float64)
+    for place, i in enumerate(ranked):
+        rest = sum(flat[j] ** 2 for j in ranked[place:])
+        found[i] = flat[i] ** 2 / rest if rest else 0.0
+    return found.view(weight.shape)
 
 
-def members() -> list[tuple[Tensor, int, Tensor]]:
-    """Members of a group of six: by rows, by columns with two indices elsewhere, and two slices for each index."""
-    generator = torch.Generator().manual_seed(0)
-    index = torch.arange(6)
-    elsewhere = torch.cat([index, index.new_full((2,), -1)])
-    return [
-        (torch.randn(6, 20, generator=generator) * 0.005, 0, index),
-        (torch.randn(3, 8, generator=generator) * 0.005, 1, elsewhere),
-        (torch.randn(12, 2, 3, generator=generator) * 0.005, 0, index.repeat_interleave(2)),
-        (torch.randn(6, generator=generator) * 0.005, 0, index),
-    ]
+@settings(deadline=None, max_examples=60)
+@given(
+    shape=st.lists(st.integers(0, 6), max_size=3),
+    levels=st.sampled_from([0, 1, 3, 1000]),
+    scale=st.sampled_from([1e-30, 1.0, 1e30]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 9),
+)
+def test_lamp_is_its_formula(shape: list[int], levels: int, scale: float, dtype: torch.dtype, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    weight = (torch.randint(-levels, levels + 1, shape, generator=draw) * scale).to(dtype)
+    found = lamp(weight)
+    assert found.dtype == torch.float64 and found.shape == weight.shape
+    torch.testing.assert_close(found, lamp_as_written(weight), rtol=1e-12, atol=0)
 
 
-def by_definition(tensor: Tensor, dim: int, index: Tensor, p: float) -> Tensor:
-    rows = tensor.movedim(dim, 0).double()
-    return torch.stack([torch.linalg.vector_norm(rows[index == i], p) for i in range(6)])
+def test_lamp_neither_underflows_nor_overflows() -> None:
+    ladder = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    for scale in (1e-300, 1e300):
+        torch.testing.assert_close(lamp(ladder * scale), lamp(ladder), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("reduce", ["sum", "mean", "max"])
-@pytest.mark.parametrize("norm", NORMS)
-def test_group_scores_are_the_norms_of_all_slices(norm: float, reduce: str) -> None:
-    norms = torch.stack([by_definition(*member, norm) for member in members()])
-    wanted = {"sum": norms.sum(0), "mean": norms.mean(0), "max": norms.amax(0)}[reduce]
-    torch.testing.assert_close(group_score(members(), Channels(0.5, norm=norm, reduce=reduce)), wanted)
+@settings(deadline=None, max_examples=40)
+@given(levels=st.integers(1, 5), size=st.integers(1, 60), seed=st.integers(0, 9))
+def test_lamp_orders_one_weight_by_magnitude_then_index(levels: int, size: int, seed: int) -> None:
+    weight = torch.randint(-levels, levels + 1, (size,), generator=torch.Generator().manual_seed(seed)).double()
+    assert torch.equal(lamp(weight).argsort(stable=True), weight.abs().argsort(stable=True))
 
 
-@pytest.mark.parametrize("scale", [1e-30, 0.005, 1.0, 1e30])
-@pytest.mark.parametrize("norm", [300, 1e6])
-def test_large_norms_rank_as_the_largest_magnitude_does(norm: float, scale: float) -> None:
-    scaled = [(tensor.double() * scale, dim, index) for tensor, dim, index in members()]
-    found = group_score(scaled, Channels(0.5, norm=norm))
-    limit = group_score(scaled, Channels(0.5, norm=math.inf))
-    torch.testing.assert_close(found, limit, rtol=0.02, atol=0)
-    assert torch.equal(found.argsort(), limit.argsort())
+def choose(weights: dict[str, Tensor], how: Unstructured, scope: str = "local") -> Selection:
+    plan = Plan([Rule("*", how, scope)])
+    return select(
+        weights, {}, plan, plan.bind({n: Candidate(tuple(w.shape), w.dtype, True) for n, w in weights.items()})
+    )
 
 
-@pytest.mark.parametrize("norm", [1, 2, 300, math.inf])
-def test_slices_of_zeros_score_zero(norm: float) -> None:
-    weight = torch.tensor([[0.0, 0.0], [1e-3, 2e-3]])
-    found = group_score([(weight, 0, torch.arange(2))], Channels(0.5, norm=norm))
-    assert found[0] == 0 and found[1] > 0
-    empty = group_score([(weight[:, :0], 0, torch.arange(2))], Channels(0.5, norm=norm))
-    assert empty.tolist() == [0, 0]
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_l2_is_the_order_of_l1() -> None:
+    weights = {"a": drawn(9, 7) * 1e-4, "b": drawn(5, 5, seed=1).half() * 1e-4}
+    for scope in ("local", "global"):
+        one, two = (choose(weights, Unstructured(0.6, score), scope) for score in ("l1", "l2"))
+        assert all(torch.equal(one.mask[name].bits, two.mask[name].bits) for name in weights)
+
+
+def test_lamp_pools_weights_of_unlike_scale() -> None:
+    weights = {"large": drawn(20, 20) * 100, "small": drawn(10, 10, seed=1)}
+    found = choose(weights, Unstructured(0.5, "lamp"), "global")
+    pooled = torch.cat([lamp_as_written(weight).flatten() for weight in weights.values()])
+    keep = torch.ones(500, dtype=torch.bool)
+    keep[pooled.argsort(stable=True)[:250]] = False
+    assert torch.equal(torch.cat([mask.unpack().flatten() for mask in found.mask.values()]), keep)
+    assert choose(weights, Unstructured(0.2, "l1"), "global").reached("small") > 0.9
+    assert found.reached("small") < 0.6
+
+
+def test_random_follows_the_seed_and_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mask_module, "CHUNK", 16)
+    weights = {"a": drawn(12, 10), "b": drawn(9, 20, seed=1)}
+    for scope in ("local", "global"):
+        torch.manual_seed(3)
+        scored = [torch.rand(w.shape) for w in weights.values()]
+        after = torch.rand(1)
+        torch.manual_seed(3)
+        found = choose(weights, Unstructured(0.7, "random"), scope)
+        assert torch.equal(torch.rand(1), after)
+        pools = [torch.cat([s.flatten() for s in scored])] if scope == "global" else [s.flatten() for s in scored]
+        wanted = []
+        for pool in pools:
+            keep = torch.ones(len(pool), dtype=torch.bool)
+            keep[pool.argsort(stable=True)[: round(0.7 * len(pool))]] = False
+            wanted.append(keep)
+        assert torch.equal(torch.cat([m.unpack().flatten() for m in found.mask.values()]), torch.cat(wanted))
+    other = choose(weights, Unstructured(0.7, "random"))
+    assert not torch.equal(other.mask["a"].bits, choose(weights, Unstructured(0.7, "random")).mask["a"].bits)
+
+
+def test_random_does_not_hang_on_the_default_dtype() -> None:
+    assert SCORES["random"](torch.ones(3, dtype=torch.float8_e5m2)).dtype == torch.float32
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert SCORES["random"](torch.ones(3)).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", list(SCORES))
+def test_only_whole_weight_scores_see_more_than_a_piece(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def watched(weight: Tensor) -> Tensor:
+        sizes.append(weight.numel())
+        return score(weight)
+
+    score = SCORES[name]
+    monkeypatch.setitem(SCORES, name, watched)
+    monkeypatch.setattr(mask_module, "CHUNK", 16)
+    choose({"w": drawn(10, 10)}, Unstructured(0.5, name))
+    if name in PIECEWISE:
+        assert max(sizes) == 16
+    else:
+        assert sizes == [100]
+
+
+def test_given_scores_order_elements() -> None:
+    weight = drawn(6, 5)
+    given = Scores({"w": drawn(6, 5, seed=1), "other": torch.ones(2)}, signed=True, method="mine")
+    keep = torch.ones(30, dtype=torch.bool)
+    keep[given["w"].abs().flatten().argsort(stable=True)[:12]] = False
+    assert torch.equal(choose({"w": weight}, Unstructured(0.4, given)).mask["w"].unpack().flatten(), keep)
+    unsigned = Scores({"w": given["w"].abs()})
+    assert torch.equal(choose({"w": weight}, Unstructured(0.4, unsigned)).mask["w"].unpack().flatten(), keep)
+
+
+def test_given_scores_that_do_not_fit_are_refused_before_anything_is_selected() -> None:
+    called: list[Tensor] = []
+
+    def spy(weight: Tensor) -> Tensor:
+        called.append(weight)
+        return weight.abs()
+
+    weights = {"a": drawn(3, 4), "enc.b": drawn(4, 3)}
+    for offered, words in (
+        (Scores({"a": torch.ones(3, 4)}, method="taylor"), ['"enc.b" [4, 3]', "taylor", "none of this name"]),
+        (Scores({"enc.b": torch.ones(3, 4)}), ['"enc.b" [4, 3]', "shape [3, 4]", "given scores"]),
+    ):
+        plan = Plan([Rule("a", Unstructured(0.5, spy)), Rule("enc.b", Unstructured(0.5, offered))])
+        binding = plan.bind({n: Candidate(tuple(w.shape), w.dtype, True) for n, w in weights.items()})
+        refused(lambda plan=plan, binding=binding: select(weights, {}, plan, binding), *words)
+    assert not called
+
+
+@pytest.mark.parametrize(
+    ("value", "signed", "word"),
+    [(-1.0, False, "negative"), (float("nan"), False, "NaN"), (float("inf"), True, "infinite")],
+)
+def test_given_scores_must_be_importances(value: float, signed: bool, word: str) -> None:
+    given = torch.ones(3, 4)
+    given[1, 1] = value
+    how = Unstructured(0.5, Scores({"w": given}, signed=signed, method="mine"))
+    refused(lambda: choose({"w": drawn(3, 4)}, how), '"w" [3, 4]', "mine", word)
+    choose({"w": drawn(3, 4)}, Unstructured(0.5, Scores({"w": -torch.ones(3, 4)}, signed=True)))
+
+
+def test_scores_are_a_mapping_and_a_value() -> None:
+    tensors = {"a": torch.ones(2, 3), "b.c": torch.zeros(4)}
+    given = Scores(tensors, method="mine")
+    assert list(given) == ["a", "b.c"] and len(given) == 2 and torch.equal(given["a"], tensors["a"])
+    assert "a" in given and "x" not in given and given.get("x") is None
+    twin = Scores(tensors, method="mine")
+    assert given == given and given != twin and hash(given) != hash(twin)
+    assert (
+        Rule("*", Unstructured(0.5, given)) == Rule("*", Unstructured(0.5, given)) != Rule("*", Unstructured(0.5, twin))
+    )
+    assert repr(given) == "Scores(mine, 2 parameters)"
+    assert (score_name(given), score_name("l1"), score_name(magnitude)) == ("mine", "l1", "magnitude")
+
+
+def test_scores_hold_float_tensors_by_name() -> None:
+    anything: Any = [("a", torch.ones(2))]
+    refused(lambda: Scores(anything), "list", "mapping")
+    refused(lambda: Scores({"a": anything}), "'a'", "list")
+    refused(lambda: Scores({"a": torch.ones(2, dtype=torch.int64)}), "'a'", "int64")
+    anything = {3: torch.ones(2)}
+    refused(lambda: Scores(anything), "3")
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_scores_by_module_are_global_unstructureds(signed: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Sequential(nn.Linear(5, 3)))
+    values = {name: drawn(*p.shape, seed=i) for i, (name, p) in enumerate(model.named_parameters())}
+    given = Scores(values if signed else {n: v.abs() for n, v in values.items()}, signed=signed)
+    found = given.by_module(model)
+    assert set(found) == {(m, n) for m in (model[0], model[1][0]) for n in ("weight", "bias")}
+    assert bool((values["1.0.weight"] < 0).any())
+    assert torch.equal(found[model[1][0], "weight"], values["1.0.weight"].abs())
+    pairs = [(model[0], "weight"), (model[1][0], "weight")]
+    torch_prune.global_unstructured(pairs, torch_prune.L1Unstructured, importance_scores=found, amount=0.4)
+    weights = {"0.weight": model[0].weight_orig, "1.0.weight": model[1][0].weight_orig}
+    ours = choose(weights, Unstructured(0.4, given), "global")
+    for (module, _), name in zip(pairs, weights, strict=True):
+        assert torch.equal(ours.mask[name].unpack(), module.weight_mask != 0)
+    refused(lambda: Scores({"9.weight": torch.ones(2)}).by_module(model), '"9.weight" [2]', '"9"')
