@@ -151,7 +151,7 @@ class _Walk:
                 for atom in dict.fromkeys(atoms(axis)):
                     members.setdefault(atom, []).append(Member(name, dim))
         groups = [Group(_group_name(atom, found, self.names), atom, tuple(found)) for atom, found in members.items()]
-        calls = {node: Call(rule, out, given) for node, _, rule, out, given in self.ruled}
+        calls = {node: Call(rule, out, given, tuple(here.summed)) for node, here, rule, out, given in self.ruled}
         return Coupling(groups, self.names, self.values, calls, self.written, dict(self.missing))
 
     def _producers(self) -> dict[Axis, set[str]]:

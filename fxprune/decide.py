@@ -56,6 +56,7 @@ def choose_selection(
         _check_replay(program, replay, coupling)
         return dataclasses.replace(
             replay,
+            dead={},
             keep=dict(replay.keep),
             mask=dict(replay.mask),
             values=dict(replay.values),

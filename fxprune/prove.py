@@ -50,6 +50,11 @@ class Proof:
         """Whether anything is checked."""
         return self._enabled
 
+    @property
+    def wide(self) -> bool:
+        """Whether half types run in float32 where a shrunk program is held against the oracle."""
+        return self._wide
+
     def expect(self, selection: Selection, program: Program | None = None, removal: Removal | None = None) -> None:
         """Runs the oracle, masking in-graph over the user's storage, and keeps its outputs.
 
@@ -67,11 +72,11 @@ class Proof:
             wide = Oracle(program, selection, removal, wide=True)
             self._expected_wide = [wide.outputs(call) for call in self._calls] if self._wide else self._expected
 
-    def try_shrunk(self, program: Program, selection: Selection) -> CheckRow:
+    def try_shrunk(self, program: Program, selection: Selection, what: str = "shrunk = zeroed") -> CheckRow:
         """A shrunk program with its masks, held against the oracle: the worst of its calls; half types in float32."""
         oracle = Oracle(program, selection, wide=self._wide)
         rows = [
-            compare("shrunk = zeroed", call, expected, oracle.outputs(call))
+            compare(what, call, expected, oracle.outputs(call))
             for call, expected in zip(self._calls, self._expected_wide, strict=True)
         ]
         # Each row has the tolerance of its own outputs: what is worst is the furthest beyond it.

@@ -11,6 +11,7 @@ from tabulate import tabulate
 from .capture import Program
 from .check import CheckRow
 from .coupling import Coupling
+from .passes.dead import ROUTES, Dead
 from .passes.lower import Lowered
 from .removal import Cuts, removal
 from .select import Selection
@@ -79,18 +80,23 @@ class Report:
     groups: list[GroupReport] = dataclasses.field(default_factory=list)
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)
     removed: dict[str, Cuts] = dataclasses.field(default_factory=dict)
+    dead: Dead | None = None
     parameters: tuple[int, int] | None = None
     pending: bool = False
 
     def tell_groups(
         self, program: Program, coupling: Coupling, selection: Selection, literals: Collection[str] = ()
     ) -> None:
-        """What became of each group, and which slices of which tensors left; `literals` are not the model's own."""
+        """What became of each group, and which slices of which tensors were removed as zeros, whatever they held.
+
+        `literals` are tensors that are not the model's own. Slices that were dead are no zeros: a constant stands in.
+        """
+        staying = selection.staying
         self.groups = [
             GroupReport(
                 group.name,
                 group.size,
-                len(selection.keep.get(group.name, ())) or group.size,
+                len(staying.get(group.name, ())) or group.size,
                 len(group.members),
                 selection.asked.get(group.name),
                 group.frozen or group.mixed,
@@ -124,6 +130,8 @@ class Report:
             parts.append(_weights_table(self.weights))
         if self.groups:
             parts.append(_groups_table(self.groups))
+        if self.dead is not None and self.dead.slices:
+            parts.append(_dead_table(self.dead))
         if self.checks:
             parts.append(_checks_table(self.checks))
         if self.notes:
@@ -142,6 +150,8 @@ class Report:
         if self.parameters is not None:
             before, after = self.parameters
             lines.append(f"parameters: {before:,} before, {after:,} after: {1 - after / max(before, 1):.1%} removed")
+        if self.dead is not None and self.dead.routes:
+            lines.append(_dead_line(self.dead))
         if self.weights:
             lines.append(f"weights: {_megabytes(self.dense_bytes)} dense, {_megabytes(self.bytes)} as stored")
         if self.timing is not None:
@@ -199,13 +209,29 @@ def _weights_table(weights: list[WeightReport]) -> str:
 
 
 def _groups_table(groups: list[GroupReport]) -> str:
-    """Groups that a rule bound; the others are counted by reason."""
-    bound = [g for g in groups if g.asked is not None]
-    rows = [(g.name, g.size, g.kept, f"{g.asked:.1%}", f"{1 - g.kept / g.size:.1%}", g.members) for g in bound]
+    """Groups that a rule bound or that lost dead indices; where rules bound any, the others are counted by reason."""
+    shown = [g for g in groups if g.asked is not None or g.kept < g.size]
+    rows = [
+        (g.name, g.size, g.kept, "-" if g.asked is None else f"{g.asked:.1%}", f"{1 - g.kept / g.size:.1%}", g.members)
+        for g in shown
+    ]
     headers = ("group", "size", "kept", "asked", "removed", "members")
     reasons = Counter(g.reason.split(" (")[0].split(' "')[0] for g in groups if g.reason)
     rest = "".join(f"\n{count} groups keep all: {reason}" for reason, count in reasons.most_common())
-    return tabulate(rows, headers=headers, disable_numparse=True) + rest
+    return tabulate(rows, headers=headers, disable_numparse=True) + (rest if any(g.asked for g in groups) else "")
+
+
+def _dead_line(dead: Dead) -> str:
+    """How many dead indices left by which route."""
+    routes = ", ".join(f"{dead.routes[route]} {route}" for route in ROUTES if dead.routes[route])
+    maps = f"; the maps hold {dead.map_elements:,} numbers" if dead.map_elements else ""
+    return f"dead:    {sum(dead.routes.values())} channels left without a trace: {routes}{maps}"
+
+
+def _dead_table(dead: Dead) -> str:
+    """What became of the slices that masks left without anything."""
+    rows = [(s.name, s.dim, s.zero, s.left, s.why if s.left < s.zero else "") for s in dead.slices]
+    return tabulate(rows, headers=("weight", "dim", "zero slices", "left", "why the rest stay"), disable_numparse=True)
 
 
 def _checks_table(checks: list[CheckRow]) -> str:

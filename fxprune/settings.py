@@ -25,6 +25,7 @@ class Settings:
     layout    force this layout ("dense", "nonzeros") instead of measuring
     measure   time the whole model against dense torch.compile and emit dense where that is faster
     tune_for  sizes of dim 0 of the inputs to choose layouts for; empty: the example's
+    align     widths are left at multiples of this where dead channels leave: others are slower to compute
     """
 
     mode: str | None = None
@@ -33,6 +34,7 @@ class Settings:
     layout: str | None = None
     measure: bool = True
     tune_for: tuple[int, ...] = ()
+    align: int = 8
 
     @staticmethod
     def read(mode: str | None, options: Mapping[str, Any] | None) -> Settings:
@@ -52,6 +54,9 @@ class Settings:
                 raise _unknown("option", key, sorted(known))
             if key in ("compile", "freezing", "measure") and not isinstance(value, bool):
                 raise InputError(f"cannot use option {key}={value!r}", why="it is not True or False")
+        align = values.get("align", 1)
+        if isinstance(align, bool) or not isinstance(align, int) or align < 1:
+            raise InputError(f"cannot use option align={align!r}", why="it is not a whole number, 1 or more")
         layout = values.get("layout")
         if layout is not None and layout not in ("dense", *LAYOUTS):
             raise _unknown("layout", layout, ("dense", *LAYOUTS))

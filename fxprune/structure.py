@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from .check import Call, CheckRow, compare, outputs, refuse, run_flat
 from .coupling import Coupling
 from .mask import PackedMask
 from .passes.blocks import find_blocks
+from .passes.dead import Dead, find_dead
 from .passes.drop import Bypassing, drop_blocks
 from .passes.shrink import shrink, slice_tensor
 from .prove import Proof
@@ -36,7 +38,7 @@ def drop_proved(program: Program, paths: Sequence[str], example: Call, report: R
     return result
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Shrunk:
     """A program whose groups lost indices, the selection that is left to apply to it, and the check that it passed."""
 
@@ -84,6 +86,63 @@ def shrink_proved(
     return found, kept
 
 
+def remove_dead_proved(
+    program: Program,
+    coupling: Coupling,
+    selection: Selection,
+    before: Shrunk,
+    proof: Proof,
+    report: Report,
+    align: int = 8,
+) -> tuple[Shrunk, Selection]:
+    """The program without what masks left without effect either, and the selection that says so.
+
+    `before` is what is left of `program` without that: it stays where nothing is dead, or nothing dead comes out equal.
+    """
+    leaving = removal(coupling, selection.keep)
+    last = Dead()
+
+    def attempt(names: list[str]) -> Shrunk | str:
+        nonlocal last
+        try:
+            last = find_dead(program, coupling, selection, first.keep.keys() - set(names), align)
+            chosen = dataclasses.replace(selection, dead=last.keep)
+            shrunk = shrink(program, coupling, chosen.staying, last.constants)
+            left = _shrunk_selection(chosen, coupling.kept(chosen.staying))
+            masks = {name: mask for name, mask in left.mask.items() if mask.kept() < mask.numel()}
+            result = Shrunk(shrunk, dataclasses.replace(left, mask=masks))
+            if not proof.enabled:
+                return result
+            wide = shrink(program, coupling, chosen.staying, last.constants, wide=True) if proof.wide else shrunk
+            row = proof.try_shrunk(wide, result.selection, "without what is dead = pruned model")
+        except Exception as error:
+            return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        return dataclasses.replace(result, row=row) if row.ok else f"it differs by {row.error:.1e}"
+
+    try:
+        first = find_dead(program, coupling, selection, align=align)
+    except Exception as error:
+        report.notes.append(f"dead channels were not looked for: {type(error).__name__}: {error}")
+        return before, selection
+    names = list(first.keep)
+    report.dead = first
+    report.notes += first.notes
+    if not names:
+        return before, selection
+    proof.expect(selection, program, leaving)
+    found = attempt(names)
+    if isinstance(found, str):
+        names = _right(names, attempt, found, report)
+        found = attempt(names) if names else "no group came out right"
+    if isinstance(found, str):
+        report.notes.append(f"nothing dead left: {found}")
+        report.dead = dataclasses.replace(first, keep={}, constants={}, routes=Counter())
+        return before, selection
+    report.dead = last
+    report.checks += [found.row] if found.row is not None else []
+    return found, dataclasses.replace(selection, dead=last.keep)
+
+
 def _right(names: list[str], attempt: Callable[[list[str]], Shrunk | str], why: str, report: Report) -> list[str]:
     """The groups that come out right together, found by halving."""
     if len(names) <= 1:
@@ -113,4 +172,4 @@ def _shrunk_selection(selection: Selection, kept: Mapping[str, Cuts]) -> Selecti
         for name, mask in selection.mask.items()
     }
     values = {name: cut(name, value) for name, value in selection.values.items()}
-    return dataclasses.replace(selection, keep={}, mask=masks, values=values)
+    return dataclasses.replace(selection, keep={}, dead={}, mask=masks, values=values)

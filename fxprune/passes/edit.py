@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
 from ..capture import Program
 
@@ -45,6 +48,19 @@ def replace_parameter(program: Program, names: list[str], value: Tensor) -> None
     for name in names:
         module, leaf = owner(program, name)
         module._parameters[leaf] = parameter
+
+
+def set_argument(node: Node, name: str, value: Any) -> None:
+    """Set an argument of an op by its schema name, where it stands or as a keyword."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = [argument.name for argument in node.target._schema.arguments]
+    index = names.index(name)
+    if index < len(node.args):
+        node.update_arg(index, value)
+    elif node.target._schema.arguments[index].kwarg_only or index > len(node.args):
+        node.update_kwarg(name, value)
+    else:
+        node.args = (*node.args, value)
 
 
 def drop_unused(program: Program) -> None:

@@ -14,20 +14,30 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from ..axis import Axis
+from ..axis import Axis, atoms
 from ..capture import Program
 from ..coupling import Coupling
+from ..indices import kept_indices
 from ..rules import Dims, Resize
-from .edit import copy_program, owner
+from .edit import copy_program, owner, set_argument
+from .stand_in import add_constants
 
 aten = torch.ops.aten
 
 
-def shrink(program: Program, coupling: Coupling, keep: Mapping[str, Tensor]) -> Program:
+def shrink(
+    program: Program,
+    coupling: Coupling,
+    keep: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor] | None = None,
+    *,
+    wide: bool = False,
+) -> Program:
     """A copy of the program in which each group named in `keep` has only those indices (int64, ascending).
 
-    `coupling` must be that of `program`, which is not changed; tensors that do not shrink are shared with it. Raises
-    PlanError for a group that the program does not have.
+    `constants` are added to the outputs of the nodes that they name, as they were before anything left; with `wide`
+    they are not rounded to half types. `coupling` must be that of `program`, which is not changed; tensors that do not
+    shrink are shared with it. Raises PlanError for a group that the program does not have.
     """
     by_atom = coupling.atoms_of(keep)
     result = copy_program(program)
@@ -42,9 +52,21 @@ def shrink(program: Program, coupling: Coupling, keep: Mapping[str, Tensor]) -> 
             _pin_size(node, coupling.values.get(old.args[0]), by_atom)
         elif old in coupling.calls:
             _resize_call(node, coupling, old, by_atom, copies)
+    if constants:
+        nodes = {node.name: node for node in program.graph.nodes}
+        add_constants(
+            result, {n: _shrunk(c, coupling.values[nodes[n]], by_atom) for n, c in constants.items()}, wide=wide
+        )
     result.graph.lint()
     result.recompile()
     return result
+
+
+def _shrunk(constant: Tensor, dims: Dims, by_atom: Mapping[Axis, Tensor]) -> Tensor:
+    """What a constant adds to the indices that stay of an output."""
+    cuts = [(d, axis) for d, axis in enumerate(dims.axes) if constant.shape[d] > 1]
+    changed = [(d, axis) for d, axis in cuts if any(atom in by_atom for atom in atoms(axis))]
+    return slice_tensor(constant, [(d, kept_indices(axis, by_atom)) for d, axis in changed])
 
 
 def _slice_tensors(program: Program, kept: Mapping[str, list[tuple[int, Tensor]]]) -> None:
@@ -157,19 +179,6 @@ def _select_output(node: Node, old: Node, dim: int, indices: Tensor) -> None:
     selected.meta["val"], node.meta["val"] = node.meta["val"], old.meta["val"]
     for user in users:
         user.replace_input_with(node, selected)
-
-
-def set_argument(node: Node, name: str, value: Any) -> None:
-    """Set an argument of an op by its schema name, where it stands or as a keyword."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    names = [argument.name for argument in node.target._schema.arguments]
-    index = names.index(name)
-    if index < len(node.args):
-        node.update_arg(index, value)
-    elif node.target._schema.arguments[index].kwarg_only or index > len(node.args):
-        node.update_kwarg(name, value)
-    else:
-        node.args = (*node.args, value)
 
 
 def _refresh_values(

@@ -13,6 +13,7 @@ _INEXACT = "compared over where its removed indices are not zero"
 
 def _zero_in_both(here: Here, first: Dims, second: Dims, compared: Axis) -> None:
     """What both rows are compared over must be zero in both, else it freezes."""
+    here.summed.append(compared)
     for atom in atoms(compared):
         if not atom.frozen and atom not in first.zero & second.zero:
             here.freeze(atom, _INEXACT)

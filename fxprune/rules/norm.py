@@ -159,6 +159,8 @@ def group_norm(
 
 def _zero_of_weight_norm(here: Here, out: Dims, v: Dims, dim: int = 0, **_: Any) -> Atoms:
     for i, axis in enumerate(v.axes):
+        if i != dim:
+            here.summed.append(axis)
         for atom in atoms(axis):
             if i != dim and not atom.frozen and atom not in v.zero:
                 here.freeze(atom, "a statistic that its removed indices change runs over it")

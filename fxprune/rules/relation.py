@@ -57,6 +57,7 @@ class Here:
         self.produced: list[Axis] = []
         self.producer = ""
         self.measured: list[Axis] = []
+        self.summed: list[Axis] = []
 
     def tie(self, a: Axis, b: Axis) -> None:
         """The two axes keep the same indices."""
@@ -72,6 +73,7 @@ class Here:
 
     def sums(self, axis: Axis, zero: Atoms) -> None:
         """A sum runs over `axis`, whose terms at removed indices are zero at the atoms in `zero`: the others freeze."""
+        self.summed.append(axis)
         for atom in atoms(axis):
             if not atom.frozen and atom not in zero:
                 self.freeze(atom, "summed over where its removed indices are not zero")

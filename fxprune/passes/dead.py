@@ -1,0 +1,292 @@
+"""dead: which indices of which groups may leave without changing what the model computes, and what stands in for them.
+
+A channel that masks made zero or constant is dead, and so is one that nothing reads any more. An index leaves where
+every sum over it either does not read it, or reads what is the same for every input, for which a constant then stands
+in. What leaves reads nothing itself, so that more may follow: this goes on until nothing changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..axis import Axis, atoms
+from ..capture import Program
+from ..coupling import Coupling
+from ..indices import positions
+from ..removal import Removal, removal
+from ..select import Selection
+from ..weights import names_of_parameters
+from .edit import fetch
+from .propagate import Propagation
+from .readers import Reader, constant, readers
+
+# How a dead index leaves, from the least to the most that stands in for it.
+ROUTES = ("read by nothing", "zero", "constant into a bias", "constant into a map")
+
+
+class ZeroSlices(NamedTuple):
+    """The zero slices of a masked weight along one dimension: how many there were, how many left, why the rest stay."""
+
+    name: str
+    dim: int
+    zero: int
+    left: int
+    why: str
+
+
+@dataclasses.dataclass
+class Dead:
+    """What may leave.
+
+    keep       group -> indices that stay (int64, ascending), for groups that lose some
+    constants  node -> what is to be added to its output, broadcast over it
+    routes     route -> how many indices leave by it
+    slices     what became of the zero slices of each masked weight
+    notes      ops that could not be followed, and why
+    """
+
+    keep: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    constants: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    routes: Counter[str] = dataclasses.field(default_factory=Counter)
+    slices: list[ZeroSlices] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def map_elements(self) -> int:
+        """How many numbers the constants hold that are no biases."""
+        return sum(c.numel() for c in self.constants.values() if _is_map(c))
+
+
+def has_zero_slices(program: Program, selection: Selection) -> bool:
+    """Whether a mask leaves some slice of a weight, along one of its first two dimensions, without anything."""
+    return any(
+        bool(found.any())
+        for name, mask in selection.mask.items()
+        if 2 * mask.kept() <= 2 * mask.numel() - min(mask.shape, default=1)
+        for found in _zero_slices(selection.apply(name, fetch(program, name))).values()
+    )
+
+
+@torch.no_grad()
+def find_dead(
+    program: Program,
+    coupling: Coupling,
+    selection: Selection,
+    whole: Collection[str] = (),
+    align: int = 1,
+) -> Dead:
+    """What leaves `program` without a trace once `selection` is applied; the groups named in `whole` lose nothing.
+
+    Widths are left at multiples of `align`. All this is about evaluation: in training batch-norms have other constants.
+    """
+    leaving = removal(coupling, selection.keep)
+    search = _Search(program, coupling, selection, leaving, whole)
+    search.run()
+    search.align(align)
+    return search.dead()
+
+
+class _Search:
+    def __init__(
+        self,
+        program: Program,
+        coupling: Coupling,
+        selection: Selection,
+        leaving: Removal,
+        whole: Collection[str],
+    ) -> None:
+        self._program, self._coupling, self._selection, self._leaving = program, coupling, selection, leaving
+        self._first_name = names_of_parameters(program)
+        self._groups = {g.axis: g for g in coupling if g.free and g.size > 1 and g.name not in whole}
+        self._gone: dict[Axis, Tensor] = {}
+        for atom, kept in coupling.atoms_of(selection.keep).items():
+            self._gone[atom] = torch.ones(atom.size.number, dtype=torch.bool).index_fill(0, kept, False)
+        self._asked = {atom: gone.clone() for atom, gone in self._gone.items()}
+        self._readers: list[Reader] = []
+        self._of: dict[Axis, list[Reader]] = {}
+        self._places: dict[tuple[int, Axis], Tensor] = {}
+        self._why: dict[Axis, list[str]] = {}
+        self._failed: dict[str, str] = {}
+
+    def run(self) -> None:
+        """Collects the readers, then lets indices go until none is left that may."""
+        propagation = self._propagate()
+        propagation.run(self._collect)
+        self._failed = propagation.failed
+        waiting = set(self._groups)
+        while waiting:
+            atom = waiting.pop()
+            gone = self._may_go(atom)
+            if not torch.equal(gone, self._gone.get(atom, torch.zeros_like(gone))):
+                self._gone[atom] = gone
+                # Rows of a weight that left read nothing any more.
+                waiting |= {a for r in self._readers if r.out is not None and atom in atoms(r.out) for a in r.summed}
+                waiting &= self._groups.keys()
+
+    def align(self, align: int) -> None:
+        """Lets dead indices stay, the last ones, until the width that is left is a multiple of `align`.
+
+        Nothing that stays reads them, or else they are known and what they read has a constant in its place.
+        """
+        for atom, gone in self._gone.items():
+            multiple = self._coupling.multiple(atom, align)
+            fresh = gone & ~self._asked.get(atom, torch.zeros_like(gone))
+            kept = int((~gone).sum())
+            if atom in self._groups and atom.size.number >= multiple:
+                wanted = min(atom.size.number, -(-kept // multiple) * multiple)
+                stay = fresh.nonzero().flatten()[max(0, int(fresh.sum()) - (wanted - kept)) :]
+                self._gone[atom] = gone.index_fill(0, stay, False)
+                for index in stay.tolist():
+                    self._why[atom][index] = f"widths are multiples of align={align}"
+
+    def _propagate(self) -> Propagation:
+        return Propagation(self._program, self._read, self._leaving.statistics)
+
+    def _read(self, target: str, tensor: Tensor) -> Tensor:
+        tensor = self._leaving.apply(target, tensor)
+        name = self._first_name.get(target)
+        return tensor if name is None else self._selection.apply(name, tensor)
+
+    def _collect(self, node: torch.fx.Node, get: object) -> None:
+        call = self._coupling.calls.get(node)
+        for reader in readers(node, call, get) if call is not None and call.summed else []:  # pyright: ignore
+            self._readers.append(reader)
+            for atom in reader.summed:
+                self._of.setdefault(atom, []).append(reader)
+
+    def _may_go(self, atom: Axis) -> Tensor:
+        """bool [size]: the indices of an atom that may leave, and have left."""
+        size = atom.size.number
+        gone = self._gone.get(atom, torch.zeros(size, dtype=torch.bool))
+        free = torch.ones(size, dtype=torch.bool)
+        self._why[atom] = [""] * size
+        for reader in self._of.get(atom, []):
+            place = self._place(reader.axis, atom)
+            held = self._live_reads(reader) & ~reader.known & (place >= 0)
+            for index in place[held].unique().tolist():
+                free[index] = False
+                self._why[atom][index] = self._why[atom][index] or reader.why
+        free |= gone
+        if bool(free.all()):
+            # Something stays of every axis: a layer without channels is none.
+            free[int((~gone).nonzero()[0])] = False
+        return free
+
+    def _live_reads(self, reader: Reader) -> Tensor:
+        """bool [i]: which indices outputs that stay read, and have not left themselves."""
+        reads = reader.reads
+        if reader.out is not None and reads.shape[0] > 1:
+            reads = reads[~self._left(reader.out)]
+        return reads.any(0) & ~self._left(reader.axis)
+
+    def _left(self, axis: Axis) -> Tensor:
+        """bool [size]: the indices of an axis that have left, by any of its atoms."""
+        result = torch.zeros(axis.root().size.number, dtype=torch.bool)
+        for atom in dict.fromkeys(atoms(axis)):
+            if atom in self._gone:
+                place = self._place(axis, atom)
+                result |= self._gone[atom][place.clamp(min=0)] & (place >= 0)
+        return result
+
+    def _place(self, axis: Axis, atom: Axis) -> Tensor:
+        key = (id(axis.root()), atom)
+        if key not in self._places:
+            self._places[key] = positions(axis, atom)
+        return self._places[key]
+
+    def dead(self) -> Dead:
+        """The indices that stay, the constants for those that do not, and what is told about them."""
+        found = Dead()
+        fresh: dict[Axis, Tensor] = {}
+        for atom, group in self._groups.items():
+            gone = self._gone.get(atom)
+            if gone is None:
+                continue
+            fresh[atom] = gone & ~self._asked.get(atom, torch.zeros_like(gone))
+            if bool(fresh[atom].any()):
+                found.keep[group.name] = (~gone).nonzero().flatten()
+        if found.keep:
+            route = {atom: torch.zeros(atom.size.number, dtype=torch.long) for atom in fresh}
+            self._stand_in(found, fresh, route)
+            for atom, gone in fresh.items():
+                found.routes.update(ROUTES[i] for i in route[atom][gone].tolist())
+        found.slices = self._slices()
+        found.notes = [f"constants were not followed through {op}: {why}" for op, why in self._failed.items()]
+        return found
+
+    def _stand_in(self, found: Dead, fresh: Mapping[Axis, Tensor], route: dict[Axis, Tensor]) -> None:
+        """A second walk computes the constant of every product that reads what leaves."""
+        wanted: dict[torch.fx.Node, list[Reader]] = {}
+        for reader in self._readers:
+            if any(atom in fresh and bool(fresh[atom].any()) for atom in reader.summed):
+                wanted.setdefault(reader.node, []).append(reader)
+
+        def visit(node: torch.fx.Node, get: object) -> None:
+            for reader in wanted.get(node, []):
+                read = self._reads_of_leaving(reader)
+                constants = read & ~reader.zero
+                added = constant(node, reader, constants, get) if bool(constants.any()) else None  # pyright: ignore
+                if added is not None:
+                    found.constants[node.name] = added
+                is_map = added is not None and _is_map(added)
+                for atom in reader.summed & route.keys():
+                    place = self._place(reader.axis, atom)
+                    _raise_to(route[atom], place[read & (place >= 0)], 1)
+                    _raise_to(route[atom], place[constants & (place >= 0)], 3 if is_map else 2)
+
+        self._propagate().run(visit)
+
+    def _reads_of_leaving(self, reader: Reader) -> Tensor:
+        """bool [i]: the indices that leave and that outputs which stay still read."""
+        reads = reader.reads
+        if reader.out is not None and reads.shape[0] > 1:
+            reads = reads[~self._left(reader.out)]
+        return reads.any(0) & self._left(reader.axis)
+
+    def _slices(self) -> list[ZeroSlices]:
+        rows = []
+        for name in self._selection.mask:
+            dims = self._coupling.tensors.get(name)
+            if dims is None:
+                continue
+            for dim, zero in _zero_slices(self._read(name, fetch(self._program, name))).items():
+                left = self._left(dims[dim])
+                stays = (zero & ~left).nonzero().flatten().tolist()
+                if bool(zero.any()):
+                    reasons = Counter(self._reason(dims[dim], index) for index in stays).most_common(1)
+                    why = reasons[0][0] if reasons else ""
+                    rows.append(ZeroSlices(name, dim, int(zero.sum()), int((zero & left).sum()), why))
+        return rows
+
+    def _reason(self, axis: Axis, index: int) -> str:
+        parts = dict.fromkeys(atoms(axis))
+        for atom in parts:
+            if why := atom.frozen or atom.mixed:
+                return why
+        for atom in parts:
+            at = int(self._place(axis, atom)[index])
+            if at >= 0 and atom in self._why and self._why[atom][at]:
+                return self._why[atom][at]
+        return "one index of each axis stays"
+
+
+def _is_map(constant: Tensor) -> bool:
+    return sum(size > 1 for size in constant.shape) > 1
+
+
+def _raise_to(route: Tensor, places: Tensor, value: int) -> None:
+    route[places] = route[places].clamp(min=value)
+
+
+def _zero_slices(weight: Tensor) -> dict[int, Tensor]:
+    """bool [size] for each of the first two dimensions: where the weight is zero throughout."""
+    if weight.dim() < 2:
+        return {}
+    nonzero = weight != 0
+    return {dim: ~nonzero.movedim(dim, 0).flatten(1).any(1).cpu() for dim in (0, 1) if weight.shape[dim] > 1}

@@ -1,0 +1,176 @@
+"""readers: where a graph sums over an axis, and what each of these sums sees of its indices.
+
+Everything else that carries an axis computes each index from the same one, so that only sums tell whether an index may
+leave without a trace: a product with a weight that is zero there does not read it, and one that reads what is the same
+for every input can have a constant instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..axis import Axis, atoms
+from ..coupling import Call
+from ..rules import Dims, packet_name
+from .known import Known, arguments, is_even, is_symbolic, node_of
+from .products import CONVS, OPERANDS, pads, product
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reader:
+    """One sum over `axis` [i] at a node; `out` [o] is the axis that its weight makes, if there is one.
+
+    reads  bool [o, i] (or [1, i] where outputs do not differ): whether output o reads index i
+    known  bool [i]: what comes in there is the same for every input, and a constant can stand in for it
+    zero   bool [i]: what comes in there is zero
+    why    in words: what an index that is read and not known runs into
+    """
+
+    node: Node
+    axis: Axis
+    summed: frozenset[Axis]
+    out: Axis | None
+    reads: Tensor
+    known: Tensor
+    zero: Tensor
+    why: str
+
+
+def readers(node: Node, call: Call, get: Callable[[Any], Any]) -> list[Reader]:
+    """The sums of one op over axes that could shrink; `get` says what is known of its arguments."""
+    summed = frozenset(atom for axis in call.summed for atom in atoms(axis) if not atom.frozen and not atom.mixed)
+    if not summed:
+        return []
+    op = packet_name(node.target)
+    states = {name: get(value) for name, value in arguments(node).items()}
+    if op in OPERANDS:
+        return [_of_product(node, op, call, summed, states)]
+    if op == "scaled_dot_product_attention":
+        query, key = call.arguments["query"], call.arguments["key"]
+        zero = _zero_along(states["query"], -1, query) | _zero_along(states["key"], -1, key)
+        return [_plain(node, query[-1], summed, zero, "the scores of attention, where it is not zero")]
+    if op in ("sum", "mean"):
+        dims = call.arguments["self"]
+        found = [d for d, axis in enumerate(dims.axes) if any(axis.root() is s.root() for s in call.summed)]
+        why = f"{op}, where it is not zero"
+        return [_plain(node, dims[d], summed, _zero_along(states["self"], d, dims), why) for d in found]
+    why = f"{op}, which is not followed"
+    nowhere = [torch.zeros(axis.root().size.number, dtype=torch.bool) for axis in call.summed]
+    return [_plain(node, axis, summed, zero, why) for axis, zero in zip(call.summed, nowhere)]
+
+
+def _of_product(node: Node, op: str, call: Call, summed: frozenset[Axis], states: Mapping[str, Any]) -> Reader:
+    x_name, w_name, _ = OPERANDS[op]
+    left, right = states[x_name], states[w_name]
+    x_dims, w_dims = call.arguments[x_name], call.arguments[w_name]
+    assert isinstance(call.out, Dims)
+    if op in CONVS:
+        known, zero = _known_along(left, 1, x_dims, node_of(node, x_name)), _zero_along(left, 1, x_dims)
+        if not isinstance(right, Known) or not right.is_whole:
+            return _plain(node, x_dims[1], summed, zero, "a convolution with a kernel that is computed")
+        why = f"{_named(node, w_name)} reads it, and it is not the same for every input"
+        if pads(states) and any(is_symbolic(node)[2:]):
+            known, why = zero, f"{_named(node, w_name)} reads it with padding, over a size that is not fixed"
+        return Reader(node, x_dims[1], summed, call.out[1], _kernel_reads(op, right, states), known, zero, why)
+    if isinstance(right, Known) and right.is_whole:
+        x, dims, at, weight, x_node = left, x_dims, -1, right, node_of(node, x_name)
+        table = weight.zero if op == "linear" else weight.zero.transpose(-1, -2) if len(w_dims) > 1 else weight.zero
+        out = call.out[-1] if len(w_dims) > 1 and len(call.out) else None
+    elif isinstance(left, Known) and left.is_whole and op != "linear":
+        x, dims, at, weight, x_node = right, w_dims, -2 if len(w_dims) > 1 else -1, left, node_of(node, w_name)
+        table = weight.zero
+        out = call.out[-2 if len(w_dims) > 1 else -1] if len(x_dims) > 1 and len(call.out) else None
+    else:
+        other = -1 if op == "linear" or len(w_dims) == 1 else -2
+        zero = _zero_along(left, -1, x_dims) | _zero_along(right, other, w_dims)
+        return _plain(node, x_dims[-1], summed, zero, "a product of activations, where it is not zero")
+    reads = ~table.reshape(-1, *table.shape[-2:]).all(0) if table.dim() > 1 else ~table.unsqueeze(0)
+    if out is not None and out.root().size.symbols:
+        out, reads = None, reads.any(0, keepdim=True)
+    known, zero = _known_along(x, at, dims, x_node), _zero_along(x, at, dims)
+    why = (
+        f"{_named(node, w_name if at == -1 and x is left else x_name)} reads it, and it is not the same for every input"
+    )
+    return Reader(node, dims[at], summed, out, reads.cpu(), known, zero, why)
+
+
+def _named(node: Node, argument: str) -> str:
+    """The weight of a product by its name, where it is a parameter."""
+    found = node_of(node, argument)
+    return str(found.target) if found.op == "get_attr" else node.name
+
+
+def _plain(node: Node, axis: Axis, summed: frozenset[Axis], zero: Tensor, why: str) -> Reader:
+    """A sum that only zeros may leave."""
+    reads = torch.ones(1, axis.root().size.number, dtype=torch.bool)
+    return Reader(node, axis, summed, None, reads, zero, zero, f"{why} ({node.name})")
+
+
+def _kernel_reads(op: str, weight: Known, states: Mapping[str, Any]) -> Tensor:
+    """[o, i]: whether any tap of the kernel from input i to output o is not zero."""
+    groups = int(states.get("groups", 1))
+    taps = ~weight.zero.flatten(2).all(2)
+    # a plain kernel is [(g o), i], a transposed one [(g i), o]
+    blocks = [t.T if op.startswith("conv_transpose") else t for t in taps.chunk(groups)]
+    return torch.block_diag(*blocks).bool().cpu() if groups > 1 else blocks[0].cpu()
+
+
+def _zero_along(state: Any, dim: int, dims: Dims) -> Tensor:
+    size = dims[dim].root().size.number
+    if not isinstance(state, Known):
+        return torch.zeros(size, dtype=torch.bool)
+    return _all_but(state.zero, dim).cpu()
+
+
+def _known_along(state: Any, dim: int, dims: Dims, node: Node) -> Tensor:
+    """Where a tensor is known at all positions, and the same along every dimension of symbolic size."""
+    if not isinstance(state, Known):
+        return torch.zeros(dims[dim].root().size.number, dtype=torch.bool)
+    sure = state.sure
+    for d, symbolic in enumerate(is_symbolic(node)):
+        if symbolic and d != dim % sure.dim():
+            sure = sure & is_even(state.value, d).unsqueeze(d)
+    return _all_but(sure, dim).cpu()
+
+
+def _all_but(flags: Tensor, dim: int) -> Tensor:
+    """[i]: whether all flags at an index of `dim` are set."""
+    return flags.movedim(dim, 0).flatten(1).all(1) if flags.dim() > 1 else flags.clone()
+
+
+def constant(node: Node, reader: Reader, gone: Tensor, get: Callable[[Any], Any]) -> Tensor | None:
+    """What the indices in `gone` (bool [i]) add to a product's output: in its shape, dimensions of one value as 1."""
+    op = packet_name(node.target)
+    states = {name: get(value) for name, value in arguments(node).items()}
+    x_name, w_name, _ = OPERANDS[op]
+    swapped = op not in CONVS and not (isinstance(states[w_name], Known) and states[w_name].is_whole)
+    name = w_name if swapped else x_name
+    x = states[name]
+    dim = 1 if op in CONVS else -1 if not swapped else max(-2, -x.value.dim())
+    shape = [1] * x.value.dim()
+    shape[dim] = -1
+    wanted = gone.to(x.value.device).reshape(shape)
+    value = torch.where(x.sure & wanted, x.value, torch.zeros_like(x.value))
+    if not bool(value.any()):
+        return None
+    if op in CONVS and bool((value == value[:1]).all()):
+        value = value[:1]
+    found = product(node, op, {**states, name: Known.all(value)}, bias=False)
+    assert found is not None
+    return _compact(found.value)
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """The tensor with one index where a dimension does not matter, up to the rounding of a sum."""
+    slack = 1e-6 * tensor.abs().max()
+    for dim in range(tensor.dim()):
+        first = tensor.narrow(dim, 0, 1)
+        if bool(((tensor - first).abs() <= slack).all()):
+            tensor = first
+    return tensor.contiguous()
