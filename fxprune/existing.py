@@ -28,13 +28,14 @@ def fold_existing(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
         return model, {}
     shadow = _shadow(model)
     masks: dict[str, Tensor] = {}
+    folded: Folded = {}
     with torch.no_grad():
         for path, module in shadow.named_modules():
             if isinstance(module, parametrize.ParametrizationList):
                 continue
             prefix = f"{path}." if path else ""
             for name in _pruned_names(module):
-                masks[prefix + name] = _fold_hook(module, name)
+                masks[prefix + name] = _fold_hook(module, name, folded)
             if parametrize.is_parametrized(module):
                 masks.update({prefix + n: m for n, m in _fold_parametrizations(module).items()})
     return shadow, masks
@@ -73,7 +74,11 @@ def _shadow(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _fold_hook(module: nn.Module, name: str) -> Tensor:
+# id of a pruned parameter -> the masks it has at its owners, each with what became of it there
+Folded = dict[int, list[tuple[Tensor, nn.Parameter]]]
+
+
+def _fold_hook(module: nn.Module, name: str, folded: Folded) -> Tensor:
     original, mask = module._parameters.get(f"{name}_orig"), module._buffers.get(f"{name}_mask")
     if original is None or mask is None:
         raise CaptureError(
@@ -83,12 +88,22 @@ def _fold_hook(module: nn.Module, name: str) -> Tensor:
             do="Prune the weight again, or make it permanent with torch.nn.utils.prune.remove.",
         )
     keep = mask != 0
-    value = (original.detach() * mask.to(original.dtype)).masked_fill_(~keep, 0)
+    # A tied parameter with one mask at its owners stays tied.
+    tied = [value for other, value in folded.get(id(original), ()) if bool((other == mask).all())]
+    if tied:
+        value = tied[0]
+    elif original.dtype.itemsize == 1:  # 8-bit floats cannot be filled, and a mask of them is 0 or 1
+        value = torch.where(keep, original.detach().view(torch.uint8), 0).view(original.dtype)
+    else:
+        value = (original.detach() * mask.to(original.dtype)).masked_fill_(~keep, 0)
     for hook_id in [k for k, h in mask_hooks(module).items() if h._tensor_name == name]:
         del module._forward_pre_hooks[hook_id]
     del module._parameters[f"{name}_orig"], module._buffers[f"{name}_mask"]
     vars(module).pop(name, None)
-    setattr(module, name, nn.Parameter(value, requires_grad=original.requires_grad))
+    if not tied:
+        value = nn.Parameter(value, requires_grad=original.requires_grad)
+        folded.setdefault(id(original), []).append((mask, value))
+    setattr(module, name, value)
     return keep
 
 

@@ -26,25 +26,37 @@ from .mask import PackedMask, chunks
 # cache.
 DIGIT = 16
 
-# float dtype -> the integer of its width, and its bits without the sign
+# dtype of scores -> the integer of its width, and its bits without the sign
 _KEYS: dict[torch.dtype, tuple[torch.dtype, int]] = {
     torch.float16: (torch.int16, 15),
     torch.bfloat16: (torch.int16, 15),
     torch.float32: (torch.int32, 31),
     torch.float64: (torch.int64, 63),
+    torch.int64: (torch.int64, 63),
+}
+
+# dtype of weights -> that of their magnitudes, where it is another
+_MAGNITUDES: dict[torch.dtype, torch.dtype] = {
+    torch.complex32: torch.float16,
+    torch.complex64: torch.float32,
+    torch.complex128: torch.float64,
 }
 
 
 def common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """The dtype that holds scores of all `dtypes` without rounding: their own, else float32, else float64."""
-    found = set(dtypes)
+    """The dtype that holds magnitudes of all `dtypes` without rounding: their own, else float32, else float64.
+
+    Integers are held as int64; beside floats as float64, which rounds those above 2 ** 53.
+    """
+    found = {_MAGNITUDES.get(dtype, dtype) for dtype in dtypes}
+    found = {dtype if dtype.is_floating_point else torch.int64 for dtype in found}
     if len(found) == 1 and found <= set(_KEYS):
         return found.pop()
-    return torch.float64 if torch.float64 in found else torch.float32
+    return torch.float64 if found & {torch.float64, torch.int64} else torch.float32
 
 
 def keys(score: Tensor, dtype: torch.dtype) -> Tensor:
-    """score [n], finite and non-negative -> integer keys [n] in the same order; -0.0 and +0.0 have one key.
+    """score [n], non-negative, NaN above infinity -> integer keys [n] in the same order; -0.0 and +0.0 have one key.
 
     `dtype` must hold every score exactly (`common_dtype`).
     """

@@ -1,4 +1,4 @@
-"""torch.nn.utils.prune's state, understood: load what a pruned model saved into one that is not pruned."""
+"""The state of pruned models, understood: load what a pruned model saved into one that is not pruned."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune as torch_prune
 
-from .errors import InputError
-from .plan import near
+from ..errors import InputError
+from ..plan import near
+from .functions import custom_from_mask
+from .place import Place, hooks
+from .undo import unchanged_on_failure
 
 _WHAT = "cannot load the state dict"
 
@@ -24,10 +27,10 @@ _WHAT = "cannot load the state dict"
 def load_state_dict(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> _IncompatibleKeys:
     """Load a state dict with `name_orig` and `name_mask` keys into `model`, whose weights need no mask yet.
 
-    Afterwards the model is what was saved: the weights are pruned by torch.nn.utils.prune.custom_from_mask
-    with the saved masks, and the model's own state dict has the saved keys. Other keys load as torch loads
-    them; the "module." that nn.DataParallel puts in front is taken off where the model has no such child.
-    With strict=False keys without a place in the model are returned, not refused, as torch does.
+    Afterwards the model is what was saved: the weights are pruned by custom_from_mask with the saved masks, and the
+    model's own state dict has the saved keys. Other keys load as torch loads them; the "module." that nn.DataParallel
+    puts in front is taken off where the model has no such child. With strict=False keys without a place in the model
+    are returned, not refused, as torch does.
 
     Raises InputError, with the model as it was, if a mask is missing, a shape differs or a name is unknown.
     To promise that, a second copy of the model's tensors is held while loading.
@@ -39,8 +42,8 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, Any], strict: boo
     pairs = _pairs(model, state, strict)
     with _as_it_was_on_failure(model, pairs):
         for pair in pairs:
-            if _hook(pair.module, pair.name) is None:
-                torch_prune.custom_from_mask(pair.module, pair.name, pair.mask)
+            if not hooks(pair.module, pair.name):
+                custom_from_mask(pair.module, pair.name, pair.mask)
         try:
             result = model.load_state_dict(state, strict=strict)
         except RuntimeError as error:
@@ -118,22 +121,11 @@ def _check_shape(key: str, value: object, base: str, parameter: Tensor) -> None:
     raise InputError(_WHAT, where=f'"{key}"', why=why, do="Load it into the model that was saved.")
 
 
-def _hook(module: nn.Module, name: str) -> torch_prune.BasePruningMethod | None:
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, torch_prune.BasePruningMethod) and hook._tensor_name == name:
-            return hook
-    return None
-
-
 def _recompute(module: nn.Module) -> None:
     """Give `module` the pruned weights that its next forward would compute; until then they are the old."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, torch_prune.BasePruningMethod):
             setattr(module, hook._tensor_name, hook.apply_mask(module))
-            if isinstance(hook, torch_prune.CustomFromMask):
-                # else the hook would hold on to the mask that it was made from, a second copy that nothing
-                # reads
-                hook.mask = module._buffers[f"{hook._tensor_name}_mask"]
 
 
 @contextmanager
@@ -145,23 +137,11 @@ def _as_it_was_on_failure(model: nn.Module, pairs: list[_Pair]) -> Iterator[None
         raise InputError(_WHAT, where=type(model).__name__, why=why, do="Call the model once, then load.")
     with torch.no_grad():
         values = [tensor.detach().clone() for tensor in tensors]
-    shapes = [(pair.module, pair.name, _tables(pair.module)) for pair in pairs]
     try:
-        yield
+        with unchanged_on_failure([Place(pair.module, pair.name) for pair in pairs]):
+            yield
     except BaseException:
-        for module, name, saved in shapes:
-            if name in saved[0]:
-                vars(module).pop(name, None)
-            for table, entries in zip(_tables(module, copy=False), saved, strict=True):
-                table.clear()
-                table.update(entries)
         with torch.no_grad():
             for tensor, value in zip(tensors, values, strict=True):
                 tensor.copy_(value)
         raise
-
-
-def _tables(module: nn.Module, *, copy: bool = True) -> list[dict[Any, Any]]:
-    """A module's tables that pruning changes: parameters, buffers and hooks."""
-    tables: list[dict[Any, Any]] = [module._parameters, module._buffers, module._forward_pre_hooks]
-    return [dict(table) for table in tables] if copy else tables
