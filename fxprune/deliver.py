@@ -42,10 +42,12 @@ def deliver(
     proof: Proof,
     settings: Settings,
     report: Report,
+    whole: tuple[Program, Selection] | None = None,
 ) -> tuple[PrunedModule, list[Lowered]]:
     """The result and what became of each weight. Raises CheckError where no form of it is right.
 
-    `program` is what is left of the captured one, and `selection` what is left to apply to it.
+    `program` is what is left of the captured one, and `selection` what is left to apply to it. `whole` is the program
+    with its dead channels, and its masks: it is emitted where taking them out did not pay.
     """
     report.kernels = native.status().detail
     theirs = {
@@ -53,8 +55,15 @@ def deliver(
         for t in pytree.tree_leaves((dict(captured.program.named_parameters()), dict(captured.program.named_buffers())))
     }
     any_packed = any(w.choice.layout != "dense" for w in lowered)
-    for is_packed in (True, False) if any_packed else (False,):
-        final = fold(program, selection) if any_packed and not is_packed else packed
+    forms = ["packed", "dense"] if any_packed else ["packed"]
+    for form in [*forms, "whole"] if whole is not None else forms:
+        is_packed = form == "packed" and any_packed
+        if form == "whole":
+            assert whole is not None
+            final, lowered = fold(*whole), _all_dense(lowered, "the model without its dead channels was slower")
+            report.keep_dead()
+        else:
+            final = fold(program, selection) if form == "dense" else packed
         own_storage(final, theirs)
         result, rows = _compiled(final, captured, proof, settings, report)
         wrong = [row for row in rows if not row.ok]
@@ -71,9 +80,11 @@ def deliver(
         if (is_packed or is_smaller) and settings.measure and settings.layout is None:
             report.timing = _time(captured, result, proof.example, settings)
             if report.timing.ratio < 1.0 and not is_packed:
-                report.notes.append(
-                    f"the smaller model measured slower than the whole one ({report.timing.ratio:.2f}x)"
-                )
+                slower = f"the smaller model measured slower than the whole one ({report.timing.ratio:.2f}x)"
+                report.notes.append(slower + (", so its dead channels stay" if whole is not None else ""))
+                if whole is not None:
+                    report.timing = None
+                    continue
             elif report.timing.ratio < 1.0:
                 why = f"the whole model measured slower packed ({report.timing.ratio:.2f}x)"
                 report.notes.append(f"{why}, so it was emitted dense")

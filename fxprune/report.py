@@ -108,6 +108,10 @@ class Report:
         names = [name for name in leaving.kept if name in tensors and name not in literals]
         self.removed = {name: leaving.removed(name, tensors[name]) for name in names}
 
+    def keep_dead(self) -> None:
+        """Take back what was told of dead channels that left."""
+        self.groups, self.parameters, self.dead = [], None, None
+
     def __getitem__(self, name: str) -> WeightReport:
         """The entry of one weight by name."""
         return next(w for w in self.weights if w.name == name)

@@ -105,7 +105,8 @@ def remove_dead_proved(
     def attempt(names: list[str]) -> Shrunk | str:
         nonlocal last
         try:
-            last = find_dead(program, coupling, selection, first.keep.keys() - set(names), align)
+            whole = first.keep.keys() - set(names)
+            last = find_dead(program, coupling, selection, whole, align) if whole else first
             chosen = dataclasses.replace(selection, dead=last.keep)
             shrunk = shrink(program, coupling, chosen.staying, last.constants)
             left = _shrunk_selection(chosen, coupling.kept(chosen.staying))

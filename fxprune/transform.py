@@ -92,7 +92,7 @@ def transform(
         if coupling is None:
             proof.expect(selection, program)
     with stages("shrink"):
-        left, asked = selection, coupling is not None
+        left, asked, whole = selection, coupling is not None, None
         if coupling is None and not trainable and has_zero_slices(program, selection):
             coupling = couple(program)
         if coupling is not None:
@@ -103,6 +103,8 @@ def transform(
                 shrunk, selection = remove_dead_proved(
                     program, coupling, selection, shrunk, proof, report, settings.align
                 )
+            if selection.dead and not asked and not blocks:
+                whole = (program, selection)
             if selection.dead or asked:
                 report.tell_groups(program, coupling, selection, captured.literals)
             program, left = shrunk.program, shrunk.selection
@@ -132,7 +134,9 @@ def transform(
         dense_bytes = sum(w.dense_bytes for w in lowered)
         compat.return_memory(dense_bytes)
     with stages("emit"):
-        result, lowered = deliver(captured, program, left, packed, lowered, proof, settings, report)
+        result, lowered = deliver(captured, program, left, packed, lowered, proof, settings, report, whole)
+        if report.dead is None:
+            selection.dead = {}
     compat.return_memory(dense_bytes)
     report.weights = weight_reports(left, lowered)
     return _told(result, report, selection, stages)

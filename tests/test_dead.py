@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import fxprune
-from fxprune import Channels, Plan, Rule
+from fxprune import Channels, Plan, Rule, deliver
 from fxprune.emit import PrunedModule
 from fxprune.passes import dead as dead_pass
+from fxprune.report import ModelTiming
 
 QUIET = {"compile": False, "measure": False, "layout": "dense", "align": 1}
 
@@ -590,3 +591,16 @@ def test_widths_are_left_at_multiples_of_eight():
     assert shapes(result)["2.weight"] == (20, 16)
     rows = {(row.name, row.dim): row for row in result.report.dead.slices}
     assert rows["4.weight", 1].why == "widths are multiples of align=8"
+
+
+@pytest.mark.parametrize("ratio", [0.9, 1.1])
+def test_dead_channels_stay_where_taking_them_out_does_not_pay(ratio: float, monkeypatch: pytest.MonkeyPatch):
+    model = shuffled(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 5, 3)))
+    zero(model[0].weight, out=range(8))
+    monkeypatch.setattr(deliver, "_time", lambda *_: ModelTiming(ratio, 1.0, 1, "cpu"))
+    result = fxprune.transform(model, example_inputs=(image(),), options={"compile": False}, progress=False)
+    with torch.no_grad():
+        assert torch.allclose(result(image()), model(image()), atol=1e-5)
+    assert shapes(result)["0.weight"][0] == (16 if ratio < 1 else 8)
+    assert bool(result.selection.dead) == (ratio > 1)
+    assert ("so its dead channels stay" in str(result.report)) == (ratio < 1)

@@ -68,7 +68,7 @@ def has_zero_slices(program: Program, selection: Selection) -> bool:
     return any(
         bool(found.any())
         for name, mask in selection.mask.items()
-        if 2 * mask.kept() <= 2 * mask.numel() - min(mask.shape, default=1)
+        if len(mask.shape) > 1 and (mask.numel() - mask.kept()) * max(mask.shape[:2]) >= mask.numel()
         for found in _zero_slices(selection.apply(name, fetch(program, name))).values()
     )
 
@@ -269,7 +269,7 @@ class _Search:
         for atom in parts:
             if why := atom.frozen or atom.mixed:
                 return why
-        for atom in parts:
+        for atom in reversed(parts):
             at = int(self._place(axis, atom)[index])
             if at >= 0 and atom in self._why and self._why[atom][at]:
                 return self._why[atom][at]

@@ -39,7 +39,9 @@ class Known(NamedTuple):
     @property
     def is_whole(self) -> bool:
         """Whether every element is known."""
-        return bool(self.sure.all())
+        # One flag that is broadcast says so for all.
+        one = self.sure.numel() > 0 and not any(self.sure.stride())
+        return bool(self.sure[(0,) * self.sure.dim()] if one else self.sure.all())
 
 
 State = Known | list[Known | None] | None
