@@ -6,17 +6,20 @@ Every weight of a convolution or linear layer but the classifier's loses channel
 along dim 0 or dim 1; biases and batch-norms stay as they are. fxprune.transform is then given that model as it is.
 
 `ideal` counts the parameters that could leave: those of every index of a group of coupled channels that no product
-reads, or that holds the same for every input wherever one does. It is measured, not derived: from activations of
-random inputs under several draws of the weights that are not zero, and the gradients behind them. `left` is what did leave, `rest` why zero slices of weights stay, and
-`error` is max|a - b| / max|b| against the masked model. With --time the result is also timed against the masked model,
-both under torch.compile with freezing. Needs torchvision and transformers (`make zoo` installs them). Figures go to
-results/; --quick runs one small network and writes nothing.
+reads, or that holds the same for every input wherever one does. It is measured, not derived: from activations of random
+inputs under several draws of the weights that are not zero, and from the gradients behind them. `left` is what did
+leave, and `error` is max|a - b| / max|b| against the masked model. With --time the result is also timed against the
+masked model, both under torch.compile with freezing.
+
+Needs torchvision and transformers: `.venv-zoo/bin/python -m benchmarks.exact` after `make zoo`. Figures go to results/,
+in place of those taken before for the same model, amount and dim; --quick runs one small network and writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import json
 import math
 from collections import Counter
@@ -27,16 +30,17 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.nn.utils import prune
 from tqdm import tqdm
 
 import fxprune
 from benchmarks.machine import describe_machine, slug
 from benchmarks.zoo_randomise import randomise
 from benchmarks.zoo_vision import define_operators
+from fxprune import prune
 from fxprune.axis import atoms
 from fxprune.coupling import Coupling
 from fxprune.indices import positions
+from fxprune.passes.dead import Dead
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TOLERANCE = 1e-5
@@ -49,8 +53,7 @@ def vision(name: str) -> Callable[[], nn.Module]:
 
     def build() -> nn.Module:
         define_operators()
-        from torchvision import models
-
+        models: Any = importlib.import_module("torchvision.models")
         return models.get_model(name, weights=None)
 
     return build
@@ -59,9 +62,8 @@ def vision(name: str) -> Callable[[], nn.Module]:
 def bert() -> nn.Module:
     """Return BERT-base with its pooler."""
     define_operators()
-    from transformers import BertConfig, BertModel
-
-    return BertModel(BertConfig(attn_implementation="sdpa"))
+    transformers: Any = importlib.import_module("transformers")
+    return transformers.BertModel(transformers.BertConfig(attn_implementation="sdpa"))
 
 
 def small() -> nn.Module:
@@ -221,9 +223,9 @@ def measure(name: str, amount: float, dim: int, time: bool, cases: Any) -> Row:
     ideal = removed_parameters(coupling, model, ideal_indices(coupling, model, probe))
     before = sum(p.numel() for p in model.parameters())
     after = report.parameters[1] if report.parameters else before
-    dead = report.dead
-    assert dead is not None
-    rest = Counter[str]()
+    # Where taking them out did not pay, nothing is said of dead channels.
+    dead = report.dead or Dead()
+    rest: Counter[str] = Counter()
     for part in dead.slices:
         rest[part.why.split(" (")[0] if " reads it" not in part.why else "read elsewhere"] += part.zero - part.left
     return {
@@ -235,6 +237,7 @@ def measure(name: str, amount: float, dim: int, time: bool, cases: Any) -> Row:
         "ratio": report.timing.ratio if report.timing else None,
         "dense_ms": 1e3 * report.timing.dense if report.timing else None,
         "ms": 1e3 * report.timing.pruned if report.timing else None,
+        "threads": torch.get_num_threads(),
         "notes": report.notes, "seconds": report.seconds,
     }  # fmt: skip
 
@@ -265,9 +268,16 @@ def table(rows: Sequence[Row]) -> str:
     return tabulate(shown, headers=headers, disable_numparse=True)
 
 
+def merged(before: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+    """Return all rows in the order of the table, new ones in place of old ones."""
+    found = {(r["model"], r["amount"], r["dim"]): r for r in [*before, *rows]}
+    names = list(CASES)
+    return [found[key] for key in sorted(found, key=lambda key: (names.index(key[0]), *key[1:]))]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and save; the exit status says whether every result was equal to its masked model."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.exact", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.exact", description=str(__doc__).splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--amounts", nargs="+", type=float, default=[0.3, 0.5, 0.6])
     parser.add_argument("--time", action="store_true", help="also compile and time each result at the middle amount")
@@ -291,7 +301,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not given.quick:
         machine = describe_machine()
         path = RESULTS / f"exact-{slug(machine['cpu'])}.json"
-        path.write_text(json.dumps({"machine": machine, "threads": given.threads, "rows": rows}, indent=1) + "\n")
+        rows = merged(json.loads(path.read_text())["rows"] if path.exists() else [], rows)
+        path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
         print(f"written to {path.name}")
     return 0 if all(row["error"] <= TOLERANCE for row in rows) else 1
 
