@@ -14,10 +14,11 @@ from benchmarks import exact
 
 def test_the_small_network_comes_out_equal_and_nothing_is_written(capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime for path in Path(exact.RESULTS).iterdir()}
-    assert exact.main(["--quick", "--amounts", "0.5"]) == 0
+    threads = str(torch.get_num_threads())
+    assert exact.main(["--quick", "--amounts", "0.5", "--threads", threads]) == 0
     assert {path: path.stat().st_mtime for path in Path(exact.RESULTS).iterdir()} == before
     shown = capsys.readouterr().out
-    assert "ideal" in shown and shown.count("small") == 2
+    assert "ideal" in shown and "small" in shown.splitlines()[-1]
 
 
 def test_ideal_counts_what_no_input_and_no_output_depends_on() -> None:
