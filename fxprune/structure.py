@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import Tensor
 
 from .capture import Program
 from .check import Call, CheckRow, compare, outputs, refuse, run_flat
+from .couple import couple
 from .coupling import Coupling
 from .mask import PackedMask
 from .passes.blocks import find_blocks
-from .passes.dead import Dead, find_dead
+from .passes.dead import Dead, find_dead, has_zero_slices
 from .passes.drop import Bypassing, drop_blocks
 from .passes.shrink import shrink, slice_tensor
 from .prove import Proof
@@ -45,6 +46,33 @@ class Shrunk:
     program: Program
     selection: Selection
     row: CheckRow | None = None
+
+
+def shrink_or_keep(
+    program: Program,
+    coupling: Coupling | None,
+    selection: Selection,
+    proof: Proof,
+    report: Report,
+    align: int | None,
+    literals: Collection[str] = (),
+) -> tuple[Shrunk, Selection]:
+    """What is left of a program without what the selection takes out, and with `align` without what it left dead.
+
+    `coupling` is None where no group was asked to shrink. Whatever does not come out equal stays, and is reported.
+    """
+    found, asked, has_dead = Shrunk(program, selection), coupling is not None, has_zero_slices(selection)
+    if has_dead and align is None:
+        why = "a batch-norm in training changes what is dead"
+        report.notes.append(f"dead channels stay in a result that trains: {why}")
+    if coupling is not None:
+        found, selection = shrink_proved(program, coupling, selection, proof, report)
+    if has_dead and align is not None:
+        coupling = coupling or couple(program)
+        found, selection = remove_dead_proved(program, coupling, selection, found, proof, report, align)
+    if coupling is not None and (asked or selection.dead):
+        report.tell_groups(program, coupling, selection, literals)
+    return found, selection
 
 
 def shrink_proved(
@@ -93,7 +121,7 @@ def remove_dead_proved(
     before: Shrunk,
     proof: Proof,
     report: Report,
-    align: int = 8,
+    align: int,
 ) -> tuple[Shrunk, Selection]:
     """The program without what masks left without effect either, and the selection that says so.
 

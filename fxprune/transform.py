@@ -13,13 +13,11 @@ from tqdm import tqdm
 
 from . import admit, compat
 from .check import Call
-from .couple import couple
 from .decide import batches, choose_blocks, choose_selection, couple_if_needed
 from .deliver import deliver, deliver_trainable
 from .emit import PrunedModule
 from .errors import InputError
 from .layouts.choose import Chooser
-from .passes.dead import has_zero_slices
 from .passes.edit import count_elements
 from .passes.fold import fold
 from .passes.lower import lower
@@ -29,7 +27,7 @@ from .prove import capture_checked
 from .report import Report, weight_reports
 from .select import Selection
 from .settings import Settings
-from .structure import Shrunk, drop_proved, remove_dead_proved, shrink_proved
+from .structure import drop_proved, shrink_or_keep
 from .trace import Trace
 from .trainable import TrainableModule
 
@@ -92,30 +90,14 @@ def transform(
         if coupling is None:
             proof.expect(selection, program)
     with stages("shrink"):
-        left, asked, whole = selection, coupling is not None, None
-        if coupling is None and not trainable and has_zero_slices(program, selection):
-            coupling = couple(program)
-        if coupling is not None:
-            shrunk = Shrunk(program, selection)
-            if asked:
-                shrunk, selection = shrink_proved(program, coupling, selection, proof, report)
-            if not trainable and has_zero_slices(program, selection):
-                shrunk, selection = remove_dead_proved(
-                    program, coupling, selection, shrunk, proof, report, settings.align
-                )
-            if selection.dead and not asked and not blocks:
-                whole = (program, selection)
-            if selection.dead or asked:
-                report.tell_groups(program, coupling, selection, captured.literals)
-            program, left = shrunk.program, shrunk.selection
+        align = None if trainable else settings.align
+        shrunk, selection = shrink_or_keep(program, coupling, selection, proof, report, align, captured.literals)
+        whole = (program, selection) if selection.dead and not selection.keep and not blocks else None
+        program, left = shrunk.program, shrunk.selection
         if report.groups or blocks:
             report.parameters = (count_elements(captured.program), count_elements(program))
             trace.write("shrink", program)
     if trainable:
-        if has_zero_slices(program, left):
-            report.notes.append(
-                "dead channels stay in a result that trains: a batch-norm in training changes what is dead"
-            )
         with stages("emit"):
             call = Call("example", args, keywords)
             training = deliver_trainable(model, captured, program, left, call, dynamic_shapes, proof, report)

@@ -63,13 +63,13 @@ class Dead:
         return sum(c.numel() for c in self.constants.values() if _is_map(c))
 
 
-def has_zero_slices(program: Program, selection: Selection) -> bool:
+def has_zero_slices(selection: Selection) -> bool:
     """Whether a mask leaves some slice of a weight, along one of its first two dimensions, without anything."""
     return any(
         bool(found.any())
-        for name, mask in selection.mask.items()
+        for mask in selection.mask.values()
         if len(mask.shape) > 1 and (mask.numel() - mask.kept()) * max(mask.shape[:2]) >= mask.numel()
-        for found in _zero_slices(selection.apply(name, fetch(program, name))).values()
+        for found in _zero_slices(mask.unpack()).values()
     )
 
 
