@@ -70,14 +70,20 @@ class Proof:
         if removal is not None:
             self._wide = any(getattr(n.meta.get("val"), "dtype", None) in HALF for n in program.graph.nodes)
             wide = Oracle(program, selection, removal, wide=True)
-            self._expected_wide = [wide.outputs(call) for call in self._calls] if self._wide else self._expected
+            if self._wide:
+                self._expected_wide = [wide.outputs(call) for call in self._all_calls()]
+            else:
+                self._expected_wide = [*self._expected, *([self._expected_resized] if self._resized else [])]
+
+    def _all_calls(self) -> list[Call]:
+        return [*self._calls, *([self._resized] if self._resized is not None else [])]
 
     def try_shrunk(self, program: Program, selection: Selection, what: str = "shrunk = zeroed") -> CheckRow:
-        """A shrunk program with its masks, held against the oracle: the worst of its calls; half types in float32."""
+        """A shrunk program with its masks, held against the oracle: the worst of all calls; half types in float32."""
         oracle = Oracle(program, selection, wide=self._wide)
         rows = [
             compare(what, call, expected, oracle.outputs(call))
-            for call, expected in zip(self._calls, self._expected_wide, strict=True)
+            for call, expected in zip(self._all_calls(), self._expected_wide, strict=True)
         ]
         # Each row has the tolerance of its own outputs: what is worst is the furthest beyond it.
         return max(rows, key=lambda row: (not row.ok, row.error / row.tolerance if row.tolerance else math.inf))

@@ -14,7 +14,7 @@ from .couple import couple
 from .coupling import Coupling
 from .mask import PackedMask
 from .passes.blocks import find_blocks
-from .passes.dead import Dead, find_dead, has_zero_slices
+from .passes.dead import Dead, find_dead, may_be_dead
 from .passes.drop import Bypassing, drop_blocks
 from .passes.shrink import shrink, slice_tensor
 from .prove import Proof
@@ -61,7 +61,7 @@ def shrink_or_keep(
 
     `coupling` is None where no group was asked to shrink. Whatever does not come out equal stays, and is reported.
     """
-    found, asked, has_dead = Shrunk(program, selection), coupling is not None, has_zero_slices(selection)
+    found, asked, has_dead = Shrunk(program, selection), coupling is not None, may_be_dead(program, selection)
     if has_dead and align is None:
         why = "a batch-norm in training changes what is dead"
         report.notes.append(f"dead channels stay in a result that trains: {why}")

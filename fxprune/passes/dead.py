@@ -20,9 +20,11 @@ from ..capture import Program
 from ..coupling import Coupling
 from ..indices import positions
 from ..removal import Removal, removal
+from ..rules import packet_name
 from ..select import Selection
 from ..weights import names_of_parameters
-from .edit import fetch
+from .known import arguments
+from .known_ops import NORMS
 from .propagate import Propagation
 from .readers import Reader, constant, readers
 
@@ -31,7 +33,7 @@ ROUTES = ("read by nothing", "zero", "constant into a bias", "constant into a ma
 
 
 class ZeroSlices(NamedTuple):
-    """The zero slices of a masked weight along one dimension: how many there were, how many left, why the rest stay."""
+    """The zero slices of a weight along one dimension: how many there were, how many left, why the rest stay."""
 
     name: str
     dim: int
@@ -47,7 +49,7 @@ class Dead:
     keep       group -> indices that stay (int64, ascending), for groups that lose some
     constants  node -> what is to be added to its output, broadcast over it
     routes     route -> how many indices leave by it
-    slices     what became of the zero slices of each masked weight
+    slices     what became of the zero slices of each weight
     notes      ops that could not be followed, and why
     """
 
@@ -63,14 +65,33 @@ class Dead:
         return sum(c.numel() for c in self.constants.values() if _is_map(c))
 
 
-def has_zero_slices(selection: Selection) -> bool:
-    """Whether a mask leaves some slice of a weight, along one of its first two dimensions, without anything."""
-    return any(
-        bool(found.any())
-        for mask in selection.mask.values()
-        if len(mask.shape) > 1 and (mask.numel() - mask.kept()) * max(mask.shape[:2]) >= mask.numel()
-        for found in _zero_slices(mask.unpack()).values()
-    )
+def may_be_dead(program: Program, selection: Selection) -> bool:
+    """Whether some weight has a slice without anything, or some norm a scale of zero: where a search can start."""
+    tables, scales = _arguments_of(program, {"embedding"}), _arguments_of(program, NORMS)
+    for name, weight in program.named_parameters():
+        if not weight.is_floating_point() or weight.is_meta:
+            continue
+        if weight.dim() == 1 and name in scales and not bool(weight.detach().all()):
+            return True
+        mask = selection.mask.get(name)
+        kept = weight.detach() != 0 if mask is None else mask.unpack()
+        if weight.dim() > 1 and not bool(kept.all()):
+            # The row that pads an embedding is zero, and is read all the same.
+            found = {dim: zero for dim, zero in _zero_slices(kept).items() if dim or name not in tables}
+            if any(bool(zero.any()) for zero in found.values()):
+                return True
+    return False
+
+
+def _arguments_of(program: Program, ops: Collection[str]) -> set[str]:
+    """The names of the parameters that some ops read as their weight."""
+    found = set()
+    for node in program.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and packet_name(node.target) in ops:
+            weight = arguments(node).get("weight")
+            if isinstance(weight, torch.fx.Node) and weight.op == "get_attr":
+                found.add(str(weight.target))
+    return found
 
 
 @torch.no_grad()
@@ -111,6 +132,8 @@ class _Search:
         self._readers: list[Reader] = []
         self._of: dict[Axis, list[Reader]] = {}
         self._places: dict[tuple[int, Axis], Tensor] = {}
+        self._lefts: dict[int, tuple[list[Tensor | None], Tensor]] = {}
+        self._reads: dict[int, tuple[Tensor, Tensor]] = {}
         self._why: dict[Axis, list[str]] = {}
         self._failed: dict[str, str] = {}
 
@@ -169,7 +192,7 @@ class _Search:
         for reader in self._of.get(atom, []):
             place = self._place(reader.axis, atom)
             held = self._live_reads(reader) & ~reader.known & (place >= 0)
-            for index in place[held].unique().tolist():
+            for index in place[held].unique().tolist() if bool(held.any()) else []:
                 free[index] = False
                 self._why[atom][index] = self._why[atom][index] or reader.why
         free |= gone
@@ -180,19 +203,32 @@ class _Search:
 
     def _live_reads(self, reader: Reader) -> Tensor:
         """bool [i]: which indices outputs that stay read, and have not left themselves."""
-        reads = reader.reads
-        if reader.out is not None and reads.shape[0] > 1:
-            reads = reads[~self._left(reader.out)]
-        return reads.any(0) & ~self._left(reader.axis)
+        return self._read_by_live(reader) & ~self._left(reader.axis)
+
+    def _read_by_live(self, reader: Reader) -> Tensor:
+        """bool [i]: which indices outputs that stay read."""
+        if reader.out is None or reader.reads.shape[0] == 1:
+            return reader.reads.any(0)
+        left = self._left(reader.out)
+        known = self._reads.get(id(reader))
+        if known is None or known[0] is not left:
+            known = self._reads[id(reader)] = (left, reader.reads[~left].any(0))
+        return known[1]
 
     def _left(self, axis: Axis) -> Tensor:
-        """bool [size]: the indices of an axis that have left, by any of its atoms."""
-        result = torch.zeros(axis.root().size.number, dtype=torch.bool)
-        for atom in dict.fromkeys(atoms(axis)):
-            if atom in self._gone:
-                place = self._place(axis, atom)
-                result |= self._gone[atom][place.clamp(min=0)] & (place >= 0)
-        return result
+        """bool [size]: the indices of an axis that have left, by any atom; the same object until one changes."""
+        axis = axis.root()
+        parts = list(dict.fromkeys(atoms(axis)))
+        gone = [self._gone.get(atom) for atom in parts]
+        known = self._lefts.get(id(axis))
+        if known is None or any(a is not b for a, b in zip(known[0], gone)):
+            result = torch.zeros(axis.size.number, dtype=torch.bool)
+            for atom, flags in zip(parts, gone):
+                if flags is not None:
+                    place = self._place(axis, atom)
+                    result |= flags[place.clamp(min=0)] & (place >= 0)
+            known = self._lefts[id(axis)] = (gone, result)
+        return known[1]
 
     def _place(self, axis: Axis, atom: Axis) -> Tensor:
         key = (id(axis.root()), atom)
@@ -244,18 +280,18 @@ class _Search:
 
     def _reads_of_leaving(self, reader: Reader) -> Tensor:
         """bool [i]: the indices that leave and that outputs which stay still read."""
-        reads = reader.reads
-        if reader.out is not None and reads.shape[0] > 1:
-            reads = reads[~self._left(reader.out)]
-        return reads.any(0) & self._left(reader.axis)
+        return self._read_by_live(reader) & self._left(reader.axis)
 
     def _slices(self) -> list[ZeroSlices]:
         rows = []
-        for name in self._selection.mask:
+        tables = _arguments_of(self._program, {"embedding"})
+        for name, weight in self._program.named_parameters():
             dims = self._coupling.tensors.get(name)
-            if dims is None:
+            if dims is None or not weight.is_floating_point():
                 continue
-            for dim, zero in _zero_slices(self._read(name, fetch(self._program, name))).items():
+            for dim, zero in _zero_slices(self._read(name, weight.detach())).items():
+                if name in tables and dim == 0:
+                    continue
                 left = self._left(dims[dim])
                 stays = (zero & ~left).nonzero().flatten().tolist()
                 if bool(zero.any()):

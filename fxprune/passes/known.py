@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from ..compat import symbol_hint
 
 # The least that a symbolic size stands at: at one, broadcasting could not be told from a batch.
 _LEAST = 2
+# Units in the last place that one value may differ by where it was computed in several places.
+ROUNDING = 16
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -114,7 +117,16 @@ def is_even(value: Tensor, dim: int) -> Tensor:
     low, high = value.amin(dim), value.amax(dim)
     if not value.is_floating_point():
         return low == high
-    return (high - low) <= 1e-6 * torch.maximum(low.abs(), high.abs())
+    return (high - low) <= ROUNDING * torch.finfo(value.dtype).eps * torch.maximum(low.abs(), high.abs())
+
+
+def even_along_symbols(known: Known, node: Node, dims: Iterable[int] | None = None) -> Known:
+    """What is known of a node's value and the same along each (of these) dimensions of symbolic size."""
+    sure, symbolic = known.sure, is_symbolic(node)
+    for dim in range(len(symbolic)) if dims is None else {d % len(symbolic) for d in dims}:
+        if symbolic[dim] and known.value.shape[dim]:
+            sure = sure & is_even(known.value, dim).unsqueeze(dim)
+    return Known(known.value, sure)
 
 
 def by_channel(vector: Tensor, shape: list[int]) -> Tensor:

@@ -17,6 +17,7 @@ from .known import (
     arguments,
     blank,
     by_channel,
+    even_along_symbols,
     filled,
     flat,
     has_argument,
@@ -59,7 +60,7 @@ _FILLS = {
     "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like", "arange",
     "eye", "scalar_tensor",
 }  # fmt: skip
-_NORMS = {"layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm"}
+NORMS = {"layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm"}
 
 
 def follow(node: Node, states: Mapping[str, Any]) -> State:
@@ -70,7 +71,7 @@ def follow(node: Node, states: Mapping[str, Any]) -> State:
     op, named = packet_name(node.target), arguments(node)
     if op in OPERANDS:
         return product(node, op, states)
-    if op in _NORMS:
+    if op in NORMS:
         return _norm(node, op, states)
     if op == "scaled_dot_product_attention":
         return _attention(node, states)
@@ -86,9 +87,11 @@ def follow(node: Node, states: Mapping[str, Any]) -> State:
         return _pointwise(node, states, op in _PRODUCT)
     if op in _RESHAPING or (op in _MOVING and not _symbolic(named.values(), sizes=False)):
         return None if op in ("cat", "concat", "concatenate") and _joins_symbols(node) else _move(node, states)
-    if op in _WINDOWS or op in _SUMS or op in ("pad", "constant_pad_nd"):
+    if op in _WINDOWS or op in _SUMS:
         return _window(node, op, states)
-    return None
+    if op in ("pad", "constant_pad_nd"):
+        return _padded(node, states)
+    return _gated(node, states) if op == "glu" else None
 
 
 def _symbolic(values: Any, *, sizes: bool) -> bool:
@@ -163,7 +166,13 @@ def _pointwise(node: Node, states: Mapping[str, Any], is_product: bool) -> Known
 
 def _move(node: Node, states: Mapping[str, Any]) -> State:
     states = _completed(node, states)
-    values, sure = _run(node, states, filled), _run(node, states, lambda s: s.sure)
+    if packet_name(node.target) in _RESHAPING and isinstance(states.get("self"), Known):
+        # A pattern along a symbolic size falls elsewhere at another size.
+        states["self"] = even_along_symbols(states["self"], node_of(node, "self"))
+    index = states.get("index")
+    if isinstance(index, Known) and not index.is_whole:
+        return None
+    values, sure = _run(node, states, filled), _run(node, states, lambda s: s.value if s is index else s.sure)
     if isinstance(values, Tensor):
         return Known(values, sure)
     return [Known(v, s) for v, s in zip(values, sure, strict=True)]
@@ -183,8 +192,6 @@ def _window(node: Node, op: str, states: Mapping[str, Any]) -> Known | None:
     if not isinstance(x, Known):
         return None
     source = node_of(node, name)
-    if op in ("pad", "constant_pad_nd"):
-        return _padded(node, states, x)
     if op in _SUMS:
         dims = states.get("dim")
         dims = range(x.value.dim()) if dims is None or dims == [] else dims if isinstance(dims, list) else [dims]
@@ -192,25 +199,45 @@ def _window(node: Node, op: str, states: Mapping[str, Any]) -> Known | None:
         uneven = [d for d in over if not bool(is_even(x.value, d).all())]
         if uneven or (over and op == "sum" and not bool(x.zero.all())):
             x = Known(x.value, x.zero)
-    elif any(is_symbolic(source)[2:]) and op.startswith("avg") and pads(states):
-        x = Known(x.value, x.zero)
-    elif any(is_symbolic(node)[2:]) and op.startswith("adaptive"):
-        return None
+    elif any(is_symbolic(source)[-int(op[-2]) :]):
+        if op.startswith("adaptive"):
+            return None
+        x = even_along_symbols(x, source, range(-int(op[-2]), 0))
+        if op.startswith("avg") and (pads(states) or states.get("ceil_mode") or states.get("divisor_override")):
+            x = Known(x.value, x.zero)
     value = _run(node, {**states, name: x}, filled)
     doubt = _run(node, {**states, name: Known.all((~x.sure).float())}, lambda s: s.value)
     return Known(value, doubt <= 0)
 
 
-def _padded(node: Node, states: Mapping[str, Any], x: Known) -> Known | None:
-    if states.get("mode", "constant") != "constant":
+def _padded(node: Node, states: Mapping[str, Any]) -> Known | None:
+    x, mode = states["self"], states.get("mode", "constant")
+    if not isinstance(x, Known):
         return None
     pad, fill = states["pad"], states.get("value") or 0
-    touched = [x.value.dim() - 1 - i // 2 for i, amount in enumerate(pad) if amount]
-    shape = is_symbolic(node)
-    if any(shape[d] for d in touched):
+    given = arguments(node)["pad"]
+    # Where an amount is symbolic, there may be more of it at another size.
+    touched = [x.value.dim() - 1 - i // 2 for i, n in enumerate(given) if isinstance(n, Node) or n]
+    symbolic = any(isinstance(n, Node) for n in given) or any(is_symbolic(node)[d] for d in touched)
+    x = even_along_symbols(x, node_of(node, "self"), touched)
+    if mode != "constant":
+        if symbolic:
+            return None
+        sure = torch.nn.functional.pad(x.sure.float(), pad, mode=mode)
+        return Known(torch.nn.functional.pad(filled(x), pad, mode=mode), sure > 0)
+    if symbolic:
         x = Known(x.value, x.sure & (x.value == fill))
     value = torch.nn.functional.pad(filled(x), pad, value=fill)
     return Known(value, torch.nn.functional.pad(x.sure, pad, value=True))
+
+
+def _gated(node: Node, states: Mapping[str, Any]) -> Known | None:
+    x = states["self"]
+    if not isinstance(x, Known):
+        return None
+    first, gate = x.sure.chunk(2, states["dim"])
+    zero = x.zero.chunk(2, states["dim"])[0]
+    return Known(_run(node, states, filled), (first & gate) | zero)
 
 
 def _norm(node: Node, op: str, states: Mapping[str, Any]) -> Known | None:

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .known import Known, arguments, blank, by_channel, filled, has_argument, is_symbolic, node_of
+from .known import (
+    Known,
+    arguments,
+    blank,
+    by_channel,
+    even_along_symbols,
+    filled,
+    has_argument,
+    is_symbolic,
+    node_of,
+)
 
 CONVS = {f"conv{n}d" for n in (1, 2, 3)} | {f"conv_transpose{n}d" for n in (1, 2, 3)}
 
@@ -34,8 +44,9 @@ def product(node: Node, op: str, states: Mapping[str, Any], *, bias: bool = True
         assert some is not None
         x = x if x is not None else Known.none(blank(node_of(node, x_name), some))
         w = w if w is not None else Known.none(blank(node_of(node, w_name), some))
-        if op in CONVS and pads(states) and any(is_symbolic(node)[2:]):
-            x = Known(x.value, x.zero)
+        if op in CONVS and len(is_symbolic(node)) != w.value.dim():
+            return None
+        x, w = _at_any_size(node, op, x, w, states)
         found = _multiplied(node, op, x, w, {k: v for k, v in states.items() if k not in (x_name, w_name, b_name)})
     value, sure = found
     if op in ("addmm", "baddbmm"):
@@ -48,9 +59,27 @@ def product(node: Node, op: str, states: Mapping[str, Any], *, bias: bool = True
     return Known(value + filled(added).reshape(shape), sure & added.sure.reshape(shape))
 
 
+def sizes_show(node: Node, op: str, states: Mapping[str, Any]) -> bool:
+    """Whether a convolution makes of one constant several, at places that depend on a symbolic size."""
+    return (pads(states) or op.startswith("conv_transpose")) and any(is_symbolic(node)[2:])
+
+
+def _at_any_size(node: Node, op: str, x: Known, w: Known, states: Mapping[str, Any]) -> tuple[Known, Known]:
+    """What is known of the factors and leads to the same at every size: zeros always do."""
+    x_node = node_of(node, OPERANDS[op][0])
+    if op in CONVS:
+        x = even_along_symbols(x, x_node, range(2, x.value.dim()))
+        return (Known(x.value, x.zero) if sizes_show(node, op, states) else x), w
+    if is_symbolic(x_node)[-1]:
+        return Known(x.value, x.zero), Known(w.value, w.zero)
+    return x, w
+
+
 def _of_zero_rows(node: Node, op: str, w: Known) -> Known | None:
     """Zeros where the weight that makes an output is zero throughout, whatever comes in; None where none is."""
     if op in CONVS:
+        if len(is_symbolic(node)) != w.value.dim():
+            return None
         if op.startswith("conv_transpose"):
             if int(arguments(node).get("groups", 1)) != 1:
                 return None
@@ -69,7 +98,7 @@ def _of_zero_rows(node: Node, op: str, w: Known) -> Known | None:
 
 
 def _at_columns(dead: Tensor, op: str, value: Tensor) -> Tensor:
-    return (dead if op == "linear" else dead.unsqueeze(-2)).expand(value.shape)
+    return (dead if op == "linear" or value.dim() == 1 else dead.unsqueeze(-2)).expand(value.shape)
 
 
 def _multiplied(node: Node, op: str, x: Known, w: Known, settings: Mapping[str, Any]) -> Known:

@@ -18,8 +18,8 @@ from torch.fx import Node
 from ..axis import Axis, atoms
 from ..coupling import Call
 from ..rules import Dims, packet_name
-from .known import Known, arguments, is_even, is_symbolic, node_of
-from .products import CONVS, OPERANDS, pads, product
+from .known import ROUNDING, Known, arguments, even_along_symbols, node_of
+from .products import CONVS, OPERANDS, product, sizes_show
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,9 +55,9 @@ def readers(node: Node, call: Call, get: Callable[[Any], Any]) -> list[Reader]:
         query, key = call.arguments["query"], call.arguments["key"]
         zero = _zero_along(states["query"], -1, query) | _zero_along(states["key"], -1, key)
         return [_plain(node, query[-1], summed, zero, "the scores of attention, where it is not zero")]
-    if op in ("sum", "mean"):
+    if op in ("sum", "mean", "norm", "linalg_vector_norm"):
         dims = call.arguments["self"]
-        found = [d for d, axis in enumerate(dims.axes) if any(axis.root() is s.root() for s in call.summed)]
+        found = [d for d, axis in enumerate(dims.axes) if summed.intersection(atoms(axis))]
         why = f"{op}, where it is not zero"
         return [_plain(node, dims[d], summed, _zero_along(states["self"], d, dims), why) for d in found]
     why = f"{op}, which is not followed"
@@ -75,8 +75,8 @@ def _of_product(node: Node, op: str, call: Call, summed: frozenset[Axis], states
         if not isinstance(right, Known) or not right.is_whole:
             return _plain(node, x_dims[1], summed, zero, "a convolution with a kernel that is computed")
         why = f"{_named(node, w_name)} reads it, and it is not the same for every input"
-        if pads(states) and any(is_symbolic(node)[2:]):
-            known, why = zero, f"{_named(node, w_name)} reads it with padding, over a size that is not fixed"
+        if sizes_show(node, op, states):
+            known, why = zero, f"{_named(node, w_name)} reads it and pads, over a size that is not fixed"
         return Reader(node, x_dims[1], summed, call.out[1], _kernel_reads(op, right, states), known, zero, why)
     if isinstance(right, Known) and right.is_whole:
         x, dims, at, weight, x_node = left, x_dims, -1, right, node_of(node, x_name)
@@ -123,20 +123,16 @@ def _kernel_reads(op: str, weight: Known, states: Mapping[str, Any]) -> Tensor:
 
 def _zero_along(state: Any, dim: int, dims: Dims) -> Tensor:
     size = dims[dim].root().size.number
-    if not isinstance(state, Known):
+    if not isinstance(state, Known) or dims[dim].root().size.symbols:
         return torch.zeros(size, dtype=torch.bool)
     return _all_but(state.zero, dim).cpu()
 
 
 def _known_along(state: Any, dim: int, dims: Dims, node: Node) -> Tensor:
     """Where a tensor is known at all positions, and the same along every dimension of symbolic size."""
-    if not isinstance(state, Known):
+    if not isinstance(state, Known) or dims[dim].root().size.symbols:
         return torch.zeros(dims[dim].root().size.number, dtype=torch.bool)
-    sure = state.sure
-    for d, symbolic in enumerate(is_symbolic(node)):
-        if symbolic and d != dim % sure.dim():
-            sure = sure & is_even(state.value, d).unsqueeze(d)
-    return _all_but(sure, dim).cpu()
+    return _all_but(even_along_symbols(state, node).sure, dim).cpu()
 
 
 def _all_but(flags: Tensor, dim: int) -> Tensor:
@@ -163,13 +159,16 @@ def constant(node: Node, reader: Reader, gone: Tensor, get: Callable[[Any], Any]
         value = value[:1]
     found = product(node, op, {**states, name: Known.all(value)}, bias=False)
     assert found is not None
-    return _compact(found.value)
+    out = 1 if op in CONVS else found.value.dim() - 1 if not swapped else max(found.value.dim() - 2, 0)
+    return _compact(found.value, out)
 
 
-def _compact(tensor: Tensor) -> Tensor:
-    """The tensor with one index where a dimension does not matter, up to the rounding of a sum."""
-    slack = 1e-6 * tensor.abs().max()
-    for dim in range(tensor.dim()):
+def _compact(tensor: Tensor, out: int) -> Tensor:
+    """The tensor with one index along each dimension but `out` that does not matter, up to the rounding of a sum."""
+    others = [dim for dim in range(tensor.dim()) if dim != out]
+    largest = tensor.abs().amax(others, keepdim=True) if others else tensor.abs()
+    slack = ROUNDING * torch.finfo(tensor.dtype).eps * largest
+    for dim in others:
         first = tensor.narrow(dim, 0, 1)
         if bool(((tensor - first).abs() <= slack).all()):
             tensor = first
