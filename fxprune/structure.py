@@ -136,13 +136,14 @@ def remove_dead_proved(
             whole = first.keep.keys() - set(names)
             last = find_dead(program, coupling, selection, whole, align) if whole else first
             chosen = dataclasses.replace(selection, dead=last.keep)
-            shrunk = shrink(program, coupling, chosen.staying, last.constants)
-            left = _shrunk_selection(chosen, coupling.kept(chosen.staying))
+            stand_ins = (last.constants, last.instead)
+            shrunk = shrink(program, coupling, chosen.staying, *stand_ins)
+            left = _shrunk_selection(_with_slices(chosen, last.instead), coupling.kept(chosen.staying))
             masks = {name: mask for name, mask in left.mask.items() if mask.kept() < mask.numel()}
             result = Shrunk(shrunk, dataclasses.replace(left, mask=masks))
             if not proof.enabled:
                 return result
-            wide = shrink(program, coupling, chosen.staying, last.constants, wide=True) if proof.wide else shrunk
+            wide = shrink(program, coupling, chosen.staying, *stand_ins, wide=True) if proof.wide else shrunk
             row = proof.try_shrunk(wide, result.selection, "without what is dead = pruned model")
         except Exception as error:
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
@@ -165,11 +166,22 @@ def remove_dead_proved(
         found = attempt(names) if names else "no group came out right"
     if isinstance(found, str):
         report.notes.append(f"nothing dead left: {found}")
-        report.dead = dataclasses.replace(first, keep={}, constants={}, routes=Counter())
+        report.dead = dataclasses.replace(first, keep={}, constants={}, instead={}, routes=Counter())
         return before, selection
     report.dead = last
     report.checks += [found.row] if found.row is not None else []
     return found, dataclasses.replace(selection, dead=last.keep)
+
+
+def _with_slices(selection: Selection, instead: Mapping[str, tuple[int, int, Tensor]]) -> Selection:
+    """The selection with masks that keep the slices which were put into weights."""
+    masks = dict(selection.mask)
+    for name, (dim, index, _) in instead.items():
+        if name in masks:
+            keep = masks[name].unpack()
+            keep.select(dim, index).fill_(True)
+            masks[name] = PackedMask.pack(keep)
+    return dataclasses.replace(selection, mask=masks)
 
 
 def _right(names: list[str], attempt: Callable[[list[str]], Shrunk | str], why: str, report: Report) -> list[str]:

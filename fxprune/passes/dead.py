@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,13 +23,16 @@ from ..removal import Removal, removal
 from ..rules import packet_name
 from ..select import Selection
 from ..weights import names_of_parameters
-from .known import arguments
+from .edit import fetch, owner
+from .known import arguments, node_of
 from .known_ops import NORMS
 from .propagate import Propagation
-from .readers import Reader, constant, readers
+from .readers import Reader, constant, read_instead, readers
 
 # How a dead index leaves, from the least to the most that stands in for it.
-ROUTES = ("read by nothing", "zero", "constant into a bias", "constant into a map")
+ROUTES = ("read by nothing", "zero", "constant into a bias", "constant into another channel", "constant into a map")
+# A channel that stays can stand in for others whose constants are up to so many times its own.
+_REACH = 1e3
 
 
 class ZeroSlices(NamedTuple):
@@ -48,6 +51,7 @@ class Dead:
 
     keep       group -> indices that stay (int64, ascending), for groups that lose some
     constants  node -> what is to be added to its output, broadcast over it
+    instead    weight -> (dim, index, what stands there instead), for a channel that is read in place of others
     routes     route -> how many indices leave by it
     slices     what became of the zero slices of each weight
     notes      ops that could not be followed, and why
@@ -55,6 +59,7 @@ class Dead:
 
     keep: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     constants: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    instead: dict[str, tuple[int, int, Tensor]] = dataclasses.field(default_factory=dict)
     routes: Counter[str] = dataclasses.field(default_factory=Counter)
     slices: list[ZeroSlices] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -129,6 +134,7 @@ class _Search:
         for atom, kept in coupling.atoms_of(selection.keep).items():
             self._gone[atom] = torch.ones(atom.size.number, dtype=torch.bool).index_fill(0, kept, False)
         self._asked = {atom: gone.clone() for atom, gone in self._gone.items()}
+        self._own = _read_once(program) - selection.values.keys()
         self._readers: list[Reader] = []
         self._of: dict[Axis, list[Reader]] = {}
         self._places: dict[tuple[int, Axis], Tensor] = {}
@@ -153,20 +159,51 @@ class _Search:
                 waiting &= self._groups.keys()
 
     def align(self, align: int) -> None:
-        """Lets dead indices stay, the last ones, until the width that is left is a multiple of `align`.
+        """Lets dead indices stay up to a multiple of `align`, and one where no map could take the place of a constant.
 
         Nothing that stays reads them, or else they are known and what they read has a constant in its place.
         """
+        for reader in self._readers:
+            if reader.level is not None and not reader.is_fixed:
+                self._let_one_stay(reader, reader.level)
         for atom, gone in self._gone.items():
             multiple = self._coupling.multiple(atom, align)
             fresh = gone & ~self._asked.get(atom, torch.zeros_like(gone))
             kept = int((~gone).sum())
             if atom in self._groups and atom.size.number >= multiple:
                 wanted = min(atom.size.number, -(-kept // multiple) * multiple)
-                stay = fresh.nonzero().flatten()[max(0, int(fresh.sum()) - (wanted - kept)) :]
-                self._gone[atom] = gone.index_fill(0, stay, False)
-                for index in stay.tolist():
-                    self._why[atom][index] = f"widths are multiples of align={align}"
+                stay = [*self._standing_in(atom, fresh), *fresh.nonzero().flatten().flip(0).tolist()]
+                self._let_stay(atom, list(dict.fromkeys(stay))[: wanted - kept], f"widths are multiples of {align}")
+
+    def _let_stay(self, atom: Axis, indices: Sequence[int], why: str) -> None:
+        self._gone[atom] = self._gone[atom].index_fill(0, torch.tensor(indices, dtype=torch.long), False)
+        for index in indices:
+            self._why[atom][index] = why
+
+    def _standing_in(self, atom: Axis, fresh: Tensor) -> list[int]:
+        """For each padding convolution, the index of an atom that has the largest constant there."""
+        found = []
+        for reader in self._of.get(atom, []):
+            if reader.level is not None:
+                place = self._place(reader.axis, atom)
+                leaving = self._reads_of_leaving(reader) & (place >= 0) & fresh[place.clamp(min=0)]
+                found += _largest(reader.level, leaving, place)
+        return found
+
+    def _let_one_stay(self, reader: Reader, level: Tensor) -> None:
+        leaving = self._reads_of_leaving(reader) & ~reader.zero & ~level.isnan()
+        if not bool(leaving.any()) or self._instead(reader, level, leaving) is not None:
+            return
+        for atom in reader.summed & self._groups.keys():
+            place = self._place(reader.axis, atom)
+            self._let_stay(atom, _largest(level, leaving & (place >= 0), place), "its constant is read for others")
+
+    def _instead(self, reader: Reader, level: Tensor, leaving: Tensor) -> int | None:
+        """The index that stays and that can stand in for the constants that leave."""
+        found = torch.where(self._left(reader.axis) | level.isnan(), 0.0, level.abs())
+        at = int(found.argmax())
+        enough = float(found[at]) * _REACH >= float(level[leaving].abs().max()) and float(found[at]) > 0
+        return at if enough else None
 
     def _propagate(self) -> Propagation:
         return Propagation(self._program, self._read, self._leaving.statistics)
@@ -178,7 +215,7 @@ class _Search:
 
     def _collect(self, node: torch.fx.Node, get: object) -> None:
         call = self._coupling.calls.get(node)
-        for reader in readers(node, call, get) if call is not None and call.summed else []:  # pyright: ignore
+        for reader in readers(node, call, get, self._own) if call is not None and call.summed else []:  # pyright: ignore
             self._readers.append(reader)
             for atom in reader.summed:
                 self._of.setdefault(atom, []).append(reader)
@@ -267,6 +304,8 @@ class _Search:
             for reader in wanted.get(node, []):
                 read = self._reads_of_leaving(reader)
                 constants = read & ~reader.zero
+                even = self._read_instead(found, reader, constants)
+                constants &= ~even
                 added = constant(node, reader, constants, get) if bool(constants.any()) else None  # pyright: ignore
                 if added is not None:
                     found.constants[node.name] = added
@@ -274,9 +313,24 @@ class _Search:
                 for atom in reader.summed & route.keys():
                     place = self._place(reader.axis, atom)
                     _raise_to(route[atom], place[read & (place >= 0)], 1)
-                    _raise_to(route[atom], place[constants & (place >= 0)], 3 if is_map else 2)
+                    _raise_to(route[atom], place[constants & (place >= 0)], 4 if is_map else 2)
+                    _raise_to(route[atom], place[even & (place >= 0)], 3)
 
         self._propagate().run(visit)
+
+    def _read_instead(self, found: Dead, reader: Reader, constants: Tensor) -> Tensor:
+        """bool [i]: the constants that another channel stands in for; the weight that reads it then is put down."""
+        nowhere = torch.zeros_like(constants)
+        even = nowhere if reader.level is None else constants & ~reader.level.isnan()
+        if reader.level is None or not bool(even.any()):
+            return nowhere
+        at = self._instead(reader, reader.level, even)
+        if at is None:
+            return nowhere
+        name = str(node_of(reader.node, "weight").target)
+        dim, values = read_instead(reader, even, at, self._read(name, fetch(self._program, name)))
+        found.instead[name] = (dim, at, values)
+        return even
 
     def _reads_of_leaving(self, reader: Reader) -> Tensor:
         """bool [i]: the indices that leave and that outputs which stay still read."""
@@ -310,6 +364,21 @@ class _Search:
             if at >= 0 and atom in self._why and self._why[atom][at]:
                 return self._why[atom][at]
         return "one index of each axis stays"
+
+
+def _read_once(program: Program) -> set[str]:
+    """The parameters that one op alone reads."""
+    readers_of: Counter[int] = Counter()
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            readers_of[id(getattr(*owner(program, str(node.target))))] += len(node.users)
+    return {name for name, parameter in program.named_parameters() if readers_of[id(parameter)] == 1}
+
+
+def _largest(level: Tensor, among: Tensor, place: Tensor) -> list[int]:
+    """The place of the largest constant that is not zero, if there is one."""
+    size = torch.where(among & ~level.isnan(), level.abs(), 0.0)
+    return [int(place[size.argmax()])] if bool(size.any()) else []
 
 
 def _is_map(constant: Tensor) -> bool:

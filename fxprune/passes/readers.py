@@ -8,7 +8,7 @@ for every input can have a constant instead.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from torch.fx import Node
 from ..axis import Axis, atoms
 from ..coupling import Call
 from ..rules import Dims, packet_name
-from .known import ROUNDING, Known, arguments, even_along_symbols, node_of
-from .products import CONVS, OPERANDS, product, sizes_show
+from .known import HALF, ROUNDING, Known, arguments, even_along_symbols, is_even, node_of
+from .products import CONVS, OPERANDS, pads, product, sizes_show
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,6 +30,9 @@ class Reader:
     known  bool [i]: what comes in there is the same for every input, and a constant can stand in for it
     zero   bool [i]: what comes in there is zero
     why    in words: what an index that is read and not known runs into
+    level  [i]: where a convolution that pads reads one number at all places, that number, and NaN elsewhere; None for
+           other sums. Such a constant can be read from another channel that has one.
+    is_fixed  whether the places where it is padded are the same for every call
     """
 
     node: Node
@@ -40,17 +43,22 @@ class Reader:
     known: Tensor
     zero: Tensor
     why: str
+    level: Tensor | None = None
+    is_fixed: bool = True
 
 
-def readers(node: Node, call: Call, get: Callable[[Any], Any]) -> list[Reader]:
-    """The sums of one op over axes that could shrink; `get` says what is known of its arguments."""
+def readers(node: Node, call: Call, get: Callable[[Any], Any], own: Collection[str] = ()) -> list[Reader]:
+    """The sums of one op over axes that could shrink; `get` says what is known of its arguments.
+
+    `own` names the weights that one op alone reads, which may be changed for it.
+    """
     summed = frozenset(atom for axis in call.summed for atom in atoms(axis) if not atom.frozen and not atom.mixed)
     if not summed:
         return []
     op = packet_name(node.target)
     states = {name: get(value) for name, value in arguments(node).items()}
     if op in OPERANDS:
-        return [_of_product(node, op, call, summed, states)]
+        return [_of_product(node, op, call, summed, states, own)]
     if op == "scaled_dot_product_attention":
         query, key = call.arguments["query"], call.arguments["key"]
         zero = _zero_along(states["query"], -1, query) | _zero_along(states["key"], -1, key)
@@ -65,7 +73,9 @@ def readers(node: Node, call: Call, get: Callable[[Any], Any]) -> list[Reader]:
     return [_plain(node, axis, summed, zero, why) for axis, zero in zip(call.summed, nowhere)]
 
 
-def _of_product(node: Node, op: str, call: Call, summed: frozenset[Axis], states: Mapping[str, Any]) -> Reader:
+def _of_product(
+    node: Node, op: str, call: Call, summed: frozenset[Axis], states: Mapping[str, Any], own: Collection[str]
+) -> Reader:
     x_name, w_name, _ = OPERANDS[op]
     left, right = states[x_name], states[w_name]
     x_dims, w_dims = call.arguments[x_name], call.arguments[w_name]
@@ -75,9 +85,13 @@ def _of_product(node: Node, op: str, call: Call, summed: frozenset[Axis], states
         if not isinstance(right, Known) or not right.is_whole:
             return _plain(node, x_dims[1], summed, zero, "a convolution with a kernel that is computed")
         why = f"{_named(node, w_name)} reads it, and it is not the same for every input"
-        if sizes_show(node, op, states):
-            known, why = zero, f"{_named(node, w_name)} reads it and pads, over a size that is not fixed"
-        return Reader(node, x_dims[1], summed, call.out[1], _kernel_reads(op, right, states), known, zero, why)
+        level = _levels(node, op, left, states) if _named(node, w_name) in own else None
+        is_fixed = not sizes_show(node, op, states)
+        if not is_fixed:
+            known = zero if level is None else zero | ~level.isnan()
+            why = f"{_named(node, w_name)} reads it and pads, over a size that is not fixed"
+        reads = _kernel_reads(op, right, states)
+        return Reader(node, x_dims[1], summed, call.out[1], reads, known, zero, why, level, is_fixed)
     if isinstance(right, Known) and right.is_whole:
         x, dims, at, weight, x_node = left, x_dims, -1, right, node_of(node, x_name)
         table = weight.zero if op == "linear" else weight.zero.transpose(-1, -2) if len(w_dims) > 1 else weight.zero
@@ -98,6 +112,17 @@ def _of_product(node: Node, op: str, call: Call, summed: frozenset[Axis], states
         f"{_named(node, w_name if at == -1 and x is left else x_name)} reads it, and it is not the same for every input"
     )
     return Reader(node, dims[at], summed, out, reads.cpu(), known, zero, why)
+
+
+def _levels(node: Node, op: str, state: Any, states: Mapping[str, Any]) -> Tensor | None:
+    """[i]: the number that stands in all of a channel, or NaN; None where the convolution pads none, or has groups."""
+    if not isinstance(state, Known) or states.get("groups", 1) != 1:
+        return None
+    if not (pads(states) or op.startswith("conv_transpose")):
+        return None
+    values, sure = (t.movedim(1, 0).flatten(1) for t in (state.value, state.sure))
+    even = sure.all(1) & is_even(values, 1)
+    return torch.where(even, values[:, 0], float("nan")).cpu()
 
 
 def _named(node: Node, argument: str) -> str:
@@ -173,3 +198,17 @@ def _compact(tensor: Tensor, out: int) -> Tensor:
         if bool(((tensor - first).abs() <= slack).all()):
             tensor = first
     return tensor.contiguous()
+
+
+def read_instead(reader: Reader, gone: Tensor, at: int, weight: Tensor) -> tuple[int, Tensor]:
+    """A convolution's weight at input `at`, with what it reads at the inputs in `gone` (bool [i]) added in proportion.
+
+    Answers the dimension of the inputs and the slice there. Where input `at` holds one number everywhere, and each
+    input that leaves another, this is exact also where the convolution pads.
+    """
+    assert reader.level is not None
+    dim = 0 if packet_name(reader.node.target).startswith("conv_transpose") else 1
+    share = torch.where(gone, reader.level / reader.level[at], 0.0).double().to(weight.device)
+    share[at] = 1.0
+    values = torch.tensordot(weight.double().movedim(dim, -1), share, dims=1)
+    return dim, values.to(torch.float32 if weight.dtype in HALF else weight.dtype)

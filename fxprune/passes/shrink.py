@@ -19,7 +19,7 @@ from ..capture import Program
 from ..coupling import Coupling
 from ..indices import kept_indices
 from ..rules import Dims, Resize
-from .edit import copy_program, owner, set_argument
+from .edit import copy_program, fetch, owner, replace_parameter, set_argument
 from .stand_in import add_constants
 
 aten = torch.ops.aten
@@ -30,19 +30,23 @@ def shrink(
     coupling: Coupling,
     keep: Mapping[str, Tensor],
     constants: Mapping[str, Tensor] | None = None,
+    instead: Mapping[str, tuple[int, int, Tensor]] | None = None,
     *,
     wide: bool = False,
 ) -> Program:
     """A copy of the program in which each group named in `keep` has only those indices (int64, ascending).
 
-    `constants` are added to the outputs of the nodes that they name, as they were before anything left; with `wide`
-    they are not rounded to half types. `coupling` must be that of `program`, which is not changed; tensors that do not
-    shrink are shared with it. Raises PlanError for a group that the program does not have.
+    `constants` are added to the outputs of the nodes that they name, as they were before anything left, and `instead`
+    says what stands at one index of one dimension of a weight; with `wide` neither is rounded to half types. `coupling`
+    must be that of `program`, which is not changed; tensors that do not shrink are shared with it. Raises PlanError for
+    a group that the program does not have.
     """
     by_atom = coupling.atoms_of(keep)
     result = copy_program(program)
     if not by_atom:
         return result
+    for name, (dim, index, values) in (instead or {}).items():
+        _replace_slice(result, name, dim, index, values, wide=wide)
     _slice_tensors(result, coupling.kept(keep))
     copies = {node.name: node for node in result.graph.nodes}
     _refresh_values(program, coupling, by_atom, copies)
@@ -67,6 +71,13 @@ def _shrunk(constant: Tensor, dims: Dims, by_atom: Mapping[Axis, Tensor]) -> Ten
     cuts = [(d, axis) for d, axis in enumerate(dims.axes) if constant.shape[d] > 1]
     changed = [(d, axis) for d, axis in cuts if any(atom in by_atom for atom in atoms(axis))]
     return slice_tensor(constant, [(d, kept_indices(axis, by_atom)) for d, axis in changed])
+
+
+def _replace_slice(program: Program, name: str, dim: int, index: int, values: Tensor, *, wide: bool) -> None:
+    weight = fetch(program, name)
+    weight = weight.float() if wide and values.dtype is torch.float32 else weight.clone()
+    weight.select(dim, index).copy_(values)
+    replace_parameter(program, [name], weight)
 
 
 def _slice_tensors(program: Program, kept: Mapping[str, list[tuple[int, Tensor]]]) -> None:
