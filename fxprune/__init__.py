@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import prune
+from . import gradient_score, prune
 from .analyze import analyze
 from .errors import FxPruneError
 from .measure import benchmark
@@ -30,6 +30,7 @@ __all__ = [
     "Unstructured",
     "analyze",
     "benchmark",
+    "gradient_score",
     "prune",
     "transform",
 ]

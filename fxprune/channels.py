@@ -281,7 +281,7 @@ def _pooled(pool: list[Group], scores: Mapping[str, Tensor], how: Channels, rela
         # The best of each group stay whatever they are compared with.
         order = torch.sort(score, stable=True).indices[: max(0, group.size - how.min_keep)]
         values.append(score[order] / (score.mean() if relative and score.mean() > 0 else 1.0))
-        owners.append(torch.full((len(order),), index))
+        owners.append(torch.full((len(order),), index, device="cpu"))
     ranked = torch.sort(torch.cat(values), stable=True).indices[:wanted]
     removed = torch.bincount(torch.cat(owners)[ranked], minlength=len(pool))
     return {group.name: group.size - int(count) for group, count in zip(pool, removed)}

@@ -1,6 +1,6 @@
 """Scores from data: what each element of a model's parameters matters to a loss, by its gradient.
 
-    scores = taylor(model, loader, torch.nn.functional.cross_entropy)
+    scores = fxprune.gradient_score.taylor(model, loader, torch.nn.functional.cross_entropy)
     plan = Plan([Rule("*", Channels(0.5, score=scores), scope="global")])
 
 Each of the functions here walks once over `batches`, any iterable, a generator included:
@@ -14,7 +14,7 @@ Each of the functions here walks once over `batches`, any iterable, a generator 
 result covers every floating-point parameter under each of its names, hooks of torch.nn.utils.prune and
 parametrizations folded ("fc.weight", not "fc.weight_orig"), in float32 on the parameter's device; a parameter that the
 loss does not reach gets zeros. All raise InputError for a model, batch or loss that cannot be used, for no batches, and
-for gradients that are NaN or infinite.
+for gradients that are NaN or infinite; what the model or the loss raises itself passes through.
 """
 
 from __future__ import annotations
@@ -114,6 +114,9 @@ def _means(
     what = f"cannot compute the scores of {method}"
     _check_model(what, model)
     _check_batches(what, batches)
+    if not callable(loss):
+        why = f"a {type(loss).__name__} cannot be called"
+        raise InputError(what, where="loss", why=why, do="Give a function such as torch.nn.functional.cross_entropy.")
     folded, _ = fold_existing(model)
     found = _Means(folded, method)
     count = 0
@@ -240,8 +243,9 @@ def _check_model(what: str, model: object) -> None:
 
 
 def _check_batches(what: str, batches: object) -> None:
-    # A tensor and a mapping are iterable, but each is one batch.
-    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+    # A tensor, a mapping and a tuple (inputs, target) are iterable, but each is one batch.
+    one = isinstance(batches, tuple) and len(batches) == 2 and all(isinstance(part, Tensor) for part in batches)
+    if one or isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise InputError(
             what,
             where="batches",

@@ -15,7 +15,7 @@ def kept_indices(axis: Axis, keep: Mapping[Axis, Tensor]) -> Tensor:
     axis = axis.root()
     if axis.kind is None:
         kept = keep.get(axis)
-        return torch.arange(axis.size.number) if kept is None else kept
+        return torch.arange(axis.size.number, device="cpu") if kept is None else kept
     parts = [(part.root().size.number, kept_indices(part, keep)) for part in axis.parts]
     if axis.kind == "concat":
         offset, found = 0, []
@@ -48,9 +48,9 @@ def positions(axis: Axis, atom: Axis) -> Tensor:
     """For each index of an axis, which index of `atom` it belongs to, or -1: int64 [size]."""
     axis = axis.root()
     if axis is atom:
-        return torch.arange(axis.size.number)
+        return torch.arange(axis.size.number, device="cpu")
     if axis.kind is None:
-        return torch.full((axis.size.number,), -1)
+        return torch.full((axis.size.number,), -1, device="cpu")
     parts = [positions(part, atom) for part in axis.parts]
     if axis.kind == "concat":
         return torch.cat(parts)

@@ -113,5 +113,5 @@ class PackedMask:
         """How many elements are kept."""
         if self.bits.numel() == 0:
             return 0
-        ones = torch.tensor([byte.bit_count() for byte in range(256)])
+        ones = torch.tensor([byte.bit_count() for byte in range(256)], device="cpu")
         return int((torch.bincount(self.bits, minlength=256).cpu() * ones).sum())

@@ -195,6 +195,9 @@ def _check_score(score: object, pattern: str, names: Collection[str]) -> None:
     where = f"{pattern}(score=...)"
     if isinstance(score, str) and score not in names:
         why = f"there are: {', '.join(names)}"
+        if score in ("taylor", "snip", "fisher"):
+            why = "it needs data"
+            do = f"Compute it: score=fxprune.gradient_score.{score}(model, batches, loss)."
         raise PlanError(f'no score is named "{score}"', where=where, why=why, do=do)
     if not isinstance(score, (str, Scores)) and not callable(score):
         why = f"{type(score).__name__} is neither a name nor a function nor Scores"

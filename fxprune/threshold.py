@@ -137,7 +137,7 @@ class Shard:
 
     def count(self, bracket: Bracket) -> Tensor:
         """Counts [2 ** width] int64, on the CPU, of the next digit among keys that begin as `bracket`."""
-        total = torch.zeros(1 << bracket.width, dtype=torch.int64)
+        total = torch.zeros(1 << bracket.width, dtype=torch.int64, device="cpu")
         rest = bracket.left - bracket.width
         whole = bracket.left == _KEYS[bracket.dtype][1]
         for weight, kept in zip(self.weights, self.kept, strict=True):

@@ -85,7 +85,7 @@ def random(members: Sequence[Slices], how: UnitScore) -> Tensor:
     Source: Mittal et al., "Recovering from Random Pruning: On the Plasticity of Deep Convolutional Neural Networks",
     2018 (random filters as the baseline).
     """
-    return torch.rand(_size(members), dtype=torch.float64)
+    return torch.rand(_size(members), dtype=torch.float64, device="cpu")
 
 
 def bn_scale(members: Sequence[Slices], how: UnitScore) -> Tensor:

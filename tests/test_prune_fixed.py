@@ -403,3 +403,37 @@ def test_a_mask_of_another_device_or_dtype_fits() -> None:
     assert meta.weight.is_meta and meta.weight_mask.is_meta
     prune.ln_structured(meta := nn.Linear(3, 3, device="meta"), "weight", 1, 2, 0)
     assert meta.weight.is_meta and meta.weight_mask.is_meta
+
+
+def test_a_default_device_does_not_matter():
+    """A mask is counted on the CPU whatever device new tensors get."""
+    first, second = (nn.Linear(6, 5) for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    theirs.l1_unstructured(first, "weight", amount=0.4)
+    before = torch.get_default_device()
+    torch.set_default_device("meta")
+    try:
+        prune.l1_unstructured(second, "weight", amount=0.4)
+    finally:
+        torch.set_default_device(before)
+    assert torch.equal(first.weight_mask, second.weight_mask)
+
+
+def test_owners_of_one_tensor_have_masks_of_their_own():
+    model = nn.ModuleList([nn.Linear(6, 5), nn.Linear(6, 5)])
+    model[1].weight = model[0].weight
+    prune.l1_unstructured(model[0], "weight", amount=0.4, model=model)
+    assert torch.equal(model[0].weight_mask, model[1].weight_mask)
+
+
+def test_a_copy_under_no_grad_trains():
+    layer = prune.l1_unstructured(nn.Linear(6, 5), "weight", amount=0.4)
+    with torch.no_grad():
+        other = copy.deepcopy(layer)
+    other(torch.randn(2, 6)).sum().backward()
+    assert other.weight_orig.grad is not None and layer.weight_orig.grad is None
+
+
+def test_a_seed_is_no_generator():
+    with pytest.raises(TypeError, match=r"torch\.Generator"):
+        prune.random_unstructured(nn.Linear(6, 5), "weight", amount=0.4, generator=42)

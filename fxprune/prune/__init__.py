@@ -2,8 +2,11 @@
 
 Modules pruned by torch and by this package mix freely: each side's functions, containers and hooks work on the other's.
 What is more than torch's: any weight has every norm; `generator=`, `include_bias=` and `model=` (tied parameters); all
-dtypes; copies at any time; a failed call changes nothing; global_unstructured ranks without concatenating; errors that
+dtypes; deepcopy at any time; a failed call changes nothing; global_unstructured ranks without concatenating; errors
 name the parameter. `load_state_dict` reads what a pruned model saved into a model that is not pruned.
+
+As with torch, an entry of nn.ParameterDict or nn.ParameterList, which nothing calls, shows what it was pruned to and
+not what was trained since.
 """
 
 from __future__ import annotations

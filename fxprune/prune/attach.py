@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +33,20 @@ def attach(method: Method, places: Sequence[Place], join: Join, scores: Tensor |
         return write(method, places, join, scores)
 
 
+def _without_inference(call: Callable[..., Method]) -> Callable[..., Method]:
+    """Masks made under torch.inference_mode could never be trained with."""
+
+    @functools.wraps(call)
+    def wrapped(*args: Any, **kwargs: Any) -> Method:
+        if not torch.is_inference_mode_enabled():
+            return call(*args, **kwargs)
+        with torch.inference_mode(False):
+            return call(*args, **kwargs)
+
+    return wrapped
+
+
+@_without_inference
 def write(method: Method, places: Sequence[Place], join: Join, scores: Tensor | None = None) -> Method:
     """As `attach`, with nothing put back on failure."""
     first = places[0]
@@ -49,7 +64,9 @@ def write(method: Method, places: Sequence[Place], join: Join, scores: Tensor | 
     mask_for = getattr(method, "_mask_for", None)
     mask = None if mask_for is None else mask_for(parameter, start)
     if mask is None:
-        mask = _computed(method, hook, first.value() if scores is None else scores, parameter, start)
+        ranked = first.value() if scores is None else scores
+        # the pruned tensor is still where the model was when it last ran
+        mask = _computed(method, hook, ranked.to(parameter.device), parameter, start)
     del start
     mask = _fit(mask, parameter, method)
     for each, own, joined in made:
@@ -63,7 +80,7 @@ def _computed(method: Method, hook: Method, t: Tensor, parameter: Tensor, start:
         return method.compute_mask(t, default_mask=torch.ones_like(parameter, requires_grad=False))
     if hook is method:  # another owner of the parameter was pruned before
         return combined(method, t, start)
-    return hook.compute_mask(t, default_mask=start.detach().clone())
+    return hook.compute_mask(t, default_mask=start.detach().clone(memory_format=torch.contiguous_format))
 
 
 def _fit(mask: object, parameter: Tensor, method: Method) -> Tensor:
@@ -79,7 +96,10 @@ def _fit(mask: object, parameter: Tensor, method: Method) -> Tensor:
         except RuntimeError as error:
             why = f"it has shape {list(mask.shape)}, the parameter {list(parameter.shape)}"
             raise WrongMaskError(what, why=why, do=do) from error
-    return mask.to(parameter.device, parameter.dtype)
+    mask = mask.to(parameter.device, parameter.dtype)
+    if mask.stride() == parameter.stride():
+        return mask
+    return torch.empty_like(parameter, requires_grad=False).copy_(mask)
 
 
 def _keep(place: Place, parameter: nn.Parameter, mask: Tensor, hook: Any) -> None:

@@ -11,7 +11,7 @@ from torch.nn.utils import prune as torch_prune
 from .amount import _validate_pruning_amount_init, _validate_pruning_dim, _validate_structured_pruning, to_prune
 from .bias import bias_places, prune_biases
 from .combine import alive
-from .elements import given
+from .elements import check_generator, given
 from .errors import located
 from .masked import zeroed
 from .method import BasePruningMethod
@@ -81,6 +81,7 @@ class RandomStructured(Channels, torch_prune.RandomStructured):
         _validate_pruning_amount_init(amount)
         self.amount = amount
         self.dim = dim
+        check_generator(generator)
         self.generator = generator
 
     def __getstate__(self) -> dict[str, Any]:

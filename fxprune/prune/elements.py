@@ -11,7 +11,7 @@ from torch.nn.utils import prune as torch_prune
 from ..mask import PackedMask
 from ..threshold import Shard, threshold
 from .amount import _validate_pruning_amount_init, to_prune
-from .errors import MissingError, WrongShapeError
+from .errors import MissingError, WrongShapeError, WrongTypeError
 from .masked import is_byte_float, masked, packed, unpacked_like, zeroed
 from .method import BasePruningMethod
 
@@ -42,6 +42,7 @@ class RandomUnstructured(BasePruningMethod, torch_prune.RandomUnstructured):
     def __init__(self, amount: float, *, generator: torch.Generator | None = None) -> None:
         _validate_pruning_amount_init(amount)
         self.amount = amount
+        check_generator(generator)
         self.generator = generator
 
     def __getstate__(self) -> dict[str, Any]:
@@ -173,6 +174,13 @@ def draw(shape: tuple[int, ...] | torch.Size, like: Tensor, generator: torch.Gen
     device = like.device if generator is None else generator.device
     dtype = like.dtype if drawable else torch.float32
     return torch.rand(shape, dtype=dtype, device=device, generator=generator).to(like.device)
+
+
+def check_generator(generator: object) -> None:
+    """Raise a TypeError for what is neither a generator nor None, such as a seed."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        why = f"generator={generator!r} is a {type(generator).__name__}, not a torch.Generator"
+        raise WrongTypeError("cannot draw", why=why, do="Give torch.Generator().manual_seed(seed).")
 
 
 def given(generator: torch.Generator | None) -> dict[str, Any]:

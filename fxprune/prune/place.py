@@ -60,6 +60,9 @@ class Place:
         if not isinstance(value, nn.Parameter) or is_lazy(value):
             self._refuse(value)
         if not pruned:
+            if self.name not in self.module._parameters:  # a property, or an attribute of another module
+                why = "the module shows a parameter under this name, but another module holds it"
+                raise NameTakenError(_WHAT, where=str(self), why=why, do=_NAMES)
             self._check_names_are_free()
         return value  # pyright: ignore[reportReturnType]
 
@@ -78,7 +81,11 @@ class Place:
             why = "it has no shape yet"
             raise InputError(_WHAT, where=str(self), why=why, do="Call the module once, then prune.")
         kind = "None" if value is None else f"a {type(value).__name__}"
-        raise WrongTypeError(_WHAT, where=str(self), why=f"it is {kind}, not a parameter", do=_NAMES)
+        do = _NAMES
+        if isinstance(value, Tensor) and self.name not in self.module._buffers:
+            computed = [n for n in dict(self.module.named_parameters()) if self.name in n]
+            do = f"It is computed, by a parametrization or a hook: remove that first, or prune {', '.join(computed)}."
+        raise WrongTypeError(_WHAT, where=str(self), why=f"it is {kind}, not a parameter", do=do)
 
     def _check_names_are_free(self) -> None:
         for name in (f"{self.name}_orig", f"{self.name}_mask"):

@@ -42,7 +42,8 @@ class Memory:
 
     def restore(self) -> None:
         """Put everything back; tables stay the objects that they were."""
-        self.module.__class__ = self.kind
+        if type(self.module) is not self.kind:  # a module may have a __setattr__ of its own
+            self.module.__class__ = self.kind
         now = vars(self.module)
         now.clear()
         for key, (value, saved) in self.state.items():
