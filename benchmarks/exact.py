@@ -8,7 +8,7 @@ along dim 0 or dim 1; biases and batch-norms stay as they are. fxprune.transform
 `ideal` counts the parameters that could leave: those of every index of a group of coupled channels that no product
 reads, or that holds the same for every input wherever one does. It is measured, not derived: from activations of random
 inputs under several draws of the weights that are not zero, and from the gradients behind them. `left` is what did
-leave, and `error` is max|a - b| / max|b| against the masked model. With --time the result is also timed against the
+leave, at widths that are multiples of eight and, as a share, at any width (options align=1). `error` is max|a - b| / max|b| against the masked model. With --time the result is also timed against the
 masked model, both under torch.compile with freezing.
 
 Needs torchvision and transformers: `.venv-zoo/bin/python -m benchmarks.exact` after `make zoo`. Figures go to results/,
@@ -119,14 +119,15 @@ class Probe:
         self.varies_out: dict[str, Tensor] = {}
         self.matters_out: dict[str, Tensor] = {}
         zeros = {name: p == 0 for name, p in model.named_parameters() if p.dim() > 1}
-        drawn = copy.deepcopy(model)
+        # In double precision: what varies after many pruned layers may vary little.
+        drawn = copy.deepcopy(model).double()
         for seed in range(1, 1 + draws):
             randomise(drawn, seed)
             with torch.no_grad():
                 for name, parameter in drawn.named_parameters():
                     if name in zeros:
                         parameter.masked_fill_(zeros[name], 0)
-            self._look(drawn, inputs(2))
+            self._look(drawn, tuple(x.double() if x.is_floating_point() else x for x in inputs(2)))
 
     def _look(self, model: nn.Module, given: Inputs) -> None:
         seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -163,7 +164,7 @@ def _by_channel(values: Tensor, dim: int) -> Tensor:
 def _differs(values: Tensor, dim: int) -> Tensor:
     """[c]: whether values [batch, ...] differ within the batch, beyond rounding."""
     spread = _by_channel((values - values[:1]).abs(), dim).amax(1)
-    return spread > 1e-5 * _by_channel(values.abs(), dim).amax(1).clamp(min=1e-6)
+    return spread > 1e-12 * _by_channel(values.abs(), dim).amax(1).clamp(min=1e-12)
 
 
 def ideal_indices(coupling: Coupling, model: nn.Module, probe: Probe) -> dict[str, Tensor]:
@@ -212,9 +213,10 @@ def measure(name: str, amount: float, dim: int, time: bool, cases: Any) -> Row:
     randomise(model, 0)
     prune_layers(model, amount, dim)
     example = inputs(1)
-    options = {} if time else {"compile": False, "measure": False}
-    result = fxprune.transform(model, example_inputs=example, options=options, progress=False)
+    quiet = {"compile": False, "measure": False}
+    result = fxprune.transform(model, example_inputs=example, options={} if time else quiet, progress=False)
     report = result.report
+    odd = fxprune.transform(model, example_inputs=example, options={**quiet, "align": 1}, progress=False).report
     for layer in layers(model).values():
         if prune.is_pruned(layer):
             prune.remove(layer, "weight")
@@ -230,7 +232,8 @@ def measure(name: str, amount: float, dim: int, time: bool, cases: Any) -> Row:
         rest[part.why.split(" (")[0] if " reads it" not in part.why else "read elsewhere"] += part.zero - part.left
     return {
         "model": name, "amount": amount, "dim": dim, "parameters": before, "after": after, "left": before - after,
-        "ideal": ideal, "share": (before - after) / max(ideal, 1), "error": max(c.error for c in report.checks),
+        "left_at_any_width": before - odd.parameters[1] if odd.parameters else 0, "ideal": ideal,
+        "error": max(c.error for c in [*report.checks, *odd.checks]),
         "routes": dict(dead.routes), "map_elements": dead.map_elements,
         "zero_slices": sum(s.zero for s in dead.slices), "zero_slices_left": sum(s.left for s in dead.slices),
         "rest": {why: count for why, count in rest.most_common() if count},
@@ -247,30 +250,23 @@ def table(rows: Sequence[Row]) -> str:
     shown = [
         (
             r["model"], f"{r['amount']:.0%}", r["dim"], f"{r['parameters'] / 1e6:.2f} M", f"{r['left'] / 1e6:.2f} M",
-            f"{r['ideal'] / 1e6:.2f} M", f"{r['share']:.1%}", f"{r['zero_slices_left']} of {r['zero_slices']}",
+            f"{r['ideal'] / 1e6:.2f} M", f"{r['left'] / max(r['ideal'], 1):.1%}",
+            f"{r['left_at_any_width'] / max(r['ideal'], 1):.1%}", f"{r['zero_slices_left']} of {r['zero_slices']}",
             f"{r['map_elements'] / 1e6:.2f} M", f"{r['error']:.1e}", f"{r['ratio']:.2f}" if r["ratio"] else "-",
         )
         for r in rows
     ]  # fmt: skip
-    headers = (
-        "model",
-        "pruned",
-        "dim",
-        "parameters",
-        "left",
-        "ideal",
-        "share",
-        "zero slices",
-        "maps",
-        "error",
-        "times faster",
-    )
-    return tabulate(shown, headers=headers, disable_numparse=True)
+    headers = "model,pruned,dim,parameters,left,ideal,share,at any width,zero slices left,maps,error,times faster"
+    return tabulate(shown, headers=headers.split(","), disable_numparse=True)
 
 
 def merged(before: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
-    """Return all rows in the order of the table, new ones in place of old ones."""
-    found = {(r["model"], r["amount"], r["dim"]): r for r in [*before, *rows]}
+    """Return all rows in the order of the table, new ones in place of old ones; a row that was not timed keeps times."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in [*before, *rows]:
+        key = (row["model"], row["amount"], row["dim"])
+        times = {k: v for k, v in found.get(key, {}).items() if k in ("ratio", "dense_ms", "ms")}
+        found[key] = {**row, **(times if row.get("ratio") is None else {})}
     names = list(CASES)
     return [found[key] for key in sorted(found, key=lambda key: (names.index(key[0]), *key[1:]))]
 

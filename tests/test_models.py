@@ -203,7 +203,8 @@ def test_a_model_at_80_percent_equals_the_pruned_model(make: Callable[[], Case])
     dense, oracle = (first_float(m(*args, **kwargs)) for m in (model, zeroed(model, result)))
     assert (dense - oracle).abs().max() > 100 * TOLERANCE * oracle.abs().max()
     assert len(result.report.weights) >= 2
-    assert all(w.reached == pytest.approx(0.8, abs=0.05) for w in result.report.weights)
+    # The report counts zeros in what is left: rows that are zero throughout may have left.
+    assert all(result.selection.reached(w.name) == pytest.approx(0.8, abs=0.05) for w in result.report.weights)
     linears = [w for w in result.report.weights if w.layout == "nonzeros"]
     assert linears or make is mobilenet_v2
 
