@@ -8,8 +8,9 @@ along dim 0 or dim 1; biases and batch-norms stay as they are. fxprune.transform
 `ideal` counts the parameters that could leave: those of every index of a group of coupled channels that no product
 reads, or that holds the same for every input wherever one does. It is measured, not derived: from activations of random
 inputs under several draws of the weights that are not zero, and from the gradients behind them. `left` is what did
-leave, at widths that are multiples of eight and, as a share, at any width (options align=1). `error` is max|a - b| / max|b| against the masked model. With --time the result is also timed against the
-masked model, both under torch.compile with freezing.
+leave, at widths that are multiples of eight and, as a share, at any width (options align=1). `error` is the largest of
+max|a - b| / max|b| against the masked model. With --time the result is also timed against the masked model, both under
+torch.compile with freezing.
 
 Needs torchvision and transformers: `.venv-zoo/bin/python -m benchmarks.exact` after `make zoo`. Figures go to results/,
 in place of those taken before for the same model, amount and dim; --quick runs one small network and writes nothing.
@@ -261,7 +262,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def merged(before: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
-    """Return all rows in the order of the table, new ones in place of old ones; a row that was not timed keeps times."""
+    """Return all rows in the order of the table, new in place of old; where a new one was not timed, old times stay."""
     found: dict[tuple[Any, ...], Row] = {}
     for row in [*before, *rows]:
         key = (row["model"], row["amount"], row["dim"])
