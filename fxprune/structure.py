@@ -14,9 +14,10 @@ from .couple import couple
 from .coupling import Coupling
 from .mask import PackedMask
 from .passes.blocks import find_blocks
-from .passes.dead import Dead, find_dead, may_be_dead
+from .passes.dead import Dead, find_dead
 from .passes.drop import Bypassing, drop_blocks
 from .passes.shrink import shrink, slice_tensor
+from .passes.zero_slices import may_be_dead
 from .prove import Proof
 from .removal import Cuts, removal
 from .report import Report

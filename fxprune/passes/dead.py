@@ -20,14 +20,13 @@ from ..capture import Program
 from ..coupling import Coupling
 from ..indices import positions
 from ..removal import Removal, removal
-from ..rules import packet_name
 from ..select import Selection
 from ..weights import names_of_parameters
 from .edit import fetch, owner
-from .known import arguments, node_of
-from .known_ops import NORMS
+from .known import node_of
 from .propagate import Propagation
 from .readers import Reader, constant, read_instead, readers
+from .zero_slices import weights_of, zero_slices
 
 # How a dead index leaves, from the least to the most that stands in for it.
 ROUTES = ("read by nothing", "zero", "constant into a bias", "constant into another channel", "constant into a map")
@@ -68,35 +67,6 @@ class Dead:
     def map_elements(self) -> int:
         """How many numbers the constants hold that are no biases."""
         return sum(c.numel() for c in self.constants.values() if _is_map(c))
-
-
-def may_be_dead(program: Program, selection: Selection) -> bool:
-    """Whether some weight has a slice without anything, or some norm a scale of zero: where a search can start."""
-    tables, scales = _arguments_of(program, {"embedding"}), _arguments_of(program, NORMS)
-    for name, weight in program.named_parameters():
-        if not weight.is_floating_point() or weight.is_meta:
-            continue
-        if weight.dim() == 1 and name in scales and not bool(weight.detach().all()):
-            return True
-        mask = selection.mask.get(name)
-        kept = weight.detach() != 0 if mask is None else mask.unpack()
-        if weight.dim() > 1 and not bool(kept.all()):
-            # The row that pads an embedding is zero, and is read all the same.
-            found = {dim: zero for dim, zero in _zero_slices(kept).items() if dim or name not in tables}
-            if any(bool(zero.any()) for zero in found.values()):
-                return True
-    return False
-
-
-def _arguments_of(program: Program, ops: Collection[str]) -> set[str]:
-    """The names of the parameters that some ops read as their weight."""
-    found = set()
-    for node in program.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and packet_name(node.target) in ops:
-            weight = arguments(node).get("weight")
-            if isinstance(weight, torch.fx.Node) and weight.op == "get_attr":
-                found.add(str(weight.target))
-    return found
 
 
 @torch.no_grad()
@@ -148,15 +118,17 @@ class _Search:
         propagation = self._propagate()
         propagation.run(self._collect)
         self._failed = propagation.failed
-        waiting = set(self._groups)
+        # In the order of the groups, so that what stays is the same in every run.
+        waiting = dict.fromkeys(self._groups)
         while waiting:
-            atom = waiting.pop()
+            atom = next(iter(waiting))
+            del waiting[atom]
             gone = self._may_go(atom)
             if not torch.equal(gone, self._gone.get(atom, torch.zeros_like(gone))):
                 self._gone[atom] = gone
                 # Rows of a weight that left read nothing any more.
-                waiting |= {a for r in self._readers if r.out is not None and atom in atoms(r.out) for a in r.summed}
-                waiting &= self._groups.keys()
+                made = [r for r in self._readers if r.out is not None and atom in atoms(r.out)]
+                waiting |= dict.fromkeys(a for r in made for a in atoms(r.axis) if a in r.summed and a in self._groups)
 
     def align(self, align: int) -> None:
         """Lets dead indices stay up to a multiple of `align`, and one where no map could take the place of a constant.
@@ -194,9 +166,12 @@ class _Search:
         leaving = self._reads_of_leaving(reader) & ~reader.zero & ~level.isnan()
         if not bool(leaving.any()) or self._instead(reader, level, leaving) is not None:
             return
-        for atom in reader.summed & self._groups.keys():
+        for atom in dict.fromkeys(atoms(reader.axis)):
             place = self._place(reader.axis, atom)
-            self._let_stay(atom, _largest(level, leaving & (place >= 0), place), "its constant is read for others")
+            found = _largest(level, leaving & (place >= 0), place) if atom in self._groups else []
+            if found:
+                self._let_stay(atom, found, "its constant is read for others")
+                return
 
     def _instead(self, reader: Reader, level: Tensor, leaving: Tensor) -> int | None:
         """The index that stays and that can stand in for the constants that leave."""
@@ -338,12 +313,12 @@ class _Search:
 
     def _slices(self) -> list[ZeroSlices]:
         rows = []
-        tables = _arguments_of(self._program, {"embedding"})
+        tables = weights_of(self._program, {"embedding"})
         for name, weight in self._program.named_parameters():
             dims = self._coupling.tensors.get(name)
             if dims is None or not weight.is_floating_point():
                 continue
-            for dim, zero in _zero_slices(self._read(name, weight.detach())).items():
+            for dim, zero in zero_slices(self._read(name, weight.detach())).items():
                 if name in tables and dim == 0:
                     continue
                 left = self._left(dims[dim])
@@ -387,11 +362,3 @@ def _is_map(constant: Tensor) -> bool:
 
 def _raise_to(route: Tensor, places: Tensor, value: int) -> None:
     route[places] = route[places].clamp(min=value)
-
-
-def _zero_slices(weight: Tensor) -> dict[int, Tensor]:
-    """bool [size] for each of the first two dimensions: where the weight is zero throughout."""
-    if weight.dim() < 2:
-        return {}
-    nonzero = weight != 0
-    return {dim: ~nonzero.movedim(dim, 0).flatten(1).any(1).cpu() for dim in (0, 1) if weight.shape[dim] > 1}
