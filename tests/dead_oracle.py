@@ -65,3 +65,7 @@ def image(batch: int = 2, channels: int = 3, side: int = 9) -> Tensor:
 
 def vectors(batch: int = 3, width: int = 12) -> Tensor:
     return torch.randn(batch, width, generator=torch.Generator().manual_seed(1))
+
+
+def sequence() -> Tensor:
+    return torch.randn(2, 5, 10, generator=torch.Generator().manual_seed(1))

@@ -1,7 +1,7 @@
 """propagate: what of each value in a graph is the same whatever the inputs are. Weights are known, inputs are not.
 
 Constant propagation, element by element: an element is sure where everything that it is computed from is sure, or is
-multiplied by a sure zero. Symbolic sizes stand at a small number, and what holds there holds at every size: an op that
+multiplied by a sure zero. Symbolic sizes stand at the example's, and what holds there holds at every size: an op that
 could tell sizes apart (a slice up to a symbol, a padded window over a symbolic size) leaves nothing sure.
 """
 

@@ -84,7 +84,7 @@ def _of_product(
         known, zero = _known_along(left, 1, x_dims, node_of(node, x_name)), _zero_along(left, 1, x_dims)
         if not isinstance(right, Known) or not right.is_whole:
             return _plain(node, x_dims[1], summed, zero, "a convolution with a kernel that is computed")
-        why = f"{_named(node, w_name)} reads it, and it is not the same for every input"
+        why = f"{_named(node, w_name)} reads it, and it is not known to be the same for every input"
         level = _levels(node, op, left, states) if _named(node, w_name) in own else None
         is_fixed = not sizes_show(node, op, states)
         if not is_fixed:
@@ -108,9 +108,7 @@ def _of_product(
     if out is not None and out.root().size.symbols:
         out, reads = None, reads.any(0, keepdim=True)
     known, zero = _known_along(x, at, dims, x_node), _zero_along(x, at, dims)
-    why = (
-        f"{_named(node, w_name if at == -1 and x is left else x_name)} reads it, and it is not the same for every input"
-    )
+    why = f"{_named(node, w_name if at == -1 and x is left else x_name)} reads it, and it is not known to be the same for every input"
     return Reader(node, dims[at], summed, out, reads.cpu(), known, zero, why)
 
 

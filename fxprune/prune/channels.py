@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -27,9 +28,9 @@ class Channels(BasePruningMethod):
     amount: float
     dim: int
 
+    @abstractmethod
     def _scores(self, t: Tensor) -> Tensor:
         """t -> [t.shape[dim]], the lowest of which go."""
-        raise NotImplementedError
 
     def _without_lowest(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """t (two or more dims) -> the mask so far without the channels of the lowest scores."""
