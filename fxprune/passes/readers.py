@@ -108,7 +108,8 @@ def _of_product(
     if out is not None and out.root().size.symbols:
         out, reads = None, reads.any(0, keepdim=True)
     known, zero = _known_along(x, at, dims, x_node), _zero_along(x, at, dims)
-    why = f"{_named(node, w_name if at == -1 and x is left else x_name)} reads it, and it is not known to be the same for every input"
+    by = _named(node, w_name if x is left else x_name)
+    why = f"{by} reads it, and it is not known to be the same for every input"
     return Reader(node, dims[at], summed, out, reads.cpu(), known, zero, why)
 
 
