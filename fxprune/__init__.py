@@ -6,9 +6,10 @@ from pathlib import Path
 
 from . import gradient_score, prune
 from .analyze import analyze
+from .calibrate.calibrate import calibrate
 from .errors import FxPruneError
 from .measure import benchmark
-from .patterns import Channels, Existing, Unstructured
+from .patterns import Blocks, Channels, Existing, SemiStructured, Unstructured
 from .plan import Drop, Plan, Rule
 from .report import Report
 from .transform import transform
@@ -20,6 +21,7 @@ if not (_root / "fxprune" / "triton_kernels").exists() and (_root / "triton_kern
 
 __version__ = "0.1.0"
 __all__ = [
+    "Blocks",
     "Channels",
     "Drop",
     "Existing",
@@ -27,9 +29,11 @@ __all__ = [
     "Plan",
     "Report",
     "Rule",
+    "SemiStructured",
     "Unstructured",
     "analyze",
     "benchmark",
+    "calibrate",
     "gradient_score",
     "prune",
     "transform",

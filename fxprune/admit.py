@@ -16,7 +16,12 @@ from .coupling import Coupling
 from .errors import InputError
 from .existing import mask_hooks
 from .plan import Candidate
-from .weights import names_of_parameters, uses
+from .weights import Use, names_of_parameters, uses
+
+aten = torch.ops.aten
+
+# Convolutions whose weight is [i, o, *k].
+_TRANSPOSED_CONVS = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 
 
 def admit_model(model: object) -> None:
@@ -146,7 +151,7 @@ def run_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def candidates(program: Program, coupling: Coupling | None = None) -> dict[str, Candidate]:
-    """Every parameter of a program under its first name, and whether a plan may prune it.
+    """Every parameter of a program under its first name, whether a plan may prune it, and what its dimensions are.
 
     With a coupling, weights that the graph first computes with (standardised ones, say) count as well: their channels
     may leave.
@@ -155,10 +160,13 @@ def candidates(program: Program, coupling: Coupling | None = None) -> dict[str, 
     result = {}
     for name in dict.fromkeys(names_of_parameters(program).values()):
         tensor = program.get_parameter(name)
-        kinds = {u.kind for u in found.get(name, [])} - {""}
+        used = [u for u in found.get(name, []) if u.kind]
+        kinds = {u.kind for u in used}
+        role = "lookup" if kinds == {"embedding"} else "product"
         if coupling is not None and coupling.outputs(name):
             kinds.add("weight")
-        result[name] = Candidate(tuple(tensor.shape), tensor.dtype, *_prunable(tensor, name in found, kinds))
+        usable = _prunable(tensor, name in found, kinds)
+        result[name] = Candidate(tuple(tensor.shape), tensor.dtype, *usable, _inputs(used), role)
     return result
 
 
@@ -167,8 +175,21 @@ def candidates_without_graph(model: nn.Module) -> dict[str, Candidate]:
     result = {}
     for name, tensor in model.named_parameters():
         plain = name.removesuffix("_orig")
-        result[plain] = Candidate(tuple(tensor.shape), tensor.dtype, *_prunable(tensor, True, {"linear"}))
+        result[plain] = Candidate(
+            tuple(tensor.shape), tensor.dtype, *_prunable(tensor, True, {"linear"}), role="unknown"
+        )
     return result
+
+
+def _inputs(used: list[Use]) -> int:
+    """The dimension of a weight that its first product sums over: 1 unless it is stored with its inputs first."""
+    for use in used:
+        if use.kind == "linear":
+            return 0 if use.transposed else 1
+        if use.kind == "conv":
+            transposed = use.node.target is aten.convolution.default and use.node.args[6]
+            return 0 if transposed or use.node.target in _TRANSPOSED_CONVS else 1
+    return 1
 
 
 def _prunable(tensor: Tensor, is_read: bool, kinds: set[str]) -> tuple[bool, str]:

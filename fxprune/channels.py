@@ -35,11 +35,18 @@ class Kept:
 
 
 @torch.no_grad()
-def keep_channels(coupling: Coupling, tensors: Mapping[str, Tensor], plan: Plan, binding: Binding) -> Kept:
+def keep_channels(
+    coupling: Coupling,
+    tensors: Mapping[str, Tensor],
+    plan: Plan,
+    binding: Binding,
+    given: Mapping[str, Tensor] | None = None,
+) -> Kept:
     """Which indices every group keeps. `tensors` are the program's parameters by name; they are only read.
 
-    Ties in the scores go to the lowest index first. Raises PlanError for coupled weights that are asked for unequal
-    amounts, for all units of a group, and for a weight written out in full whose axis is frozen.
+    `given` are scores [size] of the units of groups by name, which take the place of their rules' scores. Ties in the
+    scores go to the lowest index first. Raises PlanError for coupled weights that are asked for unequal amounts, for all
+    units of a group, and for a weight written out in full whose axis is frozen.
     """
     kept = Kept()
     scaling = _batch_norm_weights(coupling)
@@ -54,9 +61,9 @@ def keep_channels(coupling: Coupling, tensors: Mapping[str, Tensor], plan: Plan,
         slices = {g.name: _members(g, coupling, tensors, scaling) for g in groups}
         kept.notes += _scored_otherwise(index, slices, rule.sparsity)
         for pool in _pools(coupling, tensors, groups, rule.scope):
-            scores = {g.name: score_units(slices[g.name], rule.sparsity) for g in pool}
+            scores = {g.name: _scored(g, slices[g.name], rule.sparsity, given or {}) for g in pool}
             alone = rule.scope == "local"
-            relative = _relative([slices[g.name] for g in pool], rule.sparsity)
+            relative = not given and _relative([slices[g.name] for g in pool], rule.sparsity)
             exact = _local(pool, rule.sparsity) if alone else _pooled(pool, scores, rule.sparsity, relative)
             counts = {g.name: _aligned(coupling, g, rule.sparsity, exact[g.name]) for g in pool}
             for group in pool:
@@ -70,6 +77,10 @@ def keep_channels(coupling: Coupling, tensors: Mapping[str, Tensor], plan: Plan,
     order = {group.name: i for i, group in enumerate(coupling)}
     kept.keep = dict(sorted(kept.keep.items(), key=lambda item: order[item[0]]))
     return kept
+
+
+def _scored(group: Group, slices: list[Slices], how: Channels, given: Mapping[str, Tensor]) -> Tensor:
+    return given[group.name] if group.name in given else score_units(slices, how)
 
 
 def _bind(

@@ -69,13 +69,12 @@ class Oracle(torch.fx.Interpreter):
         self._canonical = names_of_parameters(program)
 
     def fetch_attr(self, target: str) -> Any:
-        """The parameter or buffer, masked where the selection masks it."""
+        """The parameter or buffer with the selection's value, masked where the selection masks it."""
         value = super().fetch_attr(target)
         if not isinstance(value, Tensor):
             return value
-        name = self._canonical.get(target)
-        value = self._removal.apply(target, value.detach())
-        return self._widened(value if name is None else self._selection.apply(name, value))
+        value = self._selection.apply(self._canonical.get(target, target), value.detach())
+        return self._widened(self._removal.apply(target, value))
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The input of this name."""

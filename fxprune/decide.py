@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import sympy
 import torch
@@ -61,6 +62,7 @@ def choose_selection(
             mask=dict(replay.mask),
             values=dict(replay.values),
             asked=dict(replay.asked),
+            fits=dict(replay.fits),
         )
     names = names_of_parameters(program)
     known = candidates(program, coupling)
@@ -72,7 +74,7 @@ def choose_selection(
     report.notes += _passed_over(binding.skipped)
     report.notes += [f"{name}: rule {later} replaces rule {earlier}" for name, earlier, later in binding.overridden]
     report.notes += [f"{name}: excluded from rule {r} by {by!r}" for r, name, by in binding.excluded]
-    selection = select(weights, existing, plan, binding)
+    selection = select(weights, existing, plan, binding, {name: c.inputs for name, c in known.items()})
     if coupling is not None:
         kept = keep_channels(coupling, {n: t.detach() for n, t in program.named_parameters()}, plan, binding)
         selection.keep = kept.keep
@@ -106,18 +108,32 @@ def _existing(capture: Capture, names: dict[str, str], weights: dict[str, Tensor
     return masks
 
 
+def check_values(program: Program, values: Mapping[str, Tensor]) -> None:
+    """Raises InputError unless every value fits the parameter or buffer of its name, of any name of a tied one."""
+    tensors = dict(program.named_parameters(remove_duplicate=False)) | dict(program.named_buffers())
+    for name, value in values.items():
+        _check_one(name, value, tensors.get(name), Tensor, "new value")
+        where = f'"{name}" {list(value.shape)}'
+        if value.dtype != tensors[name].dtype:
+            raise _no_replay(where, f"its new value is {value.dtype}, and not {tensors[name].dtype}")
+        if not bool(value.isfinite().all()):
+            raise _no_replay(where, "its new value holds NaN or infinity")
+
+
+def _check_one(name: str, found: Any, tensor: Tensor | None, kind: type, noun: str) -> None:
+    if tensor is None:
+        raise _no_replay(f'"{name}"', "the model has no parameter of this name")
+    where = f'"{name}" {list(tensor.shape)}'
+    if not isinstance(found, kind):
+        raise _no_replay(where, f"its {noun} is a {type(found).__name__}, and not a {kind.__name__}")
+    if tuple(found.shape) != tuple(tensor.shape):
+        raise _no_replay(where, f"its {noun} has shape {list(found.shape)}")
+
+
 def _check_replay(program: Program, replay: Selection, coupling: Coupling | None) -> None:
-    names = set(names_of_parameters(program).values())
-    for table, kind, noun in ((replay.mask, PackedMask, "mask"), (replay.values, Tensor, "new value")):
-        for name, found in table.items():
-            if name not in names:
-                raise _no_replay(f'"{name}"', "the model has no parameter of this name")
-            shape = tuple(program.get_parameter(name).shape)
-            if not isinstance(found, kind):
-                why = f"its {noun} is a {type(found).__name__}, and not a {kind.__name__}"
-                raise _no_replay(f'"{name}" {list(shape)}', why)
-            if tuple(found.shape) != shape:
-                raise _no_replay(f'"{name}" {list(shape)}', f"its {noun} has shape {list(found.shape)}")
+    parameters = {name: program.get_parameter(name) for name in names_of_parameters(program).values()}
+    for name, mask in replay.mask.items():
+        _check_one(name, mask, parameters.get(name), PackedMask, "mask")
     groups = {group.name: group for group in coupling or ()}
     for name, indices in replay.keep.items():
         if name not in groups:

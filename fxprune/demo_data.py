@@ -22,6 +22,8 @@ from fxprune.errors import FxPruneError
 BODY_TOKENS = 64
 TITLE_TOKENS = 32
 EVALUATION_DOCUMENTS = 800
+CALIBRATION_DOCUMENTS = 256
+NEAR = 150  # equal characters at the start of two bodies that make them near duplicates
 
 INSTALL = (
     "Install what the demo needs: pip install transformers && "
@@ -95,6 +97,20 @@ def evaluation_documents(documents: Sequence[Document], count: int = EVALUATION_
     return [documents[i] for i in order]
 
 
+def calibration_documents(documents: Sequence[Document], count: int = CALIBRATION_DOCUMENTS) -> list[Document]:
+    """Return a fixed random sample without the documents that retrieval is scored on, and without what is near them."""
+    order = numpy.random.default_rng(0).permutation(len(documents))
+    shuffled = [documents[i] for i in order]
+    return far_from(shuffled[:EVALUATION_DOCUMENTS], shuffled[EVALUATION_DOCUMENTS:])[:count]
+
+
+def far_from(known: Sequence[Document], documents: Sequence[Document]) -> list[Document]:
+    """Return the documents with neither the headline nor the first 150 characters of a known one."""
+    titles = {document.title.lower() for document in known}
+    starts = {document.body[:NEAR] for document in known}
+    return [d for d in documents if d.title.lower() not in titles and d.body[:NEAR] not in starts]
+
+
 def tokenize(
     tokenizer: Tokenizer, texts: Sequence[str], *, cut: int, width: int, rows: int
 ) -> list[tuple[Tensor, Tensor]]:
@@ -126,6 +142,11 @@ def embed(model: Callable[..., Any], batches: Iterable[tuple[Tensor, Tensor]], c
             weight = mask.unsqueeze(-1).to(hidden.dtype)
             found.append((hidden * weight).sum(1) / weight.sum(1))
     return nn.functional.normalize(torch.cat(found)[:count], dim=-1)
+
+
+def mean_cosine(a: Tensor, b: Tensor) -> float:
+    """Return the mean over rows of the cosine between `a [n, d]` and `b [n, d]`."""
+    return nn.functional.cosine_similarity(a.double(), b.double(), dim=-1).mean().item()
 
 
 def recall_at_1(titles: Tensor, bodies: Tensor) -> float:

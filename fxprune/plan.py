@@ -6,15 +6,15 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from difflib import SequenceMatcher, get_close_matches
-from fnmatch import fnmatchcase
+from difflib import get_close_matches
 from typing import Any, cast
 
-import torch
 from tabulate import tabulate
 
+from .binding import Binding, Candidate
 from .errors import PlanError
-from .patterns import SPARSITIES, Channels, Existing, Sparsity, Unstructured
+from .names import is_glob, matches, near
+from .patterns import SPARSITIES, Blocks, Channels, Existing, SemiStructured, Sparsity, Unstructured
 from .score import SCORES, Scores
 from .unit_score import UNIT_SCORES
 
@@ -28,7 +28,8 @@ class Rule:
 
     `pattern` is a glob (`*`, `?`, `[...]`, case sensitive) whose `*` crosses dots. scope "local" takes the
     amount from each weight (Channels: each group) by itself, "global" from all that this rule binds, pooled.
-    "isomorphic", for Channels only, pools the groups that have the same shape.
+    "isomorphic", for Channels only, pools the groups that have the same shape. SemiStructured, and Unstructured with
+    per_row, take the same share everywhere and know "local" only.
     """
 
     pattern: str
@@ -58,11 +59,18 @@ class Rule:
                 why=f"it compares groups of one shape, and {type(self.sparsity).__name__} prunes no groups",
                 do='Use "local" or "global", or the pattern Channels.',
             )
+        if self.scope == "global" and (why := _not_pooled(self.sparsity)):
+            raise PlanError(
+                'cannot use scope "global"',
+                where=f'Rule("{self.pattern}", ...)',
+                why=why,
+                do='Use "local", or Unstructured or Blocks, which can compare all weights of a rule.',
+            )
 
     @property
     def names_one(self) -> bool:
         """Whether the pattern is a name written out in full, which must be right, and no wildcard."""
-        return not _is_glob(self.pattern)
+        return not is_glob(self.pattern)
 
 
 @dataclass(frozen=True)
@@ -77,36 +85,6 @@ class Drop:
 
     def __post_init__(self) -> None:
         _check_pattern(self.pattern, "Drop(pattern=...)", "module's path", "encoder.layer.[35]")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What binding must know of a parameter; `reason` says in words why it is not `prunable`."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    prunable: bool
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Binding:
-    """Which rule each weight got, and what the rules' wildcards met besides.
-
-    assigned    name -> index of the rule that won
-    overridden  (name, earlier rule, later rule that took its place)
-    skipped     (rule, name, why the name matched but cannot be used)
-    excluded    (rule, name, the exclude pattern that took it away)
-    """
-
-    assigned: dict[str, int]
-    overridden: tuple[tuple[str, int, int], ...] = ()
-    skipped: tuple[tuple[int, str, str], ...] = ()
-    excluded: tuple[tuple[int, str, str], ...] = ()
-
-    def names(self, rule: int) -> list[str]:
-        """The weights that rule number `rule` got, in the order of the parameters."""
-        return [name for name, index in self.assigned.items() if index == rule]
 
 
 @dataclass(frozen=True)
@@ -146,8 +124,9 @@ class Plan:
         """Parameters by name, one name for each tensor -> which rule each one gets.
 
         `aliases` maps the other names of tied parameters to the one in `parameters`; patterns match any of
-        them. Raises PlanError for a full name that is unknown or unprunable, a wildcard that binds nothing,
-        an exclude pattern that matches nothing, and a number of elements larger than the weight or pool.
+        them. Raises PlanError for a full name that is unknown, unprunable or of a shape that the pattern does not
+        divide, a wildcard that binds nothing, an exclude pattern that matches nothing, and a number of elements or
+        tiles larger than the weight or pool.
         """
         names: dict[str, list[str]] = {name: [name] for name in parameters}
         for alias, name in (aliases or {}).items():
@@ -155,33 +134,34 @@ class Plan:
                 names[name].append(alias)
         known = [alias for group in names.values() for alias in group]
         for pattern in self.exclude:
-            if not any(_matches(pattern, name) for name in known):
+            if not any(matches(pattern, name) for name in known):
                 raise _nothing("an exclude pattern matches nothing", pattern, known)
         won: dict[str, int] = {}
         overridden, skipped, excluded = [], [], []
         for index, rule in enumerate(self.rules):
-            matched = [name for name, group in names.items() if any(_matches(rule.pattern, n) for n in group)]
+            matched = [name for name, group in names.items() if any(matches(rule.pattern, n) for n in group)]
             if not matched:
                 raise _nothing(f"rule {index} binds nothing", rule.pattern, known)
-            if _is_glob(rule.pattern):
+            if is_glob(rule.pattern):
                 removed = [(name, by) for name in matched for by in self._excluding(names[name])[:1]]
                 left = [name for name in matched if name not in dict(removed)]
-                unusable = [(name, parameters[name].reason) for name in left if not parameters[name].prunable]
-                bound = [name for name in left if parameters[name].prunable]
+                wrong = {name: parameters[name].unusable(rule.sparsity) for name in left}
+                unusable = [(name, why) for name, why in wrong.items() if why]
+                bound = [name for name, why in wrong.items() if not why]
                 if not bound:
-                    usable = [name for name, candidate in parameters.items() if candidate.prunable]
+                    usable = [name for name, candidate in parameters.items() if not candidate.unusable(rule.sparsity)]
                     raise _unusable(index, rule.pattern, unusable, removed, usable)
                 skipped += [(index, *pair) for pair in unusable]
                 excluded += [(index, *pair) for pair in removed]
             else:
-                _check_prunable(index, rule.pattern, parameters[matched[0]])
+                _check_usable(index, rule, parameters[matched[0]])
                 bound = matched
             overridden += [(name, won[name], index) for name in bound if name in won]
             won.update(dict.fromkeys(bound, index))
         assigned = {name: won[name] for name in parameters if name in won}
         binding = Binding(assigned, tuple(overridden), tuple(skipped), tuple(excluded))
         for index, rule in enumerate(self.rules):
-            _check_count(index, rule, {name: parameters[name].shape for name in binding.names(index)})
+            _check_count(index, rule, {name: parameters[name] for name in binding.names(index)})
         return binding
 
     def blocks(self, paths: Iterable[str]) -> dict[str, Drop]:
@@ -193,7 +173,7 @@ class Plan:
         known = [path for path in dict.fromkeys(paths) if path]
         matched: dict[str, Drop] = {}
         for drop in self.drops:
-            found = [path for path in known if _matches(drop.pattern, path)]
+            found = [path for path in known if matches(drop.pattern, path)]
             if not found:
                 raise _nothing("a drop binds nothing", drop.pattern, known, "module")
             matched.update(dict.fromkeys(found, drop))
@@ -201,7 +181,7 @@ class Plan:
         return {path: matched[path] for path in outermost}
 
     def _excluding(self, names: Iterable[str]) -> list[str]:
-        return [pattern for pattern in self.exclude if any(_matches(pattern, name) for name in names)]
+        return [pattern for pattern in self.exclude if any(matches(pattern, name) for name in names)]
 
     def to_json(self) -> str:
         """The plan as JSON text. Raises PlanError where a score is a function or Scores: only names can be saved."""
@@ -210,9 +190,11 @@ class Plan:
             values = {field.name: getattr(rule.sparsity, field.name) for field in fields(rule.sparsity)}
             if values.get("norm") == math.inf:
                 values["norm"] = "inf"  # JSON has no infinity
+            if values.get("per_row") is False:
+                del values["per_row"]  # plans without it stay readable to versions that did not know it
             if not isinstance(values.get("score", ""), str):
                 kind = "Scores" if isinstance(values["score"], Scores) else "a function"
-                names = SCORES if isinstance(rule.sparsity, Unstructured) else UNIT_SCORES
+                names = UNIT_SCORES if isinstance(rule.sparsity, Channels) else SCORES
                 raise PlanError(
                     "cannot save the plan",
                     where=f'rule {index}, "{rule.pattern}"',
@@ -290,40 +272,48 @@ def _unreadable(why: str) -> PlanError:
     return PlanError("cannot read a plan", where="Plan.from_json", why=why, do=do)
 
 
-def _is_glob(pattern: str) -> bool:
-    return any(mark in pattern for mark in "*?[")
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return fnmatchcase(name, pattern) if _is_glob(pattern) else name == pattern
-
-
 def _above(path: str) -> Iterator[str]:
     """Every module path that a path lies inside: "a", "a.b" for "a.b.c"."""
     parts = path.split(".")
     return (".".join(parts[:depth]) for depth in range(1, len(parts)))
 
 
-def _check_prunable(index: int, name: str, candidate: Candidate) -> None:
-    if not candidate.prunable:
+def _not_pooled(sparsity: Sparsity) -> str:
+    if isinstance(sparsity, SemiStructured):
+        return f"{sparsity.n} of every {sparsity.m} stay in every weight, so there is nothing to pool"
+    if isinstance(sparsity, Unstructured) and sparsity.per_row:
+        return "with per_row every row loses the same share, so there is nothing to pool"
+    return ""
+
+
+def _check_usable(index: int, rule: Rule, candidate: Candidate) -> None:
+    if why := candidate.unusable(rule.sparsity):
+        so = f" as {rule.sparsity.describe()}" if candidate.prunable else ""
         raise PlanError(
             f"cannot bind rule {index}",
-            where=f'"{name}" {list(candidate.shape)}',
-            why=f"this parameter cannot be pruned: {candidate.reason}",
+            where=f'"{rule.pattern}" {list(candidate.shape)}',
+            why=f"this parameter cannot be pruned{so}: {why}",
             do="Take the rule out, or write a wildcard, which passes over such parameters.",
         )
 
 
-def _check_count(index: int, rule: Rule, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    if not isinstance(rule.sparsity, Unstructured):
+def _check_count(index: int, rule: Rule, bound: Mapping[str, Candidate]) -> None:
+    how = rule.sparsity
+    if not isinstance(how, (Unstructured, Blocks)):
         return
-    sizes = {f'"{name}" {list(shape)}': math.prod(shape) for name, shape in shapes.items()}
+    noun, sizes = ("tiles" if isinstance(how, Blocks) else "elements"), {}
+    for name, candidate in bound.items():
+        shape = candidate.shape
+        if isinstance(how, Unstructured):
+            sizes[f'"{name}" {list(shape)}'] = math.prod(shape)
+        elif candidate.role != "unknown":
+            sizes[f'"{name}" {list(shape)}'] = how.tiles(shape, candidate.inputs)
     if rule.scope == "global" and sizes:
         sizes = {f'the {len(sizes)} weights of "{rule.pattern}"': sum(sizes.values())}
     for where, size in sizes.items():
-        if rule.sparsity.count(size) > size:
+        if how.count(size) > size:
             raise PlanError(
-                f"rule {index} asks for {rule.sparsity.amount} elements",
+                f"rule {index} asks for {how.amount} {noun}",
                 where=where,
                 why=f"there are only {size}",
                 do=f"Ask for at most {size}, or for a fraction such as 0.9.",
@@ -345,8 +335,8 @@ def _unusable(
 
 
 def _nothing(what: str, pattern: str, names: list[str], kind: str = "parameter") -> PlanError:
-    matches = "matches this pattern" if _is_glob(pattern) else f"has this {'path' if kind == 'module' else 'name'}"
-    why = f"none of the {len(names)} {kind}s {matches}"
+    asked = "matches this pattern" if is_glob(pattern) else f"has this {'path' if kind == 'module' else 'name'}"
+    why = f"none of the {len(names)} {kind}s {asked}"
     return PlanError(what, where=f'"{pattern}"', why=why, do=_suggest(pattern, names, kind))
 
 
@@ -355,28 +345,16 @@ def _suggest(pattern: str, names: Iterable[str], kind: str = "parameter") -> str
     return f"Near it: {', '.join(found)}." if found else f"See dict(model.named_{kind}s()) for the names."
 
 
-def near(pattern: str, names: Iterable[str], limit: int = 5) -> list[str]:
-    """The names nearest to a pattern, best first: those holding most of its letters in order, in any case."""
-    wanted = "".join(letter for letter in pattern.lower() if letter not in "*?[]")
-    matcher = SequenceMatcher(autojunk=False)
-    matcher.set_seq2(wanted)
-    ranked = []
-    for name in names:
-        matcher.set_seq1(name.lower())
-        shared = sum(block.size for block in matcher.get_matching_blocks())
-        ranked.append((shared / max(len(wanted), 1), matcher.ratio(), name))
-    ranked.sort(key=lambda entry: (-round(entry[0], 2), -entry[1]))
-    return [name for held, _, name in ranked[:limit] if held >= 0.7]
-
-
 __all__ = [
     "Binding",
+    "Blocks",
     "Candidate",
     "Channels",
     "Drop",
     "Existing",
     "Plan",
     "Rule",
+    "SemiStructured",
     "Sparsity",
     "Unstructured",
     "near",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from tabulate import tabulate
 
 from .capture import Program
 from .check import CheckRow
 from .coupling import Coupling
+from .fits import Fit, Recovery
 from .passes.dead import ROUTES, Dead
 from .passes.lower import Lowered
 from .removal import Cuts, removal
@@ -82,6 +84,8 @@ class Report:
     removed: dict[str, Cuts] = dataclasses.field(default_factory=dict)
     dead: Dead | None = None
     parameters: tuple[int, int] | None = None
+    fits: dict[str, Fit] = dataclasses.field(default_factory=dict)
+    recovery: Recovery | None = None
     pending: bool = False
 
     def tell_groups(
@@ -136,6 +140,8 @@ class Report:
             parts.append(_groups_table(self.groups))
         if self.dead is not None and self.dead.slices:
             parts.append(_dead_table(self.dead))
+        if noted := [(name, fit.method, fit.note) for name, fit in self.fits.items() if fit.note]:
+            parts.append(tabulate(noted, headers=("weight", "fitted by", "note"), disable_numparse=True))
         if self.checks:
             parts.append(_checks_table(self.checks))
         if self.notes:
@@ -156,6 +162,10 @@ class Report:
             lines.append(f"parameters: {before:,} before, {after:,} after: {1 - after / max(before, 1):.1%} removed")
         if self.dead is not None and self.dead.routes:
             lines.append(_dead_line(self.dead))
+        if self.fits:
+            lines.append(_fits_line(self.fits))
+        if self.recovery is not None:
+            lines.append(f"trained: {self.recovery}")
         if self.weights:
             lines.append(f"weights: {_megabytes(self.dense_bytes)} dense, {_megabytes(self.bytes)} as stored")
         if self.timing is not None:
@@ -223,6 +233,15 @@ def _groups_table(groups: list[GroupReport]) -> str:
     reasons = Counter(g.reason.split(" (")[0].split(' "')[0] for g in groups if g.reason)
     rest = "".join(f"\n{count} groups keep all: {reason}" for reason, count in reasons.most_common())
     return tabulate(rows, headers=headers, disable_numparse=True) + (rest if any(g.asked for g in groups) else "")
+
+
+def _fits_line(fits: Mapping[str, Fit]) -> str:
+    """How well calibration fitted the weights: the error of their outputs as a share of the outputs' spread."""
+    methods = ", ".join(f"{count} by {method}" for method, count in Counter(f.method for f in fits.values()).items())
+    errors = sorted(math.sqrt(fit.error) for fit in fits.values() if fit.error == fit.error)
+    rows = max(fit.rows for fit in fits.values())
+    spread = f"; outputs off by {errors[len(errors) // 2]:.0%} (median), {errors[-1]:.0%} (most)" if errors else ""
+    return f"fitted:  {methods}, on up to {rows:,} rows{spread}"
 
 
 def _dead_line(dead: Dead) -> str:

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .fits import Fit, Recovery
 from .mask import PackedMask, chunks
-from .patterns import Existing, Unstructured
+from .matrix import from_matrix, to_matrix
+from .patterns import Blocks, Existing, SemiStructured, Unstructured
 from .plan import Binding, Plan
-from .score import PIECEWISE, SCORES, Scores, check_weight, scores
+from .project import keep_highest, project, score_tiles, spread_tiles
+from .score import PIECEWISE, SCORES, Score, Scores, check_weight, scores
 from .threshold import Shard, threshold
 
 
@@ -26,6 +29,8 @@ class Selection:
     asked   weight or group -> fraction its rule asked for; None where no amount was asked
     drop    module paths of the residual blocks that leave
     dead    group -> indices that stay, where masks left others without any effect; found anew at every transform
+    fits    weight -> how calibration fitted it
+    recovery    what `recover` did; None where it did not run
     """
 
     keep: dict[str, Tensor] = field(default_factory=dict)
@@ -34,6 +39,8 @@ class Selection:
     asked: dict[str, float | None] = field(default_factory=dict)
     drop: tuple[str, ...] = ()
     dead: dict[str, Tensor] = field(default_factory=dict)
+    fits: dict[str, Fit] = field(default_factory=dict)
+    recovery: Recovery | None = None
 
     @property
     def staying(self) -> dict[str, Tensor]:
@@ -69,12 +76,17 @@ def select(
     existing: Mapping[str, PackedMask | Tensor],
     plan: Plan,
     binding: Binding,
+    inputs: Mapping[str, int] | None = None,
 ) -> Selection:
     """Weights by name and the masks they already have (packed, or bool of the weight's shape) -> Selection.
 
+    `inputs` names the dimension of a weight that products sum over, where it is not 1: its rows, groups and tiles are
+    those of `fxprune.matrix`.
+
     Masked elements are never revived: they are the first to count towards an amount, whatever stands there.
-    Among equal scores the lowest flat index goes first, and in a pool the first weight's. A weight that no
-    rule binds keeps its existing mask. Weights are only read; a tied weight must come under one name only.
+    Among equal scores the lowest flat index goes first (with rows, groups or tiles: in the weight's matrix), and in a
+    pool the first weight's. A weight that no rule binds keeps its existing mask. Weights are only read; a tied weight
+    must come under one name only.
     Raises InputError for weights and scores that are not finite, and for masks and given scores that do not fit.
     """
     _check_given(weights, plan, binding)
@@ -84,14 +96,17 @@ def select(
         bound = binding.names(index)
         pools = [bound] if rule.scope == "global" else [[name] for name in bound]
         for pool in pools:
-            if isinstance(rule.sparsity, Unstructured):
-                share = _mask_pool({name: weights[name] for name in pool}, masks, rule.sparsity)
-                asked.update(dict.fromkeys(pool, share))
-            elif isinstance(rule.sparsity, Existing):
-                for name in pool:
-                    if name not in masks:
-                        masks[name] = _zeros(name, weights[name])
-                    asked[name] = None
+            how, pooled = rule.sparsity, {name: weights[name] for name in pool}
+            if isinstance(how, Existing):
+                masks.update({name: _zeros(name, weight) for name, weight in pooled.items() if name not in masks})
+                asked.update(dict.fromkeys(pool))
+            elif isinstance(how, Blocks):
+                asked.update(dict.fromkeys(pool, _mask_tiles(pooled, masks, how, inputs or {})))
+            elif isinstance(how, SemiStructured) or (isinstance(how, Unstructured) and how.per_row):
+                for name, weight in pooled.items():
+                    asked[name] = _mask_rows(name, weight, masks, how, (inputs or {}).get(name, 1))
+            elif isinstance(how, Unstructured):
+                asked.update(dict.fromkeys(pool, _mask_pool(pooled, masks, how)))
     order = [name for name in weights if name in masks]
     return Selection(mask={name: masks[name] for name in order}, asked={name: asked[name] for name in order})
 
@@ -113,6 +128,59 @@ def _mask_pool(pool: Mapping[str, Tensor], masks: dict[str, PackedMask], how: Un
     found = threshold([shard], max(0, count - (size - alive)))
     masks.update(zip(pool, shard.masks(found, 0), strict=True))
     return count / size if size else 0.0
+
+
+def _mask_rows(
+    name: str, weight: Tensor, masks: dict[str, PackedMask], how: Unstructured | SemiStructured, inputs: int
+) -> float:
+    """Put the mask of a weight whose rows are chosen from one by one into `masks`; answers the fraction asked for."""
+    keep = project(_matrix_scores(name, weight, masks.get(name), how.score, inputs), how)
+    _put(masks, name, weight, keep, inputs)
+    if isinstance(how, SemiStructured):
+        return 1 - how.n / how.m
+    return how.count(weight.numel()) / weight.numel() if weight.numel() else 0.0
+
+
+def _mask_tiles(
+    pool: Mapping[str, Tensor], masks: dict[str, PackedMask], how: Blocks, inputs: Mapping[str, int]
+) -> float:
+    """Put the masks of a pool of weights by tiles into `masks`; answers the fraction that was asked for."""
+    tiles = []
+    for name, weight in pool.items():
+        scored = _matrix_scores(name, weight, masks.get(name), how.score, inputs.get(name, 1))
+        tiles.append(score_tiles(scored, how).cpu())  # few; a pool may lie on several devices
+    if not tiles:
+        return 0.0
+    flat = torch.cat([norms.flatten() for norms in tiles])
+    count = how.count(flat.numel())
+    parts = keep_highest(flat, count).split([norms.numel() for norms in tiles])
+    for (name, weight), norms, part in zip(pool.items(), tiles, parts, strict=True):
+        keep = spread_tiles(part.view(norms.shape).to(weight.device), how)
+        _put(masks, name, weight, keep, inputs.get(name, 1))
+    return count / flat.numel() if flat.numel() else 0.0
+
+
+def _matrix_scores(
+    name: str, weight: Tensor, kept: PackedMask | None, score: str | Score | Scores, inputs: int
+) -> Tensor:
+    """The scores of a weight as one matrix [1, o, n], float32 or wider, with -inf where it is masked already."""
+    check_weight(name, weight)
+    if isinstance(score, str) and score in PIECEWISE:
+        found = to_matrix(SCORES[score](weight), inputs)  # a magnitude is as finite as the weight, which was checked
+    else:
+        found = to_matrix(scores(name, weight, score), inputs)
+    found = found if found.dtype.itemsize >= 4 else found.float()
+    if kept is not None:
+        found = found.masked_fill(~to_matrix(kept.unpack(), inputs), -torch.inf)
+    return found[None]
+
+
+def _put(masks: dict[str, PackedMask], name: str, weight: Tensor, keep: Tensor, inputs: int) -> None:
+    """keep [1, o, n] becomes the mask of a weight, together with the one that it has."""
+    kept = from_matrix(keep[0], weight.shape, inputs)
+    if name in masks:
+        kept = kept & masks[name].unpack()
+    masks[name] = PackedMask.pack(kept.contiguous())
 
 
 def _check_given(weights: Mapping[str, Tensor], plan: Plan, binding: Binding) -> None:

@@ -12,8 +12,9 @@ from torch.export import ExportedProgram
 from tqdm import tqdm
 
 from . import admit, compat
+from .calibrate.calibrate import calibrate_told
 from .check import Call
-from .decide import batches, choose_blocks, choose_selection, couple_if_needed
+from .decide import batches, check_values, choose_blocks, choose_selection, couple_if_needed
 from .deliver import deliver, deliver_trainable
 from .emit import PrunedModule
 from .errors import InputError
@@ -21,6 +22,7 @@ from .layouts.choose import Chooser
 from .passes.edit import count_elements
 from .passes.fold import fold
 from .passes.lower import lower
+from .passes.values import put_values
 from .pending import pending
 from .plan import Plan
 from .prove import capture_checked
@@ -50,10 +52,13 @@ def transform(
     """Prunes a model by `plan` and compiles what is left; returns a GraphModule with the model's own call signature.
 
     Without a plan, the pruning that the model carries (torch.nn.utils.prune hooks, parametrizations, zeros) is taken as
-    it is; `selection` replays an earlier result's. `example_inputs` and `kwargs` are one call of the model: layouts are
-    chosen for its sizes, and dim 0 of every tensor stays dynamic unless `dynamic_shapes` (as torch.export takes it)
-    says otherwise. Without them the result transforms itself at its first call. The result is for inference; with
-    `trainable` it is an ordinary module of smaller parameters (and masks held as constants), not compiled.
+    it is; `selection` replays an earlier result's, or takes what `calibrate` or `recover` made. With `calibration`, any
+    iterable of inputs, the plan is calibrated on them first (see `calibrate`).
+
+    `example_inputs` and `kwargs` are one call of the model: layouts are chosen for its sizes, and dim 0 of every tensor
+    stays dynamic unless `dynamic_shapes` (as torch.export takes it) says otherwise. Without them the result transforms
+    itself at its first call. The result is for inference; with `trainable` it is an ordinary module of smaller
+    parameters (and masks held as constants), not compiled.
 
     `mode` is torch.compile's; `options` are those of `settings.Settings`. With `check` the result is held against the
     pruned model on the example, on a second input and at a second size, and against dense torch.compile in time.
@@ -64,6 +69,12 @@ def transform(
     _refuse(plan, selection, calibration)
     admit.admit_model(model)
     if example_inputs is None and kwargs is None and not isinstance(model, ExportedProgram):
+        if calibration is not None:
+            raise InputError(
+                "cannot calibrate without example inputs",
+                why="the result is to be made for a call of a size of its own",
+                do="Pass example_inputs= or kwargs= of one call, or calibrate first and pass selection=.",
+            )
         if trainable:
             raise InputError(
                 "cannot make a trainable result without example inputs",
@@ -75,18 +86,26 @@ def transform(
     args, keywords = admit.admit_call(model, example_inputs, kwargs)
     report, trace, stages = Report(type(model).__name__), Trace(), _Stages(progress)
 
+    if calibration is not None:
+        with stages("calibrate"):
+            if isinstance(model, ExportedProgram):
+                raise InputError("cannot calibrate an ExportedProgram", do="Pass the model itself.")
+            plan, selection = None, calibrate_told(report, model, plan, calibration, progress=progress)
     with stages("capture"):
         captured, proof = capture_checked(model, args, keywords, dynamic_shapes, report, check=check)
         trace.write("capture", captured.program, captured.notes)
     with stages("couple"):
         blocks = choose_blocks(captured.program, plan, selection)
         program = drop_proved(captured.program, blocks, proof.example, report)
+        values = dict(selection.values) if selection is not None else {}
+        check_values(captured.program, values)
+        program = put_values(program, values)
         coupling = couple_if_needed(program, plan, selection)
         if coupling is not None or blocks:
             trace.write("couple", program, str(coupling or "no groups were asked for").splitlines())
     with stages("select"):
         selection = choose_selection(captured, program, report, plan, selection, coupling)
-        selection.drop = blocks
+        selection.drop, selection.values = blocks, {}
         if coupling is None:
             proof.expect(selection, program)
     with stages("shrink"):
@@ -97,6 +116,7 @@ def transform(
         if report.groups or blocks:
             report.parameters = (count_elements(captured.program), count_elements(program))
             trace.write("shrink", program)
+    selection.values = values
     if trainable:
         with stages("emit"):
             call = Call("example", args, keywords)
@@ -131,6 +151,7 @@ def _told(result: _Result, report: Report, selection: Selection, stages: _Stages
     """The result with its report and selection in its meta, where they survive a deepcopy."""
     stages.close()
     report.seconds = stages.seconds
+    report.fits, report.recovery = selection.fits, selection.recovery
     result.meta["report"], result.meta["selection"] = report, selection
     return result
 
@@ -153,11 +174,11 @@ def _refuse(plan: Plan | None, selection: Selection | None, calibration: Any) ->
             why="a selection is the outcome of a plan",
             do="Pass one of them.",
         )
-    if calibration is not None:
+    if calibration is not None and selection is not None:
         raise InputError(
-            "cannot transform with calibration=",
-            why="this version prunes by magnitude",
-            do="Leave it out.",
+            "cannot take a selection and calibrate at once",
+            why="calibration makes a selection",
+            do="Pass one of them.",
         )
 
 
@@ -166,7 +187,7 @@ class _Stages:
 
     def __init__(self, progress: bool) -> None:
         self.seconds: dict[str, float] = {}
-        self._bar = tqdm(total=7, desc="transform", disable=None if progress else True, leave=False)
+        self._bar = tqdm(total=8, desc="transform", disable=None if progress else True, leave=False)
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:

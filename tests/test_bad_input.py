@@ -115,7 +115,9 @@ def test_what_is_no_plan_and_what_cannot_go_together() -> None:
         fxprune.transform(model, {"encoder.*": 0.5}, (X,))  # pyright: ignore[reportArgumentType]
     refused(InputError, model, lambda: quick(model, X, selection=Selection()), "plan and a selection")
     refused(InputError, model, lambda: fxprune.transform(model, trainable=True), "trainable")
-    refused(InputError, model, lambda: quick(model, X, calibration=[X]), "calibration")
+    both = {"plan": None, "selection": Selection(), "calibration": [X]}
+    refused(InputError, model, lambda: quick(model, X, **both), "selection and calibrate")
+    refused(InputError, model, lambda: fxprune.transform(model, calibration=[X]), "example inputs")
 
 
 def test_a_selection_of_another_model() -> None:

@@ -18,12 +18,14 @@ from fxprune.select import Selection
 
 ROW = demo.Row(
     sparsity=0.9,
+    method="calibrated",
     dense=0.0271,
     pruned=0.0083,
     ratio=3.27,
     ratio_low=3.1,
     ratio_high=3.4,
     recall=0.274,
+    cosine=0.853,
     difference=2.1e-6,
     dense_bytes=90_000_000,
     pruned_bytes=54_000_000,
@@ -87,13 +89,14 @@ def test_the_evaluation_sample_is_fixed() -> None:
 
 def test_the_table_names_every_figure() -> None:
     text = demo.format_table([ROW])
-    for figure in ("90%", "27.1", "8.3", "3.27x [3.10, 3.40]", "0.274", "2.1e-06", "90.0", "54.0"):
+    figures = ("90%", "calibrated", "27.1", "8.3", "3.27x [3.10, 3.40]", "0.274", "0.853", "2.1e-06", "90.0", "54.0")
+    for figure in figures:
         assert figure in text, figure
     assert len(text.splitlines()) == 3
 
 
 def test_the_explanation_fits_the_page_and_keeps_the_losses_apart() -> None:
-    text = demo.explanation([ROW], 800, 128, 47_000_000)
+    text = demo.explanation([ROW], 800, 256, 128, 47_000_000)
     assert max(len(line) for line in text.splitlines()) <= demo.WIDTH
     assert "at most 2.1e-06" in " ".join(text.split())
     assert "47.0 MB" in text

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxprune.errors import PlanError
-from fxprune.patterns import SPARSITIES, Channels, Existing, Unstructured
+from fxprune.patterns import SPARSITIES, Blocks, Channels, Existing, SemiStructured, Sparsity, Unstructured
 
 sizes = st.integers(0, 5000)
 multiples = st.integers(1, 70)
@@ -100,7 +100,8 @@ def test_patterns_are_values() -> None:
 
 
 def test_kinds_are_unlike() -> None:
-    assert {"unstructured": Unstructured, "existing": Existing, "channels": Channels} == SPARSITIES
+    names = ["unstructured", "semistructured", "blocks", "existing", "channels"]
+    assert dict(zip(names, [Unstructured, SemiStructured, Blocks, Existing, Channels], strict=True)) == SPARSITIES
 
 
 @pytest.mark.parametrize(
@@ -193,3 +194,74 @@ def test_fractions_count_as_in_torch(amount: float, size: int) -> None:
     assert count == Unstructured(amount).count(size) == torch.nn.utils.prune._compute_nparams_toprune(amount, size)
     exact = Fraction(amount * size)
     assert abs(count - exact) <= Fraction(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda a: Unstructured(0.5, per_row=a), [1, "yes", None]),
+        (lambda a: SemiStructured(a, 4), [0, -1, 4, 5, True, 2.0, "2", None]),
+        (lambda a: SemiStructured(1, a), [0, 1, 17, True, 4.0, None]),
+        (lambda a: SemiStructured(score=a), ["l7", None]),
+        (lambda a: Blocks(a), [-0.1, 1.1, -1, True, "0.5", None, math.nan]),
+        (lambda a: Blocks(0.5, a), [32, "32", (32,), (1, 2, 3), (0, 4), (4, -1), (4.0, 4), (True, 4), None]),
+        (lambda a: Blocks(0.5, norm=a), [0, -1, math.nan, "2", None, True, 10**400]),
+        (lambda a: Blocks(0.5, score=a), ["l7", None]),
+    ],
+)
+def test_bad_settings_of_groups_and_tiles(make: Callable[[Any], object], words: list[Any]) -> None:
+    for value in words:
+        refused(lambda value=value: make(value))
+
+
+def test_what_messages_name() -> None:
+    anything: Any = "yes"
+    refused(lambda: Unstructured(0.5, per_row=anything), "Unstructured(per_row=...)", "'yes'")
+    refused(lambda: SemiStructured(4, 4), "n 4", "m=4", "everything", "1 to 3")
+    refused(lambda: SemiStructured(2, 32), "SemiStructured(m=...)", "32", "2 to 16")
+    refused(lambda: Blocks(0.5, (16, 0)), "Blocks(shape=...)", "0", "1 or more")
+    refused(lambda: Blocks(1.5), "Blocks(amount=...)", "tiles")
+    refused(lambda: Blocks(0.5, norm=0), "Blocks(norm=...)")
+
+
+def test_groups_and_tiles_are_values() -> None:
+    shape: Any = [8, 4]
+    assert Blocks(0.5, shape) == Blocks(0.5, (8, 4)) != Blocks(0.5)
+    assert hash(Blocks(0.5, shape)) == hash(Blocks(0.5, (8, 4)))
+    assert SemiStructured() == SemiStructured(2, 4) != SemiStructured(4, 8)
+    assert Unstructured(0.5) == Unstructured(0.5, per_row=False) != Unstructured(0.5, per_row=True)
+    assert Blocks(0.5).count(5) == 2 and Blocks(1.0).count(5) == 5 and Blocks(7).count(5) == 7
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "words"),
+    [
+        (Unstructured(0.5, per_row=True), "50% by l1, every row alike"),
+        (Unstructured(3, per_row=True), "3 elements by l1, every row alike"),
+        (SemiStructured(), "2:4 by l1"),
+        (SemiStructured(3, 16, "random"), "3:16 by random"),
+        (Blocks(0.9), "90% of 32x32 tiles by L2 norm"),
+        (Blocks(3, (1, 8), math.inf, "random"), "3 1x8 tiles by Linf norm of random"),
+    ],
+)
+def test_groups_and_tiles_in_words(sparsity: Sparsity, words: str) -> None:
+    assert sparsity.describe() == words
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "shape", "inputs", "words"),
+    [
+        (SemiStructured(), (3, 8), 1, ""),
+        (SemiStructured(), (3, 8), 0, "its 3 inputs are no multiple of 4"),
+        (SemiStructured(), (8, 3), 0, ""),
+        (SemiStructured(), (3, 2, 2, 1), 1, "its 2 inputs are no multiple of 4"),
+        (SemiStructured(), (3, 0), 1, ""),
+        (Blocks(0.5, (3, 4)), (3, 8), 1, ""),
+        (Blocks(0.5, (3, 4)), (8, 6), 0, ""),
+        (Blocks(0.5, (3, 4)), (8, 6), 1, "its 8 outputs are no multiple of 3"),
+        (Blocks(0.5, (3, 4)), (6, 6, 2), 1, "its 6 inputs are no multiple of 4"),
+        (Unstructured(0.5, per_row=True), (7, 5, 3), 1, ""),
+    ],
+)
+def test_what_does_not_fit(sparsity: Any, shape: tuple[int, ...], inputs: int, words: str) -> None:
+    assert sparsity.misfit(shape, inputs) == words

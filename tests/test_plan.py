@@ -11,7 +11,19 @@ import pytest
 import torch
 
 from fxprune.errors import PlanError
-from fxprune.plan import Candidate, Channels, Drop, Existing, Plan, Rule, Unstructured, near
+from fxprune.plan import (
+    Blocks,
+    Candidate,
+    Channels,
+    Drop,
+    Existing,
+    Plan,
+    Rule,
+    SemiStructured,
+    Sparsity,
+    Unstructured,
+    near,
+)
 
 W = Candidate((4, 6), torch.float32, True)
 NORM = Candidate((6,), torch.float32, False, "1-D")
@@ -27,6 +39,7 @@ MODEL = {
 MODULES = ["", "encoder", "head"]
 MODULES += [f"encoder.{i}{part}" for i in range(2) for part in ("", ".attn", ".attn.q", ".norm")]
 HALF = Unstructured(0.5)
+ROWS = Unstructured(0.5, per_row=True)
 
 
 def refused(make: Callable[[], object], *words: str) -> None:
@@ -288,3 +301,86 @@ def test_near_matches_ignore_case_and_wildcards() -> None:
     assert near("pooler.dnse.weight", names)[0] == "pooler.dense.weight"
     assert near("zzz", names) == []
     assert len(near("*", [str(i) for i in range(100)])) <= 5
+
+
+@pytest.mark.parametrize(
+    "sparsity", [ROWS, SemiStructured(3, 16, "random"), Blocks(0.9), Blocks(3, (1, 8), math.inf, "random")]
+)
+def test_groups_and_tiles_are_shown_and_saved(sparsity: Sparsity) -> None:
+    plan = Plan([Rule("a.*", sparsity)], ["b"])
+    assert sparsity.describe() in str(plan)
+    text = plan.to_json()
+    back = Plan.from_json(text)
+    assert back == plan and type(back.rules[0].sparsity) is type(sparsity)
+    assert "Infinity" not in text
+
+
+def test_json_errors_of_groups_and_tiles() -> None:
+    refused(lambda: Plan([Rule("a", Blocks(0.5, score=torch.abs))]).to_json(), "function", "l1, l2")
+    text = Plan([Rule("a", SemiStructured())]).to_json()
+    for old, new, word in [
+        ('"m": 4', '"m": 99', "99"),
+        ('"m": 4', '"k": 4', "k"),
+        ("semis", "simis", "semistructured"),
+    ]:
+        refused(lambda old=old, new=new: Plan.from_json(text.replace(old, new)), word)
+    assert "per_row" not in Plan([Rule("a", Unstructured(0.5))]).to_json()
+    assert json.loads(Plan([Rule("a", ROWS)]).to_json())["rules"][0]["sparsity"]["per_row"] is True
+
+
+@pytest.mark.parametrize("sparsity", [ROWS, SemiStructured()])
+def test_what_cannot_be_pooled(sparsity: Sparsity) -> None:
+    refused(lambda: Rule("a", sparsity, "global"), '"global"', "nothing to pool", '"a"')
+    refused(lambda: Rule("a", sparsity, "isomorphic"), "isomorphic", type(sparsity).__name__)
+
+
+SHAPES = {
+    "fits.weight": Candidate((64, 32), torch.float32, True),
+    "odd.weight": Candidate((64, 30), torch.float32, True),
+    "conv.weight": Candidate((64, 32, 3, 3), torch.float32, True),
+    "depthwise.weight": Candidate((64, 1, 3, 3), torch.float32, True),
+    "turned.weight": Candidate((32, 30), torch.float32, True, inputs=0),
+    "table.weight": Candidate((64, 32), torch.float32, True, role="lookup"),
+    "norm.weight": Candidate((64,), torch.float32, False, "1-D"),
+}
+
+
+def test_wildcards_pass_over_what_does_not_fit() -> None:
+    binding = Plan([Rule("*", SemiStructured())]).bind(SHAPES)
+    assert set(binding.assigned) == {"fits.weight", "conv.weight", "turned.weight"}
+    why = {name: reason for _, name, reason in binding.skipped}
+    assert why["odd.weight"] == "its 30 inputs are no multiple of 4"
+    assert why["depthwise.weight"] == "its 1 inputs are no multiple of 4"
+    assert "looked up" in why["table.weight"] and "SemiStructured" in why["table.weight"]
+    assert why["norm.weight"] == "1-D"
+
+    binding = Plan([Rule("*", Blocks(0.5))]).bind(SHAPES)
+    assert set(binding.assigned) == {"fits.weight", "conv.weight"}
+    why = {name: reason for _, name, reason in binding.skipped}
+    assert why["turned.weight"] == "its 30 outputs are no multiple of 32"
+    assert why["odd.weight"] == "its 30 inputs are no multiple of 32"
+
+    assert set(Plan([Rule("*", ROWS)]).bind(SHAPES).assigned) == set(SHAPES) - {"norm.weight"}
+
+
+def test_full_names_and_empty_wildcards_are_errors() -> None:
+    def bind(pattern: str, sparsity: Sparsity, scope: str = "local") -> Callable[[], object]:
+        return lambda: Plan([Rule(pattern, sparsity, scope)]).bind(SHAPES)
+
+    refused(bind("odd.weight", SemiStructured()), '"odd.weight" [64, 30]', "2:4", "its 30 inputs", "multiple of 4")
+    refused(bind("turned.weight", Blocks(0.5)), "[32, 30]", "32x32 tiles", "its 30 outputs")
+    refused(bind("table.weight", Blocks(0.5)), "looked up")
+    refused(bind("norm.weight", SemiStructured()), "1-D")
+    refused(bind("o*", SemiStructured()), "rule 0 binds nothing", "odd.weight (its 30 inputs are no multiple of 4)")
+    refused(bind("fits.weight", Blocks(3)), "asks for 3 tiles", "only 2", "[64, 32]")
+    refused(bind("[fc]*", Blocks(21), "global"), "asks for 21 tiles", "the 2 weights", "only 20")
+    refused(bind("fits.weight", Unstructured(2049, per_row=True)), "2049 elements", "only 2048")
+    assert Plan([Rule("[fc]*", Blocks(20), "global")]).bind(SHAPES).names(0) == ["fits.weight", "conv.weight"]
+
+
+def test_without_a_graph_shapes_prove_nothing() -> None:
+    """A [30, 32] that turns out to be stored as [inputs, outputs] may or may not fit; only its dtype is known."""
+    known = {"w": Candidate((30, 32), torch.float32, True, role="unknown")}
+    for sparsity in (SemiStructured(), Blocks(9)):
+        assert Plan([Rule("w", sparsity)]).bind(known).assigned == {"w": 0}
+    refused(lambda: Plan([Rule("w", Unstructured(961))]).bind(known), "961")

@@ -1,0 +1,171 @@
+"""calibrate: a plan and data -> a Selection whose masks and values keep what the model computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .. import admit
+from ..capture import Program
+from ..couple import couple
+from ..decide import choose_blocks
+from ..errors import InputError
+from ..fits import Fit
+from ..mask import PackedMask
+from ..passes.blocks import find_blocks
+from ..passes.drop import drop_blocks
+from ..patterns import Channels
+from ..plan import Plan
+from ..removal import removal
+from ..report import Report
+from ..select import Selection
+from .asked import Asked, read_plan
+from .batches import capture_for, cut, read_calls
+from .fit import METHODS, Outcome, fit_shared, fit_weight
+from .progress import Saved, about
+from .stages import Stage, plan_stages
+from .stream import Fitted, stream
+
+
+# Bytes of activations that are held between two stages; the rest goes to files.
+MEMORY = 4e9
+
+
+def calibrate(
+    model: nn.Module,
+    plan: Plan | None,
+    batches: Any,
+    method: str = "refit",
+    *,
+    samples: int | None = None,
+    dynamic_shapes: Any = None,
+    checkpoint: str | Path | None = None,
+    memory: float = MEMORY,
+    progress: bool = True,
+) -> Selection:
+    """Prunes by `plan` and fits what stays to what the dense model computes on `batches`, which need no labels.
+
+    `batches` is any iterable of inputs: tensors, tuples of arguments, dicts of keyword arguments. Positions that an
+    `attention_mask` [b, s] among them leaves out do not count. `samples` takes just so many of them. Without a plan the
+    masks that the model carries stay, and the weights are fitted.
+
+    Layer by layer, each weight is fitted on what the layers before it, already pruned, let through, to what the dense
+    model gave there; where its output goes into a residual sum, the sum is what is fitted. Biases are solved for as
+    well. `method` is
+
+    "magnitude"  masks by the plan's scores; biases and batch-norm statistics are set right
+    "wanda"      masks by |weight| times the norm of its input
+    "sparsegpt"  column by column, later ones make up for earlier ones
+    "refit"      the masks of sparsegpt, then least squares on them
+    "admm"       masks and weights found together; about twice the time of refit
+
+    `memory` is how many bytes of activations are held between layers, the rest goes to files;
+    with `checkpoint`, a file, an interrupted calibration goes on where it stopped. The model is never changed. Raises
+    PlanError, InputError or CaptureError.
+    """
+    options = {"samples": samples, "dynamic_shapes": dynamic_shapes, "checkpoint": checkpoint, "memory": memory}
+    return calibrate_told(Report(""), model, plan, batches, method, **options, progress=progress)
+
+
+def calibrate_told(
+    report: Report,
+    model: nn.Module,
+    plan: Plan | None,
+    batches: Any,
+    method: str = "refit",
+    *,
+    samples: int | None = None,
+    dynamic_shapes: Any = None,
+    checkpoint: str | Path | None = None,
+    memory: float = MEMORY,
+    progress: bool = True,
+) -> Selection:
+    """`calibrate`, with notes on what the plan's wildcards met put into a report."""
+    _refuse(plan, method, memory)
+    admit.admit_model(model)
+    calls = read_calls(batches, samples)
+    captured = capture_for(model, calls, dynamic_shapes)
+    data = cut(captured, calls)
+    plan = plan if plan is not None else Plan([])
+    dropped = choose_blocks(captured.program, plan, None)
+    program = _without(captured.program, dropped)
+    coupling = couple(program) if any(isinstance(rule.sparsity, Channels) for rule in plan.rules) else None
+    asked = read_plan(captured, program, plan, coupling, method, data, report)
+    tensors = {n: t.detach() for n, t in (*program.named_parameters(), *program.named_buffers())}
+    saved = Saved(checkpoint, about({**tensors, **asked.tensors()}, data, method, program.code, *asked.words()))
+    for name, watched in asked.shared.items():
+        if name not in saved.outcomes:
+            saved.add({name: fit_shared(watched, asked.tasks[name], tensors, method)})
+
+    def solve(entries: Sequence[Fitted]) -> dict[str, Tensor]:
+        found = {e.site.name: fit_weight(e, asked.tasks[e.site.name], tensors, method) for e in entries}
+        saved.add(found)
+        return _values(found.values())
+
+    def solved(stage: Stage) -> dict[str, Tensor] | None:
+        names = [site.name for site in stage.sites]
+        return _values(saved.outcomes[n] for n in names) if saved.outcomes.keys() >= set(names) else None
+
+    stages = plan_stages(program, asked.sites.values())
+    with tqdm(total=len(stages) * len(data), desc="calibrate", disable=None if progress else True, leave=False) as bar:
+        stream(
+            program,
+            stages,
+            data,
+            solve,
+            values=_values(saved.outcomes[name] for name in asked.shared),
+            removal=removal(coupling, asked.early) if coupling is not None else None,
+            solved=solved,
+            limit=memory,
+            step=bar.update,
+        )
+    return _selection(asked, saved.outcomes, tensors, dropped)
+
+
+def _refuse(plan: object, method: object, memory: float) -> None:
+    if plan is not None and not isinstance(plan, Plan):
+        raise InputError(
+            f"cannot use a {type(plan).__name__} as a plan",
+            do='Write Plan([Rule("encoder.*.weight", Unstructured(0.8))]).',
+        )
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}", do=f"Known: {', '.join(METHODS)}.")
+    if isinstance(memory, bool) or not isinstance(memory, (int, float)) or not memory >= 0:
+        raise InputError(f"cannot use memory={memory!r}", why="it is a number of bytes, 0 or more")
+
+
+def _without(program: Program, paths: Sequence[str]) -> Program:
+    return drop_blocks(program, find_blocks(program, paths)) if paths else program
+
+
+def _values(outcomes: Iterable[Outcome]) -> dict[str, Tensor]:
+    return {name: value for outcome in outcomes for name, value in outcome.values.items()}
+
+
+def _selection(
+    asked: Asked, outcomes: Mapping[str, Outcome], tensors: Mapping[str, Tensor], dropped: tuple[str, ...]
+) -> Selection:
+    """The outcomes, and what could not be fitted as the plan's own scores left it."""
+    result = Selection(keep=dict(asked.start.keep), mask=dict(asked.start.mask), asked=dict(asked.start.asked))
+    result.drop = dropped
+    for name, outcome in outcomes.items():
+        result.values.update(outcome.values)
+        result.fits[name] = outcome.fit
+        if outcome.keep is not None:
+            result.mask[name] = PackedMask.pack(outcome.keep)
+        task = asked.tasks[name]
+        if outcome.units is not None and task.units is not None:
+            result.keep[task.units.group] = outcome.units
+            # What leaves with a group is no zero of the weight's own.
+            gone = task.units.leaving(outcome.units)
+            result.values[name] = outcome.values[name].index_copy(
+                task.inputs, gone, tensors[name].index_select(task.inputs, gone)
+            )
+    for name, why in asked.without.items():
+        if name in asked.start.mask and name not in outcomes:
+            result.fits[name] = Fit("magnitude", note=f"it was not fitted: {why}")
+    return result

@@ -1,0 +1,88 @@
+"""measure_inputs: one run of the dense model, for what must be known before anything is fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..capture import Program
+from ..weights import Use
+from .batches import Batch
+from .finite import is_finite, refuse_activations
+from .moments import Inputs
+from .site import input_of
+from .unfold import Windows, positions, windows_of_use
+
+
+class Watched:
+    """One weight, by all its uses: the inputs that it is multiplied with, in full or their squares alone."""
+
+    def __init__(self, *, gram: bool) -> None:
+        self.inputs = Inputs(centred=False) if gram else None
+        self.squares: Tensor | None = None
+        self.count = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Sums up rows [g, rows, n]."""
+        self.count += rows.shape[1]
+        squares = rows.double().square().sum(1)
+        self.squares = squares if self.squares is None else self.squares + squares
+        if self.inputs is not None:
+            self.inputs.add(rows)
+
+    @property
+    def norms(self) -> Tensor:
+        """The root mean square of each input [g, n], float64."""
+        assert self.squares is not None
+        return (self.squares / max(1, self.count)).sqrt()
+
+
+@torch.no_grad()
+def measure_inputs(
+    program: Program,
+    uses: Mapping[str, Sequence[Use]],
+    full: set[str],
+    batches: Sequence[Batch],
+    step: Callable[[], object] = lambda: None,
+) -> dict[str, Watched]:
+    """The inputs of weights by name, each with its uses (linear or convolution); of those in `full` the Gram matrix.
+
+    Raises InputError where activations are not finite.
+    """
+    found = {name: Watched(gram=name in full) for name in uses}
+    watched: dict[Node, list[_Watch]] = {}
+    for name, places in uses.items():
+        for use in places:
+            windows = windows_of_use(program, name, use) if use.kind == "conv" else None
+            watched.setdefault(use.node, []).append((name, found[name], input_of(use), windows))
+    for batch in batches:
+        _Watching(program, watched, batch).run(*batch.flat, enable_io_processing=False)
+        step()
+    return found
+
+
+# the weight, what to sum up, the node that holds the inputs, and how a convolution reads them
+_Watch = tuple[str, Watched, Node, Windows | None]
+
+
+class _Watching(torch.fx.Interpreter):
+    def __init__(self, program: Program, watched: Mapping[Node, list[_Watch]], batch: Batch) -> None:
+        super().__init__(program)
+        self._watched, self._batch = watched, batch
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().placeholder(target, args, kwargs)
+        return value.clone() if isinstance(value, Tensor) else value
+
+    def run_node(self, n: Node) -> Any:
+        for name, entry, source, windows in self._watched.get(n, ()):
+            x = self.env[source]
+            rows = positions(x, self._batch.valid) if windows is None else windows.rows(x)
+            if not is_finite(rows if windows is None else x):
+                raise refuse_activations(name, n, "dense", self._batch)
+            entry.add(rows)
+        return super().run_node(n)

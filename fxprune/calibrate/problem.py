@@ -1,0 +1,73 @@
+"""problem: the least squares that every solver of a weight works on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ..patterns import Blocks, SemiStructured, Unstructured
+from ..project import project
+
+Masking = Unstructured | SemiStructured | Blocks
+
+# The share of the mean of the Gram matrix's diagonal that is added to it: Frantar and Alistarh, "SparseGPT", 2023.
+DAMPING = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """What must become zero: the pattern, and how many elements (Unstructured) or tiles (Blocks) of the weight.
+
+    `count` is None for patterns that say it themselves. What is zero already is counted.
+    """
+
+    pattern: Masking
+    count: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One weight as g matrices [r, n] of r outputs and n inputs: minimise tr((w - target) hessian (w - target)^T).
+
+    g is 1 but for grouped convolutions. `hessian` [g, n, n] is the Gram matrix of the inputs with damping on its
+    diagonal, so it is positive definite; `target` [g, r, n] the best weight if nothing had to be zero, and `linear`
+    [g, r, n] is target @ hessian. `alive` [g, r, n] bool says which elements may be other than zero (None: all). All
+    are of one dtype, float32 or float64.
+    """
+
+    hessian: Tensor
+    target: Tensor
+    linear: Tensor
+    alive: Tensor | None = None
+
+    @property
+    def norms(self) -> Tensor:
+        """The root of the diagonal [g, n]: how large each input is."""
+        return self.hessian.diagonal(dim1=-2, dim2=-1).sqrt()
+
+    def keep(self, scores: Tensor, goal: Goal) -> Tensor:
+        """Scores [g, r, n] -> what stays under the goal's pattern, bool; what is zero already goes first."""
+        if self.alive is None:
+            return project(scores, goal.pattern, goal.count)
+        return project(scores.masked_fill(~self.alive, -torch.inf), goal.pattern, goal.count) & self.alive
+
+    def loss(self, weight: Tensor) -> float:
+        """What `weight` [g, r, n] loses against the target, over what all zeros would lose."""
+        off = weight - self.target
+        whole = float((self.linear * self.target).sum(dtype=torch.float64))
+        return float((off @ self.hessian * off).sum(dtype=torch.float64)) / whole if whole > 0 else 0.0
+
+
+def damped(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+    """gram [g, n, n] -> (with `damping` of its mean diagonal added to it, what was added [g]).
+
+    Inputs that were always zero get a matrix that is the identity in them, so that their weights stay as they are.
+    """
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    added = damping * diagonal.mean(-1)
+    added = torch.where(added > 0, added, torch.ones_like(added))
+    result = gram.clone()
+    result.diagonal(dim1=-2, dim2=-1).add_(added.unsqueeze(-1))
+    return result, added

@@ -1,0 +1,53 @@
+"""resume: how far a training came, in a file, so that an interrupted one goes on where it stopped."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+
+_FORMAT = 1
+
+
+class File:
+    """A checkpoint that is whole at any time, or nothing where no file was given.
+
+    It says what it is about: the model's tensors, the selection, the data and the arguments. Raises InputError where
+    the file is about something else, is no such file, or cannot be where it is asked to be.
+    """
+
+    def __init__(self, file: str | Path | None, about: str) -> None:
+        self._file, self._about = None if file is None else Path(file), about
+        if self._file is not None and (self._file.is_dir() or not self._file.absolute().parent.is_dir()):
+            why = "it is a folder" if self._file.is_dir() else "its folder does not exist"
+            raise self._refuse(why, "Give the name of a file in a folder that exists.")
+
+    def read(self) -> dict[str, Any] | None:
+        """What was written last; None where nothing was."""
+        if self._file is None or not self._file.exists():
+            return None
+        do = "Give another file, or delete this one to start anew."
+        try:
+            held: Any = torch.load(self._file, weights_only=True, map_location="cpu")
+        except Exception as error:
+            raise self._refuse(f"it cannot be read ({type(error).__name__})", do) from error
+        if not isinstance(held, dict) or held.get("fxprune_recovery") != _FORMAT:
+            raise self._refuse("it holds no recovery", do)
+        if held["about"] != self._about:
+            raise self._refuse("it is of another model or selection, of other data or other arguments", do)
+        return held
+
+    def write(self, **held: Any) -> None:
+        """Puts this in place of what was written before."""
+        if self._file is None:
+            return
+        beside = self._file.with_name(self._file.name + ".part")
+        torch.save({"fxprune_recovery": _FORMAT, "about": self._about, **held}, beside)
+        os.replace(beside, self._file)
+
+    def _refuse(self, why: str, do: str) -> InputError:
+        return InputError("cannot use a checkpoint", where=f"checkpoint={str(self._file)!r}", why=why, do=do)

@@ -1,0 +1,238 @@
+"""site: where a weight meets its input, and what its output may be corrected by."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils import _pytree as pytree
+
+from ..alias import DROPOUTS, written
+from ..capture import Program
+from ..weights import Use, uses
+
+aten = torch.ops.aten
+
+_SUMS = {aten.add.Tensor, aten.add_.Tensor}
+# What may stand between a weight's output and the sum that takes it in: the elements stay what they are, in any order,
+# or are scaled by constants.
+_CARRIED = DROPOUTS | {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.squeeze.dim,
+    aten.squeeze.default,
+    aten.unsqueeze.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.roll.default,
+    aten.slice.Tensor,
+    aten.mul.Scalar,
+    aten.div.Scalar,
+    aten.batch_norm.default,
+}
+# These may also repeat the elements for a larger constant, and then have no inverse.
+_SCALING = _SUMS | {aten.mul.Tensor, aten.div.Tensor}
+_CARRIED |= {aten.mul.Tensor, aten.div.Tensor}
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """The `sum` that takes in a weight's output: `chain` are the nodes on the way, `other` what is added to it."""
+
+    chain: tuple[Node, ...]
+    sum: Node
+    other: Node
+
+
+@dataclasses.dataclass(frozen=True)
+class Shift:
+    """Where a constant for each output can be put: a bias, or with `sign` -1 the running mean of a batch-norm."""
+
+    name: str
+    sign: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """The one place where a weight is multiplied with activations.
+
+    name    the weight's first name
+    node    the linear or convolution; `x` is its input and `bias` what it adds
+    inputs  the weight's dimension that is summed over
+    shift   where a constant can go, if anywhere
+    norm    the batch-norm that alone reads the output, if any
+    branch  the sum that takes in the output, if any
+    """
+
+    name: str
+    node: Node
+    x: Node
+    kind: str
+    inputs: int
+    bias: Node | None = None
+    shift: Shift | None = None
+    norm: Node | None = None
+    branch: Branch | None = None
+
+
+def find_sites(program: Program, names: Iterable[str]) -> tuple[dict[str, Site], dict[str, str]]:
+    """The sites of weights by name, and why the others have none.
+
+    A weight has one where exactly one linear or convolution reads it, as it is or transposed.
+    """
+    found = uses(program)
+    vectors = _own_vectors(program)
+    sites, without = {}, {}
+    for name in names:
+        why = _why_not(found.get(name, []))
+        if why:
+            without[name] = why
+            continue
+        sites[name] = _site(name, found[name][0], vectors)
+    return sites, without
+
+
+def _why_not(found: list[Use]) -> str:
+    if not found:
+        return "the graph does not read it"
+    kinds = {use.kind for use in found}
+    if not kinds <= {"linear", "conv"}:
+        what = next((use.node.target for use in found if use.kind not in ("linear", "conv")), "")
+        return f"{getattr(what, '_opname', what)} reads it, which is no linear or convolution"
+    if len(found) > 1:
+        return f"it is read at {len(found)} places"
+    target = found[0].node.target
+    if found[0].kind == "conv" and "transpose" in str(target):
+        return "a transposed convolution reads it"
+    if target is aten.convolution.default and found[0].node.args[6]:
+        return "a transposed convolution reads it"
+    return ""
+
+
+def _site(name: str, use: Use, vectors: set[str]) -> Site:
+    node = use.node
+    if use.kind == "linear":
+        x, bias = use.x, use.bias
+        inputs = 0 if use.transposed else 1
+    else:
+        arguments = named(node)
+        x, bias, inputs = arguments["input"], arguments.get("bias"), 1
+    norm = _norm_behind(node) if use.kind == "conv" else None
+    shift = None
+    if bias is not None:
+        shift = Shift(str(bias.target)) if str(bias.target) in vectors else None
+    elif norm is not None:
+        mean = str(named(norm)["running_mean"].target)
+        shift = Shift(mean, -1) if mean in vectors else None
+    return Site(name, node, x, use.kind, inputs, bias, shift, norm, _branch(node))
+
+
+def is_routed(node: Node) -> bool:
+    """Whether values decide how many elements a tensor has: the tokens of an expert, what a condition picks."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and bool(free_unbacked_symbols(value))
+
+
+def input_of(use: Use) -> Node:
+    """The activations that a linear or convolution multiplies a weight with."""
+    return use.x if use.kind == "linear" else named(use.node)["input"]
+
+
+def named(node: Node) -> dict[str, Any]:
+    """The arguments of an op by the names in its schema."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = [argument.name for argument in node.target._schema.arguments]
+    return {**dict(zip(names, node.args)), **node.kwargs}
+
+
+def _own_vectors(program: Program) -> set[str]:
+    """The 1-D float parameters and buffers that have one name and that one node reads once."""
+    readers: Counter[str] = Counter()
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            readers[str(node.target)] += sum(_count(user, node) for user in node.users)
+    tensors = [*program.named_parameters(remove_duplicate=False), *program.named_buffers(remove_duplicate=False)]
+    named_by = Counter(id(tensor) for _, tensor in tensors)
+    return {
+        name
+        for name, tensor in tensors
+        if readers[name] == 1 and named_by[id(tensor)] == 1 and tensor.dim() == 1 and tensor.is_floating_point()
+    }
+
+
+def _count(user: Node, node: Node) -> int:
+    return sum(leaf is node for leaf in pytree.tree_leaves((user.args, user.kwargs)))
+
+
+def _norm_behind(node: Node) -> Node | None:
+    """The batch-norm in evaluation that alone reads a convolution's output."""
+    users = list(node.users)
+    if len(users) != 1 or users[0].target is not aten.batch_norm.default or users[0].args[0] is not node:
+        return None
+    given = named(users[0])
+    constants = [given[name] for name in ("weight", "bias", "running_mean", "running_var")]
+    if given["running_mean"] is None or given["running_var"] is None or given["training"]:
+        return None
+    return users[0] if all(c is None or (isinstance(c, Node) and c.op == "get_attr") for c in constants) else None
+
+
+def _branch(node: Node) -> Branch | None:
+    """The first sum on the way of a node's output, if nothing else reads it before."""
+    chain: list[Node] = []
+    at = node
+    while len(at.users) == 1:
+        (user,) = at.users
+        if user.target in _SUMS and not user.kwargs:
+            first, second = user.args[:2]
+            other = second if first is at else first
+            if isinstance(other, Node) and other is not at and _same_shape(other, at):
+                if other.op != "get_attr":
+                    return Branch(tuple(chain), user, other)
+                # A constant that is added to the output does not end its way.
+            elif not _is_constant(other):
+                return None
+        elif user.target not in _CARRIED or user.args[0] is not at or written(user):
+            if not (user.target is aten.mul.Tensor and user.args[1] is at and _is_constant(user.args[0])):
+                return None
+        elif not all(_is_constant(a) for a in user.all_input_nodes if a is not at):
+            return None
+        if user.target is aten.batch_norm.default and _of_the_batch(user):
+            return None
+        if user.target in _SCALING and not _same_shape(user, at):
+            return None
+        chain.append(user)
+        at = user
+    return None
+
+
+def _of_the_batch(node: Node) -> bool:
+    """Whether a batch-norm takes the statistics of the batch, which every element of it changes."""
+    given = named(node)
+    return given["running_mean"] is None or bool(given["training"])
+
+
+def _is_constant(argument: object) -> bool:
+    """Whether an argument is no tensor that inputs change: a number, a size, a parameter."""
+    if not isinstance(argument, Node):
+        return True
+    return argument.op == "get_attr" or not isinstance(argument.meta.get("val"), Tensor)
+
+
+def _same_shape(a: Node, b: Node) -> bool:
+    x, y = a.meta.get("val"), b.meta.get("val")
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.dim() != y.dim():
+        return False
+    return all(str(m) == str(n) for m, n in zip(x.shape, y.shape, strict=True))

@@ -1,0 +1,213 @@
+"""stream: the dense and the partly pruned program side by side, stage by stage, over all batches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..capture import Program
+from ..check import Oracle
+from ..removal import Removal
+from ..select import Selection
+from .batches import Batch
+from .finite import is_finite, refuse_activations
+from .moments import Inputs, Outputs
+from .shelf import Shelf
+from .site import Branch, Site, is_routed
+from .stages import Stage
+from .unfold import Windows, positions, windows_of
+
+Env = dict[Node, Any]
+
+
+class Side:
+    """One of the two programs: runs nodes by their values, with new values in place of the model's own."""
+
+    def __init__(self, program: Program, values: Mapping[str, Tensor], removal: Removal | None = None) -> None:
+        self._values = dict(values)
+        self._run = Oracle(program, Selection(values=self._values), removal)
+
+    def set(self, values: Mapping[str, Tensor]) -> None:
+        """Puts new values in place."""
+        self._values.update(values)
+
+    def run(self, nodes: Sequence[Node], env: Env) -> None:
+        """Runs nodes in order; `env` gains their values, and parameters that they read."""
+        self._run.env = env
+        for node in nodes:
+            for read in node.all_input_nodes:
+                self.value(read, env)
+            env[node] = self._run.run_node(node)
+
+    def value(self, node: Node, env: Env) -> Any:
+        """What a node has in `env`, which gains it for a parameter."""
+        if node.op == "get_attr" and node not in env:
+            self._run.env = env
+            env[node] = self._run.run_node(node)
+        return env[node]
+
+
+class Fitted:
+    """What one site saw: inputs (shared by the sites that read the same) and wanted outputs.
+
+    `routed` says that values decide which rows come to the site. The two programs may decide otherwise, so both its
+    inputs and its outputs are then the dense one's.
+    """
+
+    def __init__(self, site: Site, inputs: Inputs, windows: Windows | None) -> None:
+        self.site, self.inputs, self.windows = site, inputs, windows
+        self.outputs = Outputs()
+        self.routed = is_routed(site.x)
+
+
+Solve = Callable[[Sequence[Fitted]], Mapping[str, Tensor]]
+
+
+@torch.no_grad()
+def stream(
+    program: Program,
+    stages: Sequence[Stage],
+    batches: Sequence[Batch],
+    solve: Solve,
+    *,
+    values: Mapping[str, Tensor] | None = None,
+    removal: Removal | None = None,
+    solved: Callable[[Stage], Mapping[str, Tensor] | None] = lambda _: None,
+    limit: float,
+    step: Callable[[], object] = lambda: None,
+) -> int:
+    """Runs every stage over all batches; after each, `solve` answers with new values for the pruned side.
+
+    `solved` may answer them beforehand, and the stage then only runs. `limit` is how many bytes of activations stay in
+    memory. Answers the largest number of bytes that were remembered between two stages. Raises InputError where
+    activations are not finite.
+    """
+    sides = Side(program, {}), Side(program, values or {}, removal)
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    by_name = {node.name: node for node in program.graph.nodes}
+    shelf = Shelf(limit)
+    with contextlib.closing(shelf):
+        before: Sequence[Site] = ()
+        for index, stage in enumerate(stages):
+            known = solved(stage)
+            fitted = _fitted(stage, program)
+            for number, batch in enumerate(batches):
+                if index:
+                    held = shelf.take(number)
+                    dense, pruned = ({by_name[k]: v for k, v in held[side].items()} for side in ("dense", "pruned"))
+                else:
+                    dense, pruned = (_copied(placeholders, batch) for _ in sides)
+                sides[1].run([site.node for site in before], pruned)
+                sides[1].run(stage.nodes, pruned)
+                sides[0].run(stage.nodes, dense)
+                sides[0].run([site.node for site in stage.sites], dense)
+                if known is None:
+                    _sum_up(fitted, dense, pruned, batch, sides)
+                shelf.put(
+                    number,
+                    {
+                        "dense": {n.name: dense[n] for n in stage.dense if n in dense},
+                        "pruned": {n.name: pruned[n] for n in stage.pruned if n in pruned},
+                    },
+                )
+                del dense, pruned
+                step()
+            sides[1].set(known if known is not None else solve(fitted))
+            before = stage.sites
+        return shelf.largest
+
+
+def _copied(placeholders: Sequence[Node], batch: Batch) -> Env:
+    # A program that writes to its inputs must not write to the user's.
+    pairs = zip(placeholders, batch.flat, strict=True)
+    return {node: value.clone() if isinstance(value, Tensor) else value for node, value in pairs}
+
+
+def _fitted(stage: Stage, program: Program) -> list[Fitted]:
+    """One entry a site; sites that read one input in one way share their sums over it."""
+    shared: dict[Any, Inputs] = {}
+    found = []
+    for site in stage.sites:
+        windows = None
+        if site.kind == "conv":
+            shape = program.get_parameter(site.name).shape
+            windows = windows_of(site.node.target, site.node.args, dict(site.node.kwargs), shape)
+        key = (site.x, windows, site.shift is not None)
+        if key not in shared:
+            shared[key] = Inputs(centred=site.shift is not None)
+        found.append(Fitted(site, shared[key], windows))
+    return found
+
+
+def _sum_up(fitted: Sequence[Fitted], dense: Env, pruned: Env, batch: Batch, sides: tuple[Side, Side]) -> None:
+    rows: dict[int, Tensor] = {}
+    for entry in fitted:
+        site = entry.site
+        wanted = dense[site.node]
+        if not entry.routed:
+            wanted = wanted + _correction(site, dense, pruned, sides[0])
+        if site.bias is not None and site.shift is None:
+            wanted = wanted - _bias(site, wanted, dense)
+        given = positions(wanted, batch.valid) if entry.windows is None else entry.windows.out(wanted)
+        if not is_finite(given):
+            own = dense[site.node]
+            own = positions(own, batch.valid) if entry.windows is None else own
+            raise refuse_activations(site.name, site.node, "pruned" if is_finite(own) else "dense", batch)
+        if id(entry.inputs) not in rows:
+            x = sides[0].value(site.x, dense) if entry.routed else sides[1].value(site.x, pruned)
+            read = positions(x, batch.valid) if entry.windows is None else entry.windows.rows(x)
+            if not is_finite(read if entry.windows is None else x):
+                raise refuse_activations(site.name, site.node, "pruned", batch)
+            rows[id(entry.inputs)] = entry.inputs.add(read)
+        entry.outputs.add(given, rows[id(entry.inputs)], entry.inputs)
+
+
+def _bias(site: Site, wanted: Tensor, dense: Env) -> Tensor:
+    assert site.bias is not None
+    bias = dense[site.bias]
+    return bias if site.kind == "linear" else bias.reshape(-1, *[1] * (wanted.dim() - 2))
+
+
+def _correction(site: Site, dense: Env, pruned: Env, side: Side) -> Tensor | float:
+    """What the output must gain so that the sum which takes it in comes out as the dense one, [as the output].
+
+    The way to the sum only moves elements or scales them by constants, so its inverse is its transpose over the squares
+    of the scales.
+    """
+    branch = site.branch
+    if branch is None:
+        return 0.0
+    missing = dense[branch.other] - pruned[branch.other]
+    if not branch.chain:
+        return missing
+    with torch.enable_grad():
+        start = dense[site.node].detach().clone().requires_grad_()
+        end = _follow(branch, site.node, start, dense, side)
+    if missing.shape != end.shape or not end.requires_grad:
+        return 0.0
+    (back,) = torch.autograd.grad(end, start, missing.to(end.dtype), retain_graph=True)
+    (scale,) = torch.autograd.grad(end, start, torch.ones_like(end))
+    squares = scale.square()
+    return torch.where(squares > 1e-8 * squares.max(), back / squares, 0.0)
+
+
+def _follow(branch: Branch, node: Node, start: Tensor, dense: Env, side: Side) -> Tensor:
+    """The output at the end of the way to the sum, from `start` at its beginning."""
+    scratch: Env = {**dense, node: start}
+
+    def fill(at: Node) -> None:
+        if at not in scratch:
+            for read in at.all_input_nodes:
+                fill(read)
+            side.run([at], scratch)
+
+    for at in branch.chain:
+        for read in at.all_input_nodes:
+            fill(read)
+        side.run([at], scratch)
+    return scratch[branch.chain[-1]]
