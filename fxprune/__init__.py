@@ -6,7 +6,8 @@ from pathlib import Path
 
 from . import gradient_score, prune
 from .analyze import analyze
-from .calibrate.calibrate import calibrate
+from .calibration.calibrate import calibrate
+from .calibration.recover import recover
 from .errors import FxPruneError
 from .measure import benchmark
 from .patterns import Blocks, Channels, Existing, SemiStructured, Unstructured
@@ -36,5 +37,6 @@ __all__ = [
     "calibrate",
     "gradient_score",
     "prune",
+    "recover",
     "transform",
 ]

@@ -45,8 +45,8 @@ def keep_channels(
     """Which indices every group keeps. `tensors` are the program's parameters by name; they are only read.
 
     `given` are scores [size] of the units of groups by name, which take the place of their rules' scores. Ties in the
-    scores go to the lowest index first. Raises PlanError for coupled weights that are asked for unequal amounts, for all
-    units of a group, and for a weight written out in full whose axis is frozen.
+    scores go to the lowest index first. Raises PlanError for coupled weights that are asked for unequal amounts, for
+    all units of a group, and for a weight written out in full whose axis is frozen.
     """
     kept = Kept()
     scaling = _batch_norm_weights(coupling)

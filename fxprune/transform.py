@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from tqdm import tqdm
 
 from . import admit, compat
-from .calibrate.calibrate import calibrate_told
+from .calibration.calibrate import calibrate_told
 from .check import Call
 from .decide import batches, check_values, choose_blocks, choose_selection, couple_if_needed
 from .deliver import deliver, deliver_trainable

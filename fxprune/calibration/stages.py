@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from ..alias import base, written
 from ..capture import Program
-from .site import Site
+from .site import Branch, Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +39,9 @@ def plan_stages(program: Program, sites: Iterable[Site]) -> list[Stage]:
     for node in program.graph.nodes:
         level[node] = max((level[d] + (d in by_node) for d in before[node]), default=0)
     # What is added to an output can only be allowed for where it is known before the output.
+    known = {node: at + (node in by_node) for node, at in level.items()}
     for node, site in by_node.items():
-        if site.branch is not None and level[site.branch.other] > level[node]:
+        if site.branch is not None and any(known[n] > level[node] for n in _making(site.branch, order)):
             by_node[node] = dataclasses.replace(site, branch=None)
     needed = _needed(by_node, before)
     count = 1 + max((level[node] for node in by_node), default=-1)
@@ -62,6 +63,13 @@ def plan_stages(program: Program, sites: Iterable[Site]) -> list[Stage]:
             )
         )
     return stages
+
+
+def _making(branch: Branch, order: Mapping[Node, int]) -> list[Node]:
+    """What must have run for the other side of a sum to be what the sum reads: itself, and writes to its memory."""
+    memory = base(branch.other)
+    between = [n for n in order if order[branch.other] < order[n] < order[branch.sum]]
+    return [branch.other, *(n for n in between if any(base(tensor) is memory for tensor in written(n)))]
 
 
 def _dependencies(program: Program) -> dict[Node, list[Node]]:

@@ -43,7 +43,7 @@ def recover(
     *,
     minutes: float = 5.0,
     steps: int | None = None,
-    learning_rate: float = 4e-4,
+    learning_rate: float = 1e-3,
     loss: Callable[[Any, Any], Tensor] | None = None,
     dynamic_shapes: Any = None,
     checkpoint: str | Path | None = None,
@@ -74,7 +74,7 @@ def recover(
     feed = Feed(batches, seed)
     length = Length(60.0 * minutes, steps)
     words = (repr((None if steps else float(minutes), steps, float(learning_rate), seed)), _name(loss))
-    file = File(checkpoint, _about(model, selection, feed.held_out, words))
+    file = File(checkpoint, "" if checkpoint is None else _about(model, selection, feed.held_out, words))
     held = file.read()
     if held is not None and "values" in held:
         return _recovered(selection, held["values"], Standing(**held["standing"]))

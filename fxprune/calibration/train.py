@@ -93,7 +93,7 @@ class Trainer:
         held_out = [self._batch(call) for call in feed.held_out]
         feed.skip(self.standing.step)
         clock = _Clock(self.standing)
-        with torch.inference_mode(False), _bar(length, progress) as bar:
+        with torch.inference_mode(False), _bar(self.standing, length, progress) as bar:
             if not self.best:
                 self._validate(held_out, length, clock)
                 self.standing.before = self.standing.best
@@ -147,6 +147,7 @@ class Trainer:
             )
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        # What never has a gradient Adam never moves, so masked elements stay the +0.0 that they start as.
         for name, gone in self._student.gone.items():
             gradient = self._student.trained[name].grad
             if gradient is not None:
@@ -160,7 +161,6 @@ class Trainer:
         for group in self._optimiser.param_groups:
             group["lr"] = rate
         self._optimiser.step()
-        self._student.hold()
         return float(loss.detach())
 
     def _skip(self, batch: Batch) -> None:
@@ -211,13 +211,21 @@ def _slope(step: int, share: float) -> float:
     return min(1.0, (step + 1) / _WARM_UP) * max(_LAST_RATE, 1.0 - share)
 
 
-def _bar(length: Length, progress: bool) -> Any:
-    form = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
-    total = length.seconds if length.steps is None else length.steps
-    return tqdm(total=total, desc="recover", disable=None if progress else True, leave=False, bar_format=form)
+def _bar(standing: Standing, length: Length, progress: bool) -> Any:
+    return tqdm(
+        total=length.seconds if length.steps is None else length.steps,
+        initial=_done(standing, length),  # pyright: ignore[reportArgumentType]
+        desc="recover",
+        disable=None if progress else True,
+        leave=False,
+        bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
+    )
 
 
 def _show(bar: Any, standing: Standing, length: Length, loss: float) -> None:
-    done = min(length.seconds, standing.seconds) if length.steps is None else standing.step
     bar.set_postfix_str(f"loss {loss:.4f}, best {standing.best:.4f}", refresh=False)
-    bar.update(done - bar.n)
+    bar.update(_done(standing, length) - bar.n)
+
+
+def _done(standing: Standing, length: Length) -> float:
+    return standing.step if length.steps is not None else min(length.seconds, standing.seconds)

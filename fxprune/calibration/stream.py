@@ -156,13 +156,14 @@ def _sum_up(fitted: Sequence[Fitted], dense: Env, pruned: Env, batch: Batch, sid
         given = positions(wanted, batch.valid) if entry.windows is None else entry.windows.out(wanted)
         if not is_finite(given):
             own = dense[site.node]
-            own = positions(own, batch.valid) if entry.windows is None else own
-            raise refuse_activations(site.name, site.node, "pruned" if is_finite(own) else "dense", batch)
+            if is_finite(positions(own, batch.valid) if entry.windows is None else own):
+                raise refuse_activations(site.name, site.node, "pruned", batch, wanted)
+            raise refuse_activations(site.name, site.node, "dense", batch, own)
         if id(entry.inputs) not in rows:
             x = sides[0].value(site.x, dense) if entry.routed else sides[1].value(site.x, pruned)
             read = positions(x, batch.valid) if entry.windows is None else entry.windows.rows(x)
             if not is_finite(read if entry.windows is None else x):
-                raise refuse_activations(site.name, site.node, "pruned", batch)
+                raise refuse_activations(site.name, site.node, "pruned", batch, x)
             rows[id(entry.inputs)] = entry.inputs.add(read)
         entry.outputs.add(given, rows[id(entry.inputs)], entry.inputs)
 

@@ -13,7 +13,9 @@ from .problem import Goal, Problem
 
 
 def wanda(problem: Problem, goal: Goal) -> tuple[Tensor, Tensor]:
-    """Problem -> (weight, keep), both [g, r, n]: |w| times the norm of its input decides, and nothing else changes.
+    """Problem -> (weight, keep), both [g, r, n]: |w| times the norm of its input decides what stays, as it is.
+
+    The weights are the problem's target, which already makes up for the layers before; the paper takes the model's own.
 
     Elements of one output are compared with each other, as in the paper, and every output loses the same share of what
     is not zero already.

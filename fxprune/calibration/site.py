@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..alias import DROPOUTS, written
 from ..capture import Program
-from ..weights import Use, uses
+from ..weights import Use, names_of_parameters, uses
 
 aten = torch.ops.aten
 
@@ -97,7 +97,7 @@ def find_sites(program: Program, names: Iterable[str]) -> tuple[dict[str, Site],
     vectors = _own_vectors(program)
     sites, without = {}, {}
     for name in names:
-        why = _why_not(found.get(name, []))
+        why = _why_not(program, name, found.get(name, []))
         if why:
             without[name] = why
             continue
@@ -105,9 +105,11 @@ def find_sites(program: Program, names: Iterable[str]) -> tuple[dict[str, Site],
     return sites, without
 
 
-def _why_not(found: list[Use]) -> str:
+def _why_not(program: Program, name: str, found: list[Use]) -> str:
     if not found:
         return "the graph does not read it"
+    if not all(is_weight(program, name, use) for use in found):
+        return f"it is no weight of {found[0].node.name}"
     kinds = {use.kind for use in found}
     if not kinds <= {"linear", "conv"}:
         what = next((use.node.target for use in found if use.kind not in ("linear", "conv")), "")
@@ -138,6 +140,16 @@ def _site(name: str, use: Use, vectors: set[str]) -> Site:
         mean = str(named(norm)["running_mean"].target)
         shift = Shift(mean, -1) if mean in vectors else None
     return Site(name, node, x, use.kind, inputs, bias, shift, norm, _branch(node))
+
+
+def is_weight(program: Program, name: str, use: Use) -> bool:
+    """Whether a use of kind "conv" has the parameter as its weight, and not as its bias or its input."""
+    if use.kind != "conv":
+        return True
+    at = named(use.node)["weight"]
+    while at.op == "call_function" and at.all_input_nodes:
+        at = at.all_input_nodes[0]
+    return names_of_parameters(program).get(str(at.target)) == name
 
 
 def is_routed(node: Node) -> bool:

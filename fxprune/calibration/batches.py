@@ -1,4 +1,4 @@
-"""batches: calibration data as calls of the captured program, cut anew so that results do not depend on the cut."""
+"""batches: calibration data as calls of the model, and the model captured so that it takes them all."""
 
 from __future__ import annotations
 
@@ -6,32 +6,41 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.export import Dim, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from .. import admit
 from ..capture import Capture, capture
-from ..check import Call, compare, outputs, refuse
+from ..check import Call, CheckRow, compare, outputs, refuse
 from ..errors import InputError
 
-# A batch is cut so that the largest tensor of the graph has about as many numbers as this.
-_LARGEST = 1 << 22
-_MOST_SAMPLES = 256
-# How far, relative to the largest output, a sample may differ from itself in a batch: by rounding alone.
-_APART = 1e-4
 # The argument by which transformers models say which positions are text and which are padding.
 _MASK = "attention_mask"
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One call: flat inputs in the program's order, which positions count [b, s] bool (None: all), and its name."""
+    """One call: flat inputs in the program's order, and which positions count [b, s] bool (None: all).
+
+    `labels` say which of the user's batches each sample comes from, or all of them.
+    """
 
     flat: tuple[Any, ...]
     valid: Tensor | None = None
-    label: str = "this batch"
+    labels: tuple[str, ...] = ("this batch",)
+
+    @property
+    def label(self) -> str:
+        """The user's batches that the samples come from, in words."""
+        first, last = self.labels[0], self.labels[-1]
+        return first if first == last else f"{first} to {last}"
+
+    def label_of(self, marked: Tensor) -> str:
+        """The user's batch with the first sample that `marked` [b, ...] bool marks; all of them where it has none."""
+        if len(self.labels) > 1 and marked.dim() and marked.shape[0] == len(self.labels) and bool(marked.any()):
+            return self.labels[int(marked.flatten(1).any(1).nonzero()[0])]
+        return self.label
 
 
 def read_calls(data: Any, samples: int | None = None, argument: str = "batches") -> list[Call]:
@@ -118,10 +127,10 @@ def samples_of(call: Call) -> int | None:
 
 
 def _first(call: Call, size: int, count: int) -> Call:
-    return _map(call, lambda t: t[:count]) if count < size else call
+    return map_tensors(call, lambda t: t[:count]) if count < size else call
 
 
-def _map(call: Call, change: Any) -> Call:
+def map_tensors(call: Call, change: Any) -> Call:
     args, kwargs = pytree.tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, (call.args, call.kwargs))
     return Call(call.label, args, kwargs)
 
@@ -133,7 +142,7 @@ def capture_for(model: nn.Module, calls: Sequence[Call], dynamic_shapes: Any = N
     """
     first, varying = calls[0], _varying(calls)
     _check_devices(model, calls)
-    wanted = _run(model, first)
+    _run(model, first)
     shapes = dynamic_shapes
     if shapes is None and varying:
         shapes = ShapesCollection()
@@ -142,11 +151,11 @@ def capture_for(model: nn.Module, calls: Sequence[Call], dynamic_shapes: Any = N
             if isinstance(leaf, Tensor) and leaf.dim():
                 shapes[leaf] = {dim: Dim.AUTO for dim in {0, *varying.get(place, ())}}
     captured = capture(model, first.args, first.kwargs, shapes)
-    row = compare("capture = your model", first, wanted, outputs(captured.program, first))
+    row = _compared(model, captured, first)
     if not row.ok and not varying and dynamic_shapes is None:
         # A model that takes sizes for something else than numbers can only be captured with every size fixed.
         captured = capture(model, first.args, first.kwargs, static=True)
-        row = compare("capture = your model", first, wanted, outputs(captured.program, first))
+        row = _compared(model, captured, first)
     if not row.ok:
         raise refuse(
             row, "Does it draw random numbers, or keep state between calls? Such a model cannot be calibrated."
@@ -154,6 +163,17 @@ def capture_for(model: nn.Module, calls: Sequence[Call], dynamic_shapes: Any = N
     for call in calls:
         check_call(captured, call)
     return captured
+
+
+def _compared(model: nn.Module, captured: Capture, call: Call) -> CheckRow:
+    """The captured program held against the model, on two samples where these can be called alone."""
+    size = samples_of(call)
+    few = call if size is None else _first(call, size, 2)
+    try:
+        captured.entry.check(few.args, few.kwargs)
+    except InputError:
+        few = call
+    return compare("capture = your model", few, _run(model, few), outputs(captured.program, few))
 
 
 def check_call(captured: Capture, call: Call) -> None:
@@ -211,89 +231,14 @@ def _check_devices(model: nn.Module, calls: Sequence[Call]) -> None:
                 )
 
 
-def cut(captured: Capture, calls: Sequence[Call]) -> list[Batch]:
-    """Calls -> batches of one size for each shape, in order, whatever the size of the calls.
+def batch_of(captured: Capture, call: Call, labels: tuple[str, ...] = ()) -> Batch:
+    """A call as flat inputs of the captured program, with the positions that its attention mask leaves.
 
-    Where samples cannot be told apart (tensors whose dim 0 differs, or a model that lets samples of a batch see each
-    other), calls stay as they are.
+    `labels` name the user's batches that its samples come from, where they are several.
     """
-    if any(samples_of(call) is None for call in calls) or not _cuttable(captured, calls[0]):
-        return [batch_of(captured, call) for call in calls]
-    size = _samples_at_a_time(captured)
-    by_shape: dict[Any, list[Call]] = {}
-    for call in calls:
-        by_shape.setdefault(_signature(call), []).append(call)
-    batches = []
-    for alike in by_shape.values():
-        leaves = [pytree.tree_flatten((call.args, call.kwargs)) for call in alike]
-        spec = leaves[0][1]
-        columns = zip(*(flat for flat, _ in leaves), strict=True)
-        joined = [torch.cat(list(column)) if isinstance(column[0], Tensor) else column[0] for column in columns]
-        names = [call.label for call in alike for _ in range(samples_of(call) or 0)]
-        for start in range(0, len(names), size):
-            first, last = names[start], names[min(start + size, len(names)) - 1]
-            part = [t[start : start + size] if isinstance(t, Tensor) else t for t in joined]
-            args, kwargs = pytree.tree_unflatten(part, spec)
-            batches.append(batch_of(captured, Call(first if first == last else f"{first} to {last}", args, kwargs)))
-    return batches
-
-
-def _signature(call: Call) -> Any:
-    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
-    return str(spec), tuple(
-        (tuple(leaf.shape[1:]), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves
-    )
-
-
-def _cuttable(captured: Capture, call: Call) -> bool:
-    """Whether two samples give the same apart as together."""
-    size = samples_of(call)
-    if size is None or size < 1:
-        return False
-    both = _map(call, lambda t: t[:2] if t.shape[0] > 1 else torch.cat([t, t]))
-    one, other = _map(both, lambda t: t[:1]), _map(both, lambda t: t[1:])
-    try:
-        for each in (both, one):
-            captured.entry.check(each.args, each.kwargs)
-        together, apart = outputs(captured.program, both), [outputs(captured.program, c) for c in (one, other)]
-    except (InputError, RuntimeError):
-        return False
-    for whole, *parts in zip(together, *apart, strict=True):
-        if not isinstance(whole, Tensor) or whole.dim() == 0 or whole.shape[0] != 2:
-            return False
-        joined = torch.cat(parts)
-        if compare("", call, [whole], [joined]).error > _APART:
-            return False
-    return True
-
-
-def _samples_at_a_time(captured: Capture) -> int:
-    largest, batch = 1, 1
-    for node in captured.program.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, Tensor) and node.op != "get_attr":
-            numbers = [int(s) if isinstance(s, int) else _hint(s) for s in value.shape]
-            count = 1
-            for number in numbers:
-                count *= number
-            largest = max(largest, count)
-            if node.op == "placeholder" and numbers:
-                batch = max(batch, numbers[0])
-    return max(1, min(_MOST_SAMPLES, _LARGEST * batch // largest))
-
-
-def _hint(size: torch.SymInt) -> int:
-    try:
-        return int(size.node.hint) if size.node.hint is not None else 64
-    except Exception:
-        return 64
-
-
-def batch_of(captured: Capture, call: Call) -> Batch:
-    """A call as flat inputs of the captured program, with the positions that its attention mask leaves."""
     flat = captured.entry.flatten(call.args, call.kwargs)
     valid = None
     for path, leaf in zip(captured.entry.paths, flat, strict=True):
         if path == _MASK and isinstance(leaf, Tensor) and leaf.dim() == 2:
             valid = leaf != 0
-    return Batch(tuple(flat), None if valid is None or bool(valid.all()) else valid, call.label)
+    return Batch(tuple(flat), None if valid is None or bool(valid.all()) else valid, labels or (call.label,))

@@ -83,6 +83,6 @@ class _Watching(torch.fx.Interpreter):
             x = self.env[source]
             rows = positions(x, self._batch.valid) if windows is None else windows.rows(x)
             if not is_finite(rows if windows is None else x):
-                raise refuse_activations(name, n, "dense", self._batch)
+                raise refuse_activations(name, n, "dense", self._batch, x)
             entry.add(rows)
         return super().run_node(n)

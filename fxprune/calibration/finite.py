@@ -14,8 +14,11 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
 
 
-def refuse_activations(name: str, node: Node, whose: str, batch: Batch) -> InputError:
-    """The error for a weight `name` whose inputs or outputs in the "dense" or "pruned" model are not finite."""
+def refuse_activations(name: str, node: Node, whose: str, batch: Batch, values: Tensor) -> InputError:
+    """The error for a weight `name` where its inputs or outputs (`values`) in one of the models are not finite."""
+    marked = ~values.isfinite()
+    if batch.valid is not None and values.shape[:-1] == batch.valid.shape:
+        marked &= batch.valid.unsqueeze(-1)
     if whose == "dense":
         do = "Look at this batch with the model itself: its own activations are not finite."
     else:
@@ -23,7 +26,7 @@ def refuse_activations(name: str, node: Node, whose: str, batch: Batch) -> Input
     return InputError(
         "cannot calibrate a weight",
         where=f'"{name}" (node {node.name})',
-        why=f"the {whose} model's activations there are NaN or infinite in {batch.label}",
+        why=f"the {whose} model's activations there are NaN or infinite in {batch.label_of(marked)}",
         do=do,
     )
 

@@ -8,13 +8,18 @@ from torch import Tensor
 from .cholesky import factor
 from .problem import Problem
 
-# Numbers that one batch of the direct solution holds at a time.
-_CHUNK = 1 << 23
-# Conjugate gradients end where each row's residual is this small a share of its right side: the loss is then right to
-# nine digits.
-_TOLERANCE = 1e-5
-# How many times as many operations a second a product of large matrices runs at as a batch of small factorisations.
-_RATE = 8
+# Rows that keep fewer elements than this are solved in batches, of this many numbers at a time; larger ones singly.
+_SMALL = 64
+_CHUNK = 1 << 22
+# Conjugate gradients end where a row's residual is this small a share of its right side: the loss is then right to six
+# digits or more.
+_TOLERANCE = 1e-4
+# How many times as many operations a second a large product does as the factorisation of single rows, as measured.
+_RATE = 3.5
+# Iterations are only begun where the time that the direct solution takes is enough for so many.
+_ENOUGH = 60
+# After so many iterations the rows that are done leave the others alone.
+_ROUND = 8
 
 
 def refit(problem: Problem, keep: Tensor, start: Tensor | None = None) -> Tensor:
@@ -30,10 +35,13 @@ def refit(problem: Problem, keep: Tensor, start: Tensor | None = None) -> Tensor
         return problem.target.clone()
     if _shared(keep):
         return _columns(problem, keep[:, 0])
-    groups, rows, columns = keep.shape
+    if keep.shape[0] > 1:
+        return _direct(problem, keep)
+    _, rows, columns = keep.shape
     counts = keep.sum(-1).double()
-    direct = float((counts**3 / 3 + 20 * counts**2).sum()) * _RATE
-    found = _iterate(problem, keep, start, int(direct / (2 * groups * rows * columns**2)))
+    direct = float((counts**3 / 3 + 50 * counts**2).sum()) * _RATE
+    iterations = int(direct / (2 * rows * columns**2))
+    found = _iterate(problem, keep[0], start, iterations) if iterations >= _ENOUGH else None
     return _direct(problem, keep) if found is None else found
 
 
@@ -57,23 +65,26 @@ def _columns(problem: Problem, keep: Tensor) -> Tensor:
 def _direct(problem: Problem, keep: Tensor) -> Tensor:
     weight = torch.zeros_like(problem.target)
     for g in range(keep.shape[0]):
-        counts = keep[g].sum(-1)
-        order = torch.sort(counts, stable=True).indices
-        start = 0
-        while start < len(order):
-            # Rows of about the same size share a batch; shorter ones are filled up with an identity.
-            stop = start + 1
-            while stop < len(order) and (stop + 1 - start) * int(counts[order[stop]]) ** 2 <= _CHUNK:
-                stop += 1
-            rows, most = order[start:stop], int(counts[order[stop - 1]])
-            start = stop
-            if most:
-                weight[g, rows] = _solved(problem.hessian[g], problem.linear[g, rows], keep[g, rows], most)
+        hessian, linear, counts = problem.hessian[g], problem.linear[g], keep[g].sum(-1).tolist()
+        small = [row for row, count in enumerate(counts) if 0 < count < _SMALL]
+        small.sort(key=counts.__getitem__)
+        size = max(1, _CHUNK // _SMALL**2)
+        for start in range(0, len(small), size):
+            rows = torch.tensor(small[start : start + size], device=keep.device)
+            weight[g, rows] = _solve_batch(
+                hessian, linear[rows], keep[g, rows], counts[small[start : start + size][-1]]
+            )
+        for row, count in enumerate(counts):
+            if count >= _SMALL:
+                at = keep[g, row].nonzero().squeeze(1)
+                part = factor(hessian.index_select(0, at).index_select(1, at).double())
+                found = torch.cholesky_solve(linear[row, at].double().unsqueeze(1), part).squeeze(1)
+                weight[g, row, at] = found.to(weight.dtype)
     return weight
 
 
-def _solved(hessian: Tensor, linear: Tensor, keep: Tensor, most: int) -> Tensor:
-    """Rows [b, n] that keep at most `most` elements each -> their weights [b, n]."""
+def _solve_batch(hessian: Tensor, linear: Tensor, keep: Tensor, most: int) -> Tensor:
+    """Rows [b, n] that keep at most `most` elements each -> their weights [b, n]; what a row lacks is an identity."""
     at = torch.sort(keep, dim=-1, descending=True, stable=True).indices[:, :most]
     used = keep.gather(1, at)
     part = hessian[at.unsqueeze(-1), at.unsqueeze(-2)].double()
@@ -85,19 +96,25 @@ def _solved(hessian: Tensor, linear: Tensor, keep: Tensor, most: int) -> Tensor:
 
 
 def _iterate(problem: Problem, keep: Tensor, start: Tensor | None, iterations: int) -> Tensor | None:
-    """Conjugate gradients on all rows at once, scaled by the diagonal; None where they do not converge."""
+    """Conjugate gradients on all rows [r, n] at once, scaled by the diagonal; None where they do not converge."""
     # Squares of what is as large as the squares of inputs would leave the range of float32.
-    unit = problem.hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    hessian, linear = problem.hessian / unit, problem.linear / unit * keep
-    scale = hessian.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
-    weight = (problem.target if start is None else start) * keep
-    residual = linear - (weight @ hessian) * keep
+    unit = problem.hessian[0].diagonal().mean()
+    hessian, linear = problem.hessian[0] / unit, problem.linear[0] / unit * keep
+    scale = hessian.diagonal()
+    result = (problem.target if start is None else start)[0] * keep
+    rows, weight = torch.arange(len(keep), device=keep.device), result.clone()
     limit = _TOLERANCE**2 * linear.square().sum(-1)
+    residual = linear - (weight @ hessian) * keep
     step = residual / scale
     direction, old = step, (residual * step).sum(-1)
-    for _ in range(iterations):
-        if bool((residual.square().sum(-1) <= limit).all()):
-            return weight
+    for iteration in range(iterations):
+        if iteration % _ROUND == 0:
+            going = residual.square().sum(-1) > limit
+            result[rows] = weight
+            if not bool(going.any()):
+                return result.unsqueeze(0)
+            state = (rows, keep, limit, weight, residual, direction, old)
+            rows, keep, limit, weight, residual, direction, old = (part[going] for part in state)
         moved = (direction @ hessian).mul_(keep)
         curve = (direction * moved).sum(-1)
         length = torch.where(curve > 0, old / curve, 0.0).unsqueeze(-1)

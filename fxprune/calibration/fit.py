@@ -33,6 +33,7 @@ Solver = Callable[[Problem, Goal], tuple[Tensor, Tensor]]
 SOLVERS: dict[str, Solver] = {"wanda": wanda, "sparsegpt": sparsegpt, "refit": sparsegpt_refit, "admm": admm}
 METHODS = ("magnitude", *SOLVERS)
 
+_SHARED = "it is read at several places, so it was fitted on the dense model's inputs"
 _ROUTED = "values decide which rows come to it, so it was fitted on the dense model's inputs"
 
 
@@ -44,6 +45,7 @@ class Task:
     goal    what a solver is to reach; None where the mask is settled, or the weight has none
     keep    bool of the weight's shape: with a goal, what is not zero already; without, the mask (None: it has none)
     units   those of a group that this weight alone reads, some of which leave
+    note    what is not as asked, in words
     """
 
     name: str
@@ -51,6 +53,7 @@ class Task:
     goal: Goal | None = None
     keep: Tensor | None = None
     units: Units | None = None
+    note: str = ""
 
     @property
     def masks(self) -> bool:
@@ -91,7 +94,7 @@ def fit_weight(entry: Fitted, task: Task, tensors: Mapping[str, Tensor], method:
         found, keep = _solve(problem, task, method)
         found = found / scale
     constants = _constants(entry, found.double(), tensors, method)
-    note = _ROUTED if entry.routed else ""
+    note = "; ".join(filter(None, (task.note, _ROUTED if entry.routed else "")))
     fit = Fit(method, _error(entry, found.double()), entry.inputs.count, note)
     return _outcome(whole, task, found, keep, fit, constants, kept_units)
 
@@ -108,7 +111,7 @@ def fit_shared(watched: Watched, task: Task, tensors: Mapping[str, Tensor], meth
     hessian = damped(gram)[0].float()
     problem = Problem(hessian, weight, weight @ hessian, alive)
     found, keep = _solve(problem, task, method)
-    note = "it is read at several places, so it was fitted on the dense model's inputs"
+    note = "; ".join(filter(None, (task.note, _SHARED)))
     return _outcome(whole, task, found, keep, Fit(method, problem.loss(found), watched.count, note))
 
 

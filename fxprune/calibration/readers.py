@@ -13,6 +13,7 @@ from ..indices import positions
 from ..matrix import to_matrix
 from ..weights import Use
 from .measure_inputs import Watched
+from .site import is_weight
 from .unfold import windows_of_use
 
 # group -> weight -> the unit at each of its inputs, int64 [shape[inputs]], -1 for none
@@ -21,6 +22,8 @@ Readers = Mapping[str, Mapping[str, Tensor]]
 
 def alike(program: Program, name: str, places: Sequence[Use]) -> bool:
     """Whether a weight is read by linears or by convolutions alone, and always the same way round."""
+    if not all(is_weight(program, name, use) for use in places):
+        return False
     if len({(use.kind, use.transposed) for use in places}) != 1 or places[0].kind not in ("linear", "conv"):
         return False
     if places[0].kind == "linear":

@@ -28,6 +28,7 @@ from .obs import Units
 from .problem import Goal
 from .readers import Readers, alike, find_readers, inputs_dim, unit_energy
 from .site import Site, find_sites
+from .unfold import windows_of_use
 
 # Scores that a method replaces by its own; any other was asked for, and decides the mask.
 _DEFAULT = ("l1", "l2", "norm")
@@ -96,11 +97,13 @@ def read_plan(
     decided_late = {units.group for units in late.values()}
     tasks = {}
     for name in (*sites, *shared):
-        inputs, goal, settled = inputs_dim(places[name]), None, start.mask.get(name)
+        inputs, goal, settled, note = inputs_dim(places[name]), None, start.mask.get(name), ""
         if settled is not None and method != "magnitude":
             goal = rules.goal(name, settled, inputs)
+            if goal is not None and _crosses(goal.pattern, program, name, places[name][0]):
+                goal, note = None, "its tiles reach from one group into the next, so they were chosen by magnitude"
             settled = settled if goal is None else existing.get(name)
-        tasks[name] = Task(name, inputs, goal, None if settled is None else settled.unpack(), late.get(name))
+        tasks[name] = Task(name, inputs, goal, None if settled is None else settled.unpack(), late.get(name), note)
     early = {name: kept for name, kept in start.keep.items() if name not in decided_late}
     return Asked(start, sites, tasks, early, shared, without)
 
@@ -153,6 +156,14 @@ def _tiles_gone(mask: PackedMask, how: Blocks, inputs: int) -> int:
     """How many tiles of a weight its mask takes whole."""
     matrix = to_matrix(mask.unpack(), inputs).float().unsqueeze(0)
     return int((score_tiles(matrix, how) == 0).sum())
+
+
+def _crosses(pattern: object, program: Program, name: str, use: Use) -> bool:
+    """Whether tiles of a grouped convolution's weight lie in several groups, which are solved apart."""
+    windows = windows_of_use(program, name, use) if use.kind == "conv" else None
+    if windows is None or not isinstance(pattern, Blocks):
+        return False
+    return program.get_parameter(name).shape[0] // windows.groups % pattern.shape[0] != 0
 
 
 def _members(coupling: Coupling | None, start: Selection) -> list[str]:

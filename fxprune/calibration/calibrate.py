@@ -24,12 +24,12 @@ from ..removal import removal
 from ..report import Report
 from ..select import Selection
 from .asked import Asked, read_plan
-from .batches import capture_for, cut, read_calls
+from .batches import capture_for, read_calls
+from .cut import cut
 from .fit import METHODS, Outcome, fit_shared, fit_weight
 from .progress import Saved, about
 from .stages import Stage, plan_stages
 from .stream import Fitted, stream
-
 
 # Bytes of activations that are held between two stages; the rest goes to files.
 MEMORY = 4e9
@@ -95,6 +95,15 @@ def calibrate_told(
     program = _without(captured.program, dropped)
     coupling = couple(program) if any(isinstance(rule.sparsity, Channels) for rule in plan.rules) else None
     asked = read_plan(captured, program, plan, coupling, method, data, report)
+    if not asked.start.mask and not asked.start.keep:
+        raise InputError(
+            "cannot calibrate a model that is not pruned",
+            where=type(model).__name__,
+            why="the plan masks nothing and takes nothing out"
+            if plan.rules
+            else "there is no rule, and it has no mask",
+            do='Give a plan such as Plan([Rule("encoder.*.weight", Unstructured(0.8))]).',
+        )
     tensors = {n: t.detach() for n, t in (*program.named_parameters(), *program.named_buffers())}
     saved = Saved(checkpoint, about({**tensors, **asked.tensors()}, data, method, program.code, *asked.words()))
     for name, watched in asked.shared.items():
