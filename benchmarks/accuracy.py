@@ -210,8 +210,8 @@ def judge(rows: Sequence[Row], one_shot: str) -> list[tuple[str, bool]]:
 
 
 def plot(rows: Sequence[Row], file: Path) -> bool:
-    """Draw R@1 of MiniLM against sparsity, one line a method; False where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
+    """Draw R@1 of MiniLM against sparsity, one line a method; False without figures of it, or without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None or all(row["case"] != "minilm" for row in rows):
         return False
     importlib.import_module("matplotlib").use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,28 +68,29 @@ def calibrate(
     with `checkpoint`, a file, an interrupted calibration goes on where it stopped. The model is never changed. Raises
     PlanError, InputError or CaptureError.
     """
-    options = {"samples": samples, "dynamic_shapes": dynamic_shapes, "checkpoint": checkpoint, "memory": memory}
-    return calibrate_told(Report(""), model, plan, batches, method, **options, progress=progress)
+    options = Options(method, samples, dynamic_shapes, checkpoint, memory, progress)
+    return calibrate_told(Report(""), model, plan, batches, options)
 
 
-def calibrate_told(
-    report: Report,
-    model: nn.Module,
-    plan: Plan | None,
-    batches: Any,
-    method: str = "refit",
-    *,
-    samples: int | None = None,
-    dynamic_shapes: Any = None,
-    checkpoint: str | Path | None = None,
-    memory: float = MEMORY,
-    progress: bool = True,
-) -> Selection:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The arguments of `calibrate` besides model, plan and data."""
+
+    method: str = "refit"
+    samples: int | None = None
+    dynamic_shapes: Any = None
+    checkpoint: str | Path | None = None
+    memory: float = MEMORY
+    progress: bool = True
+
+
+def calibrate_told(report: Report, model: nn.Module, plan: Plan | None, batches: Any, options: Options) -> Selection:
     """`calibrate`, with notes on what the plan's wildcards met put into a report."""
-    _refuse(plan, method, memory)
+    method = options.method
+    _refuse(plan, method, options.memory)
     admit.admit_model(model)
-    calls = read_calls(batches, samples)
-    captured = capture_for(model, calls, dynamic_shapes)
+    calls = read_calls(batches, options.samples)
+    captured = capture_for(model, calls, options.dynamic_shapes)
     data = cut(captured, calls)
     plan = plan if plan is not None else Plan([])
     dropped = choose_blocks(captured.program, plan, None)
@@ -105,7 +107,7 @@ def calibrate_told(
             do='Give a plan such as Plan([Rule("encoder.*.weight", Unstructured(0.8))]).',
         )
     tensors = {n: t.detach() for n, t in (*program.named_parameters(), *program.named_buffers())}
-    saved = Saved(checkpoint, about({**tensors, **asked.tensors()}, data, method, program.code, *asked.words()))
+    saved = Saved(options.checkpoint, about({**tensors, **asked.tensors()}, data, method, program.code, *asked.words()))
     for name, watched in asked.shared.items():
         if name not in saved.outcomes:
             saved.add({name: fit_shared(watched, asked.tasks[name], tensors, method)})
@@ -120,7 +122,9 @@ def calibrate_told(
         return _values(saved.outcomes[n] for n in names) if saved.outcomes.keys() >= set(names) else None
 
     stages = plan_stages(program, asked.sites.values())
-    with tqdm(total=len(stages) * len(data), desc="calibrate", disable=None if progress else True, leave=False) as bar:
+    with tqdm(
+        total=len(stages) * len(data), desc="calibrate", disable=None if options.progress else True, leave=False
+    ) as bar:
         stream(
             program,
             stages,
@@ -129,7 +133,7 @@ def calibrate_told(
             values=_values(saved.outcomes[name] for name in asked.shared),
             removal=removal(coupling, asked.early) if coupling is not None else None,
             solved=solved,
-            limit=memory,
+            limit=options.memory,
             step=bar.update,
         )
     return _selection(asked, saved.outcomes, tensors, dropped)
