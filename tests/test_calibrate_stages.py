@@ -231,8 +231,36 @@ def test_two_sides_of_one_sum_are_not_both_given_its_error() -> None:
     model, x = net(forward, **lin(8, 8, 8)), torch.randn(4, 8)
     program = capture(model, (x,), {}).program
     stages = plan_stages(program, sites_of(program))
-    found = [site.branch for stage in stages for site in stage.sites if site.name in ("b.weight", "c.weight")]
-    assert found == [None, None]
+    # Both would add what is missing; the later waits for the first, and makes up for it.
+    assert place_of(stages) == {"a.weight": 0, "b.weight": 1, "c.weight": 2}
+    found = {site.name: site.branch is not None for stage in stages for site in stage.sites}
+    assert found == {"a.weight": False, "b.weight": False, "c.weight": True}
+
+
+def test_the_last_of_parallel_branches_makes_up_for_the_residual_stream_too() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.a(x)
+        return x + (m.b(x.relu()) + m.c(x.tanh()))
+
+    model, x = net(forward, **lin(8, 8, 8)), torch.randn(4, 8)
+    program = capture(model, (x,), {}).program
+    stages = plan_stages(program, sites_of(program))
+    assert place_of(stages) == {"a.weight": 0, "b.weight": 1, "c.weight": 2}
+    branches = {site.name: site.branch for stage in stages for site in stage.sites}
+    assert branches["b.weight"] is None and len(branches["c.weight"].others) == 2
+
+
+def test_a_side_that_writes_to_what_the_other_reads_is_not_waited_for() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        z = m.b(y)
+        y[:, :4].add_(m.c(z.relu())[:, :4])
+        return z + y
+
+    model, x = net(forward, **lin(8, 8, 8)), torch.randn(4, 8)
+    program = capture(model, (x,), {}).program
+    stages = plan_stages(program, sites_of(program))
+    assert place_of(stages) == {"a.weight": 0, "b.weight": 1, "c.weight": 2}
 
 
 def test_nothing_to_fit_has_no_stages() -> None:

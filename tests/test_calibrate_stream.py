@@ -149,7 +149,7 @@ def test_the_wanted_output_makes_the_sum_the_dense_one(chain: Any) -> None:
     branch = sites["lin.weight"].branch
     assert branch is not None
     nodes = [n for n in program.graph.nodes if n.op == "call_function"]
-    nodes = nodes[: nodes.index(branch.sum)]
+    nodes = nodes[: nodes.index(branch.way[-1])]
     envs: list[dict[Any, Any]] = []
     sides = [Side(program, {}), Side(program, {"pre.weight": model.pre.weight.detach() * 0.5})]
     for side in sides:
@@ -159,13 +159,12 @@ def test_the_wanted_output_makes_the_sum_the_dense_one(chain: Any) -> None:
     site, (dense, pruned) = sites["lin.weight"], envs
     correction = streaming._correction(site, dense, pruned, sides[0])
     assert isinstance(correction, Tensor) and correction.shape == dense[site.node].shape
-    end = dense[branch.chain[-1]] if branch.chain else dense[site.node]
-    moved = dense[site.node] + correction
-    if branch.chain:
-        moved = streaming._follow(branch, site.node, moved, dense, sides[0])
-    expected = end + dense[branch.other]
-    torch.testing.assert_close(moved + pruned[branch.other], expected, rtol=1e-5, atol=1e-5)
-    assert float((pruned[branch.other] - dense[branch.other]).abs().max()) > 0.1
+    # What the whole way comes to with the dense operands, and with the pruned ones and the corrected output.
+    expected = streaming._follow(branch, site.node, dense[site.node], dense, dense, sides[0])
+    moved = streaming._follow(branch, site.node, dense[site.node] + correction, dense, pruned, sides[0])
+    torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-5)
+    for other in branch.others.values():
+        assert float((pruned[other] - dense[other]).abs().max()) > 0.1
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def nodes_to_match(program: Program, pruned: Iterable[str]) -> list[str]:
     """
     every = [name for name, places in uses(program).items() if any(use.kind for use in places)]
     sites, _ = find_sites(program, every)
-    found = {_behind(site.branch.sum) for site in sites.values() if site.branch is not None}
+    found = {_behind(site.branch.way[-1]) for site in sites.values() if site.branch is not None}
     if not found:
         found = {site.node for site in find_sites(program, pruned)[0].values()}
     names = [node.name for node in program.graph.nodes if node in found]

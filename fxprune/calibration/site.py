@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -50,11 +50,22 @@ _CARRIED |= {aten.mul.Tensor, aten.div.Tensor}
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-    """The `sum` that takes in a weight's output: `chain` are the nodes on the way, `other` what is added to it."""
+    """The way of a weight's output into sums: its nodes in order, the last one a sum.
 
-    chain: tuple[Node, ...]
-    sum: Node
-    other: Node
+    `others` holds, for each sum on the way, what it adds that the inputs change: sum -> operand.
+    """
+
+    way: tuple[Node, ...]
+    others: Mapping[Node, Node]
+
+    def before(self, end: Node) -> Branch | None:
+        """The way up to the last sum before `end`; None where there is none."""
+        nodes = self.way[: self.way.index(end)]
+        sums = [index for index, node in enumerate(nodes) if node in self.others]
+        if not sums:
+            return None
+        nodes = nodes[: sums[-1] + 1]
+        return Branch(nodes, {node: self.others[node] for node in nodes if node in self.others})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +85,7 @@ class Site:
     inputs  the weight's dimension that is summed over
     shift   where a constant can go, if anywhere
     norm    the batch-norm that alone reads the output, if any
-    branch  the sum that takes in the output, if any
+    branch  the way of the output into sums, if there are any
     """
 
     name: str
@@ -202,32 +213,48 @@ def _norm_behind(node: Node) -> Node | None:
 
 
 def _branch(node: Node) -> Branch | None:
-    """The first sum on the way of a node's output, if nothing else reads it before."""
-    chain: list[Node] = []
+    """The way of a node's output to the last sum before anything else reads it or happens to it."""
+    way: list[Node] = []
+    others: dict[Node, Node] = {}
     at = node
     while len(at.users) == 1:
         (user,) = at.users
-        if user.target in _SUMS and not user.kwargs:
-            first, second = user.args[:2]
-            other = second if first is at else first
-            if isinstance(other, Node) and other is not at and _same_shape(other, at):
-                if other.op != "get_attr":
-                    return Branch(tuple(chain), user, other)
-                # A constant that is added to the output does not end its way.
-            elif not _is_constant(other):
-                return None
-        elif user.target not in _CARRIED or user.args[0] is not at or written(user):
-            if not (user.target is aten.mul.Tensor and user.args[1] is at and _is_constant(user.args[0])):
-                return None
-        elif not all(_is_constant(a) for a in user.all_input_nodes if a is not at):
-            return None
-        if user.target is aten.batch_norm.default and _of_the_batch(user):
-            return None
+        if is_sum(user):
+            other = other_operand(user, at)
+            if isinstance(other, Node) and other.op != "get_attr" and isinstance(other.meta.get("val"), Tensor):
+                if other is at or not _same_shape(other, at):
+                    break
+                others[user] = other
+        elif not _carries(user, at):
+            break
         if user.target in _SCALING and not _same_shape(user, at):
-            return None
-        chain.append(user)
+            break
+        way.append(user)
         at = user
-    return None
+    last = max((index for index, user in enumerate(way) if user in others), default=-1)
+    return Branch(tuple(way[: last + 1]), others) if others else None
+
+
+def is_sum(node: Node) -> bool:
+    """Whether a node adds two operands as they are."""
+    return node.target in _SUMS and not node.kwargs
+
+
+def other_operand(node: Node, one: Node) -> Any:
+    """What a sum adds to one of its operands."""
+    first, second = node.args[:2]
+    return second if first is one else first
+
+
+def _carries(user: Node, at: Node) -> bool:
+    """Whether a node hands its operand `at` on, moved or scaled by constants."""
+    if user.target not in _CARRIED or written(user):
+        return False
+    if user.args[0] is not at and not (user.target is aten.mul.Tensor and user.args[1] is at):
+        return False
+    if user.target is aten.batch_norm.default and _of_the_batch(user):
+        return False
+    return all(_is_constant(a) for a in (*user.all_input_nodes, user.args[0]) if a is not at)
 
 
 def _of_the_batch(node: Node) -> bool:

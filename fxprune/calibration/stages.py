@@ -1,7 +1,8 @@
 """stages: in which order the weights of a graph are fitted, and what must be remembered in between.
 
 A weight is fitted on what the weights before it, already fitted, let through. Weights that do not depend on each other
-(query, key and value) share a stage.
+(query, key and value) share a stage, but for those whose outputs meet in one sum: the last of them makes up for the
+others.
 """
 
 from __future__ import annotations
@@ -35,14 +36,20 @@ def plan_stages(program: Program, sites: Iterable[Site]) -> list[Stage]:
     by_node = {site.node: site for site in sites}
     order = {node: place for place, node in enumerate(program.graph.nodes)}
     before = _dependencies(program)
-    level: dict[Node, int] = {}
-    for node in program.graph.nodes:
-        level[node] = max((level[d] + (d in by_node) for d in before[node]), default=0)
-    # What is added to an output can only be allowed for where it is known before the output.
-    known = {node: at + (node in by_node) for node, at in level.items()}
+    level = _levels(before, by_node)
+    for end, sides in _meetings(by_node, order).items():
+        # Where two ways meet and neither output is known before the other, the later weight waits for the first.
+        if not any(_is_known(branch, end, node, level, by_node, order) for node, branch in sides):
+            node, branch = sides[-1]
+            making = _making(branch, end, order)
+            if not _needs(before, making, node):
+                before[node] += making
+                level = _levels(before, by_node)
     for node, site in by_node.items():
-        if site.branch is not None and any(known[n] > level[node] for n in _making(site.branch, order)):
-            by_node[node] = dataclasses.replace(site, branch=None)
+        if (branch := site.branch) is not None:
+            unknown = [end for end in branch.others if not _is_known(branch, end, node, level, by_node, order)]
+            if unknown:
+                by_node[node] = dataclasses.replace(site, branch=branch.before(unknown[0]))
     needed = _needed(by_node, before)
     count = 1 + max((level[node] for node in by_node), default=-1)
     stages = []
@@ -65,11 +72,63 @@ def plan_stages(program: Program, sites: Iterable[Site]) -> list[Stage]:
     return stages
 
 
-def _making(branch: Branch, order: Mapping[Node, int]) -> list[Node]:
+def _levels(before: Mapping[Node, list[Node]], by_node: Mapping[Node, Site]) -> dict[Node, int]:
+    """The stage at which each node can run, or be fitted: one more than that of the sites before it."""
+    level: dict[Node, int] = {}
+    waiting: list[Node] = list(before)[::-1]
+    while waiting:
+        node = waiting[-1]
+        missing = [d for d in before[node] if d not in level] if node not in level else []
+        if missing:
+            waiting += missing
+            continue
+        waiting.pop()
+        level.setdefault(node, max((level[d] + (d in by_node) for d in before[node]), default=0))
+    return level
+
+
+def _needs(before: Mapping[Node, list[Node]], nodes: list[Node], node: Node) -> bool:
+    """Whether one of `nodes` can only run after `node`."""
+    seen: set[Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        at = waiting.pop()
+        if at is node:
+            return True
+        if at not in seen:
+            seen.add(at)
+            waiting += before[at]
+    return False
+
+
+def _meetings(by_node: Mapping[Node, Site], order: Mapping[Node, int]) -> dict[Node, list[tuple[Node, Branch]]]:
+    """Sum -> the sites whose way leads through it, both in the graph's order."""
+    found: dict[Node, list[tuple[Node, Branch]]] = {}
+    for node in sorted(by_node, key=order.__getitem__):
+        if (branch := by_node[node].branch) is not None:
+            for end in branch.others:
+                found.setdefault(end, []).append((node, branch))
+    return dict(sorted(found.items(), key=lambda item: order[item[0]]))
+
+
+def _is_known(
+    branch: Branch,
+    end: Node,
+    node: Node,
+    level: Mapping[Node, int],
+    by_node: Mapping[Node, Site],
+    order: Mapping[Node, int],
+) -> bool:
+    """Whether what the sum `end` adds to a site's output is known when the site is fitted."""
+    return all(level[n] + (n in by_node) <= level[node] for n in _making(branch, end, order))
+
+
+def _making(branch: Branch, end: Node, order: Mapping[Node, int]) -> list[Node]:
     """What must have run for the other side of a sum to be what the sum reads: itself, and writes to its memory."""
-    memory = base(branch.other)
-    between = [n for n in order if order[branch.other] < order[n] < order[branch.sum]]
-    return [branch.other, *(n for n in between if any(base(tensor) is memory for tensor in written(n)))]
+    other = branch.others[end]
+    memory = base(other)
+    between = [n for n in order if order[other] < order[n] < order[end]]
+    return [other, *(n for n in between if any(base(tensor) is memory for tensor in written(n)))]
 
 
 def _dependencies(program: Program) -> dict[Node, list[Node]]:
@@ -95,7 +154,7 @@ def _needed(by_node: Mapping[Node, Site], before: Mapping[Node, list[Node]]) -> 
     """The sites, the sums that take in their outputs, and what all these need."""
     waiting = list(by_node)
     for site in by_node.values():
-        waiting += [site.branch.sum] if site.branch is not None else []
+        waiting += site.branch.way[-1:] if site.branch is not None else ()
     found: set[Node] = set()
     while waiting:
         node = waiting.pop()

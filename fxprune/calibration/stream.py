@@ -18,7 +18,7 @@ from .batches import Batch
 from .finite import is_finite, refuse_activations
 from .moments import Inputs, Outputs
 from .shelf import Shelf
-from .site import Branch, Site, is_routed
+from .site import Branch, Site, is_routed, is_sum, other_operand
 from .stages import Stage
 from .unfold import Windows, positions, windows_of
 
@@ -175,40 +175,47 @@ def _bias(site: Site, wanted: Tensor, dense: Env) -> Tensor:
 
 
 def _correction(site: Site, dense: Env, pruned: Env, side: Side) -> Tensor | float:
-    """What the output must gain so that the sum which takes it in comes out as the dense one, [as the output].
+    """What the output must gain so that the last sum on its way comes out as the dense one, [as the output].
 
-    The way to the sum only moves elements or scales them by constants, so its inverse is its transpose over the squares
-    of the scales.
+    The way only moves elements, scales them by constants and adds to them, so its inverse is its transpose over the
+    squares of the scales.
     """
     branch = site.branch
     if branch is None:
         return 0.0
-    missing = dense[branch.other] - pruned[branch.other]
-    if not branch.chain:
-        return missing
+    if len(branch.way) == 1:
+        (other,) = branch.others.values()
+        return dense[other] - pruned[other]
     with torch.enable_grad():
         start = dense[site.node].detach().clone().requires_grad_()
-        end = _follow(branch, site.node, start, dense, side)
-    if missing.shape != end.shape or not end.requires_grad:
-        return 0.0
-    (back,) = torch.autograd.grad(end, start, missing.to(end.dtype), retain_graph=True)
+        end = _follow(branch, site.node, start, dense, dense, side)
+    missing = end.detach() - _follow(branch, site.node, start.detach(), dense, pruned, side)
+    (back,) = torch.autograd.grad(end, start, missing, retain_graph=True)
     (scale,) = torch.autograd.grad(end, start, torch.ones_like(end))
     squares = scale.square()
     return torch.where(squares > 1e-8 * squares.max(), back / squares, 0.0)
 
 
-def _follow(branch: Branch, node: Node, start: Tensor, dense: Env, side: Side) -> Tensor:
-    """The output at the end of the way to the sum, from `start` at its beginning."""
-    scratch: Env = {**dense, node: start}
+def _follow(branch: Branch, node: Node, start: Tensor, dense: Env, others: Env, side: Side) -> Tensor:
+    """The last sum on the way of a node's output, `start` at its beginning; what sums add comes from `others`."""
+    scratch: Env = {known: value for known, value in dense.items() if known not in branch.way}
+    scratch[node] = start
 
-    def fill(at: Node) -> None:
-        if at not in scratch:
-            for read in at.all_input_nodes:
-                fill(read)
-            side.run([at], scratch)
+    def value(of: Node) -> Any:
+        if of not in scratch:
+            for read in of.all_input_nodes:
+                value(read)
+            side.run([of], scratch)
+        return scratch[of]
 
-    for at in branch.chain:
-        for read in at.all_input_nodes:
-            fill(read)
-        side.run([at], scratch)
-    return scratch[branch.chain[-1]]
+    at = node
+    for step in branch.way:
+        if is_sum(step):
+            # Not as it stands: a sum in place would write to what it adds to.
+            other = other_operand(step, at)
+            added = others[other] if step in branch.others else value(other) if isinstance(other, Node) else other
+            scratch[step] = scratch[at] + added
+        else:
+            value(step)
+        at = step
+    return scratch[at]
