@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ..capture import Capture
 from ..check import Call, compare, outputs
+from ..compat import symbol_hint
 from ..errors import InputError
 from .batches import Batch, batch_of, map_tensors, samples_of
 
@@ -93,7 +94,7 @@ def _samples_at_a_time(captured: Capture) -> int:
 
 
 def _hint(size: torch.SymInt) -> int:
-    try:
-        return int(size.node.hint) if size.node.hint is not None else 64
-    except Exception:
-        return 64
+    """The example's value of a symbolic size."""
+    expression = size.node.expr
+    known = {symbol: symbol_hint(size.node.shape_env, symbol) for symbol in expression.free_symbols}
+    return int(expression.subs(known))
