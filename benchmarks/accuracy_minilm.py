@@ -67,16 +67,20 @@ PLANS: Plans = {
 }
 
 
+# Of the 886 that there are; on the development split 80% zeros keep a cosine of .87 with so many, and .845 with 256.
+CALIBRATION = 640
+
+
 @dataclass(frozen=True)
 class MiniLm:
     """MiniLM on BBC News. Batches are `{"input_ids": [b, s], "attention_mask": [b, s]}`.
 
-    `width` is that of the headlines' batches: 64 gives every calibration batch one shape; 32 is the smallest. The mask
-    says what is padding. `score` runs texts of equal length together, without padding, unless `padded`, which pads
-    them all to 64 tokens: for a model that was captured at that width.
+    `width` is that of the headlines' batches: 64 gives every calibration batch one shape; 32, the smallest, takes less
+    time. The mask says what is padding. `score` runs texts of equal length together, without padding, unless `padded`,
+    which pads them all to 64 tokens: for a model that was captured at that width.
     """
 
-    width: int = BODY_TOKENS
+    width: int = TITLE_TOKENS
     padded: bool = False
     documents: Sequence[Document] | None = None
     loader: Callable[[], tuple[nn.Module, Tokenizer]] = load_minilm
@@ -94,7 +98,7 @@ class MiniLm:
     @property
     def sample(self) -> str:
         """On what a figure was calibrated and scored."""
-        return f"calibrated on 256 BBC stories and their headlines, scored on {self.evaluation} others"
+        return f"calibrated on {CALIBRATION} BBC stories and their headlines, scored on {self.evaluation} others"
 
     @cached_property
     def loaded(self) -> tuple[nn.Module, Tokenizer]:
@@ -117,9 +121,9 @@ class MiniLm:
         return self.loaded[0]
 
     def calibration(self, seed: int, count: int | None = None) -> list[Batch]:
-        """Return the bodies and the headlines of `count` stories (256 if not given), 32 texts a batch."""
+        """Return the bodies and the headlines of `count` stories (640 if not given), 32 texts a batch."""
         rest = self.stories.rest
-        count = check_count(256 if count is None else count, rest, "stories")
+        count = check_count(CALIBRATION if count is None else count, rest, "stories")
         chosen = [rest[n] for n in shuffled(len(rest), seed)[:count]]
         bodies = self.tokens([story.body for story in chosen], BODY_TOKENS)
         titles = self.tokens([story.title for story in chosen], TITLE_TOKENS)
