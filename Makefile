@@ -14,7 +14,7 @@ help:
 	@echo "make test   lint, type check and test"
 	@echo "make lint   lint and type check"
 	@echo "make zoo    prune 334 models of four libraries and check each, in about an hour (ARGS='--only timm/*vit*')"
-	@echo "make accuracy  what pruning costs in accuracy, in about five hours (ARGS='--cases mnist' for minutes)"
+	@echo "make accuracy  what pruning costs in accuracy, in hours (ARGS='--cases mnist' for minutes)"
 	@echo "make clean  remove the environments and everything built"
 
 demo: $(VENV)/.demo

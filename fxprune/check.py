@@ -97,7 +97,7 @@ class Oracle(torch.fx.Interpreter):
         if statistic is None:
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        return statistic.run(n, named_arguments(n, args, kwargs))
+        return statistic.run(n, named_arguments(n.target, args, kwargs))
 
     def outputs(self, call: Call) -> list[Any]:
         """Flat outputs of one call."""

@@ -31,6 +31,7 @@ class Selection:
     dead    group -> indices that stay, where masks left others without any effect; found anew at every transform
     fits    weight -> how calibration fitted it
     recovery    what `recover` did; None where it did not run
+    notes   what calibration met in the plan and could not use, in words
     """
 
     keep: dict[str, Tensor] = field(default_factory=dict)
@@ -41,6 +42,7 @@ class Selection:
     dead: dict[str, Tensor] = field(default_factory=dict)
     fits: dict[str, Fit] = field(default_factory=dict)
     recovery: Recovery | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def staying(self) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from tqdm import tqdm
 
 from . import admit, compat
-from .calibration.calibrate import Options, calibrate_told
+from .calibration.calibrate import calibrate
 from .check import Call
 from .decide import batches, check_values, choose_blocks, choose_selection, couple_if_needed
 from .deliver import deliver, deliver_trainable
@@ -90,7 +90,7 @@ def transform(
         with stages("calibrate"):
             if isinstance(model, ExportedProgram):
                 raise InputError("cannot calibrate an ExportedProgram", do="Pass the model itself.")
-            plan, selection = None, calibrate_told(report, model, plan, calibration, Options(progress=progress))
+            plan, selection = None, calibrate(model, plan, calibration, progress=progress)
     with stages("capture"):
         captured, proof = capture_checked(model, args, keywords, dynamic_shapes, report, check=check)
         trace.write("capture", captured.program, captured.notes)
@@ -152,6 +152,7 @@ def _told(result: _Result, report: Report, selection: Selection, stages: _Stages
     stages.close()
     report.seconds = stages.seconds
     report.fits, report.recovery = selection.fits, selection.recovery
+    report.notes += selection.notes
     result.meta["report"], result.meta["selection"] = report, selection
     return result
 

@@ -229,8 +229,8 @@ def test_a_checkpoint_is_of_one_calibration(tmp_path: Path) -> None:
     for case in tries:
         with pytest.raises(InputError) as caught:
             quietly(*case, checkpoint=file)
-        assert caught.value.what == "cannot go on from a checkpoint" and repr(str(file)) in caught.value.where
-        assert "another model, plan, method" in caught.value.why and "delete this one" in caught.value.do
+        assert caught.value.what == "cannot use a checkpoint" and repr(str(file)) in caught.value.where
+        assert "another model" in caught.value.why and "delete this one" in caught.value.do
     assert file.read_bytes() == held
     assert quietly(dense, HALF, x.split(6), checkpoint=file).fits
 
@@ -246,16 +246,16 @@ def test_a_damaged_checkpoint(content: Any, tmp_path: Path) -> None:
         file.write_bytes(file.read_bytes()[:-400] if content == "cut" else content)
     with pytest.raises(InputError) as caught:
         quietly(dense, HALF, [x], checkpoint=file)
-    assert caught.value.what == "cannot go on from a checkpoint" and "c.pt" in caught.value.where
-    assert ("it is no calibration" in caught.value.why) == (content == "other")
+    assert caught.value.what == "cannot use a checkpoint" and "c.pt" in caught.value.where
+    assert ("it holds no calibration" in caught.value.why) == (content == "other")
 
 
 def test_places_where_no_checkpoint_can_be(tmp_path: Path) -> None:
     dense, x = model("linear")
-    with pytest.raises(InputError, match="no folder") as caught:
+    with pytest.raises(InputError, match="folder does not exist") as caught:
         quietly(dense, HALF, [x], checkpoint=tmp_path / "nowhere" / "c.pt")
     assert "nowhere" in caught.value.where
-    with pytest.raises(InputError, match="cannot go on"):
+    with pytest.raises(InputError, match="it is a folder"):
         quietly(dense, HALF, [x], checkpoint=tmp_path)
     with pytest.raises(InputError, match="cannot use a int as a checkpoint"):
         quietly(dense, HALF, [x], checkpoint=3)
@@ -280,3 +280,33 @@ def test_a_folder_that_fills_up_leaves_the_last_checkpoint(tmp_path: Path, monke
             quietly(dense, HALF, [x], checkpoint=file)
     found = quietly(dense, HALF, [x], checkpoint=file)
     assert differ(expected, found) == 0
+
+
+class Masked(nn.Module):
+    """ids [b, s] and what hides some of them -> states [b, s, 6], also by way of [s, b, 8]."""
+
+    def __init__(self, *, turned: bool) -> None:
+        super().__init__()
+        self.table, self.a, self.b, self.turned = nn.Embedding(32, 8), nn.Linear(8, 8), nn.Linear(8, 6), turned
+
+    def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids) + 0 * attention_mask.clamp(-1, 1).unsqueeze(-1)
+        x = self.a(x.transpose(0, 1) if self.turned else x).relu()
+        return self.b(x.transpose(0, 1) if self.turned else x)
+
+
+def test_a_mask_that_is_added_hides_where_it_is_negative() -> None:
+    dense, ids = Masked(turned=False).eval(), torch.randint(32, (12, 7))
+    counts = torch.arange(7) < torch.randint(2, 7, (12, 1))
+    added = torch.zeros(12, 7).masked_fill(~counts, -1e4)
+    by_factor = quietly(dense, HALF, [{"ids": ids, "attention_mask": counts.float()}])
+    by_sum = quietly(dense, HALF, [{"ids": ids, "attention_mask": added}])
+    assert {fit.rows for name, fit in by_sum.fits.items() if fit.rows} == {int(counts.sum())}
+    assert differ(by_factor, by_sum) == 0
+
+
+def test_padding_that_cannot_be_told_apart_is_told() -> None:
+    ids, counts = torch.randint(32, (12, 7)), (torch.arange(7) < 4).expand(12, 7).float()
+    found = quietly(Masked(turned=True).eval(), HALF, [{"ids": ids, "attention_mask": counts}])
+    assert "padding could not be told" in found.fits["a.weight"].note
+    assert found.fits["b.weight"].note == "" and found.fits["b.weight"].rows == 48

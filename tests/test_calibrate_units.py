@@ -161,3 +161,29 @@ def test_biases_and_inputs_of_convolutions_are_no_weights() -> None:
     found = quietly(dense, Plan([Rule("image", Unstructured(0.5)), Rule("b.weight", Unstructured(0.5))]), [x])
     assert found.fits["image"].method == "magnitude" and "no weight of" in found.fits["image"].note
     assert found.fits["b.weight"].method == "refit" and "a.bias" not in found.fits
+
+
+@pytest.mark.parametrize("pooled", ["global", "isomorphic"])
+def test_a_pool_is_scored_by_one_measure(pooled: str) -> None:
+    """The norms of one group say that it loses nothing; its activations say that it loses all that leave."""
+    torch.manual_seed(0)
+    layers = dict(a=nn.Linear(8, 16), b=nn.Linear(16, 8), c=nn.Linear(8, 16), d=nn.Linear(16, 8))
+    dense = net(lambda m, x: m.d(m.c(m.b(m.a(x).relu())).relu()), **layers)
+    with torch.no_grad():
+        for part in (layers["a"].weight, layers["a"].bias):
+            part[:8] = -part[:8].abs()  # never on, for the inputs are positive
+        for part in (layers["c"].weight, layers["c"].bias, layers["d"].weight.T):
+            part[:8] *= 0.01
+    plan = Plan([Rule("[ac].weight", Channels(0.25, align=1), scope=pooled)])
+    by_norm = calibrate(dense, plan, [torch.rand(40, 8)], "magnitude", progress=False)
+    assert "a.weight[0]" not in by_norm.keep
+    found = calibrate(dense, plan, [torch.rand(40, 8)], progress=False)
+    assert found.keep["a.weight[0]"].tolist() == list(range(8, 16)) and "c.weight[0]" not in found.keep
+
+
+def test_units_that_no_product_sums_over_keep_the_plans_score_and_say_so() -> None:
+    torch.manual_seed(0)
+    dense = net(lambda m, x: m.a(x) @ m.b(x).mT, a=nn.Linear(8, 16), b=nn.Linear(8, 16))
+    plan = Plan([Rule("a.weight", Channels(0.5))])
+    found = calibrate(dense, plan, [torch.randn(4, 10, 8)], progress=False)
+    assert found.keep and any("chosen by their norm" in note for note in found.notes)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -15,20 +13,9 @@ from fxprune.errors import PlanError
 from fxprune.matrix import to_matrix
 from fxprune.plan import Sparsity
 from tests.oracle import assert_close, snapshot, zeroed
+from tests.pattern_case import random, refused
 
 EAGER: dict[str, Any] = {"measure": False, "compile": False}
-
-
-def refused(make: Callable[[], object], *words: str) -> None:
-    with pytest.raises(PlanError) as error:
-        make()
-    assert error.value.what and error.value.where and error.value.why and error.value.do
-    for word in words:
-        assert word in str(error.value), str(error.value)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def tiles_of(weight: Tensor, r: int, c: int, inputs: int = 1) -> Tensor:
@@ -174,9 +161,11 @@ def test_a_convolution_by_its_general_name() -> None:
 
 def test_errors_through_transform() -> None:
     plan = Plan([Rule("head.weight", Blocks(0.5, (8, 8)))])
-    refused(lambda: fxprune.transform(Words().eval(), plan, (IDS,), options=EAGER), "[7, 24]", "its 7 outputs")
+    refused(
+        PlanError, lambda: fxprune.transform(Words().eval(), plan, (IDS,), options=EAGER), "[7, 24]", "its 7 outputs"
+    )
     plan = Plan([Rule("table.weight", SemiStructured())])
-    refused(lambda: fxprune.transform(Words().eval(), plan, (IDS,), options=EAGER), "[20, 24]", "looked up")
+    refused(PlanError, lambda: fxprune.transform(Words().eval(), plan, (IDS,), options=EAGER), "[20, 24]", "looked up")
     # without inputs only the names are known
     pending = fxprune.transform(Words().eval(), Plan([Rule("up.weight", Blocks(0.5, (16, 12)))]), options=EAGER)
     assert pending(IDS).shape == (2, 4, 7)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -18,20 +18,9 @@ from fxprune.patterns import Blocks, SemiStructured, Unstructured
 from fxprune.plan import Candidate, Plan, Rule, Sparsity
 from fxprune.score import Scores
 from fxprune.select import Selection, select
+from tests.pattern_case import random, refused
 
 ROWS = Unstructured(0.5, per_row=True)
-
-
-def refused(make: Callable[[], object], *words: str) -> None:
-    with pytest.raises(InputError) as error:
-        make()
-    assert error.value.what and error.value.where and error.value.why and error.value.do
-    for word in words:
-        assert word in str(error.value), str(error.value)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def choose(
@@ -219,12 +208,12 @@ def test_what_is_not_finite_or_does_not_fit() -> None:
         for bad in (math.nan, math.inf):
             weight = random(4, 8)
             weight[1, 2] = bad
-            refused(lambda w=weight, how=how: choose({"w": w}, how), '"w" [4, 8]', "NaN or infinity")
+            refused(InputError, lambda w=weight, how=how: choose({"w": w}, how), '"w" [4, 8]', "NaN or infinity")
 
     def negative(weight: Tensor) -> Tensor:
         return weight.abs() - 1
 
     for how in (Unstructured(0.5, negative, True), SemiStructured(score=negative), Blocks(0.5, (2, 2), score=negative)):
-        refused(lambda how=how: choose({"w": random(4, 8)}, how), "negative")
+        refused(InputError, lambda how=how: choose({"w": random(4, 8)}, how), "negative")
     missing = Scores({"other": random(4, 8)})
-    refused(lambda: choose({"w": random(4, 8)}, SemiStructured(score=missing)), '"w"')
+    refused(InputError, lambda: choose({"w": random(4, 8)}, SemiStructured(score=missing)), '"w"')

@@ -87,7 +87,7 @@ def test_one_call_is_calibrate_and_then_transform() -> None:
     once = quick(model, plan=HALF, calibration=ROWS)
     selection = fxprune.calibrate(model, HALF, ROWS, progress=False)
     twice = quick(model, selection=selection)
-    assert torch.equal(once(X), twice(X))
+    torch.testing.assert_close(once(X), twice(X))  # where weights lie in memory moves the last bit
     torch.testing.assert_close(once(X), by_hand(model, selection)(X))
     plain = quick(model, plan=HALF)
     assert (once(X) - model(X)).norm() < 0.8 * (plain(X) - model(X)).norm()

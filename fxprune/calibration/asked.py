@@ -81,18 +81,20 @@ def read_plan(
     start = choose_selection(captured, program, report, plan, None, coupling)
     existing = choose_selection(captured, program, Report(""), Plan([])).mask
     rules, places = _Rules(program, plan, coupling), uses(program)
-    readers = find_readers(program, coupling, list(start.keep), places) if coupling is not None else {}
-    sites, without = find_sites(program, [*start.mask, *_members(coupling, start)])
+    groups = [group.name for group in coupling or () if group.name in start.asked]
+    readers = find_readers(program, coupling, groups, places) if coupling is not None else {}
     shared: dict[str, Watched] = {}
     if method != "magnitude":
-        several = [n for n in without if len(places.get(n, ())) > 1 and alike(program, n, places[n])]
-        pooled = [n for n in start.mask if rules.is_pooled(n) and alike(program, n, places.get(n, ()))]
+        read = [n for n in start.mask if n in places and alike(program, n, places[n])]
+        several = [n for n in read if len(places[n]) > 1]
+        pooled = [n for n in read if rules.is_pooled(n)]
         watched = {n: places[n] for n in (*several, *pooled, *(n for found in readers.values() for n in found))}
-        if watched:
-            seen = measure_inputs(program, watched, set(several), batches)
-            start = _pool_anew(captured, program, plan, coupling, start, rules, seen, places)
-            _rank_units(program, plan, coupling, start, rules, readers, seen, places)
-            shared = {name: seen[name] for name in several}
+        seen = measure_inputs(program, watched, set(several), batches) if watched else {}
+        start = _pool_anew(captured, program, plan, coupling, start, rules, seen, places)
+        if coupling is not None:
+            report.notes += _rank_units(program, plan, coupling, start, rules, readers, seen, places)
+        shared = {name: seen[name] for name in several}
+    sites, without = find_sites(program, [*start.mask, *_members(coupling, start)])
     late = _late(coupling, start, rules, readers, sites) if method in _CHOOSING else {}
     decided_late = {units.group for units in late.values()}
     tasks = {}
@@ -142,9 +144,16 @@ class _Rules:
 
     def is_free(self, group: Group) -> bool:
         """Whether the units of a group were asked for by the default score, so that a method may choose others."""
-        found = [rule for member in group.members if (rule := self.of(member.name)) is not None]
-        asking = [rule for rule in found if isinstance(rule.sparsity, Channels)]
+        asking = self._asking(group)
         return bool(asking) and all(_by_default(rule) for rule in asking)
+
+    def shares_units(self, group: Group) -> bool:
+        """Whether a group shares its amount with others."""
+        return any(rule.scope != "local" for rule in self._asking(group))
+
+    def _asking(self, group: Group) -> list[Rule]:
+        found = [rule for member in group.members if (rule := self.of(member.name)) is not None]
+        return [rule for rule in found if isinstance(rule.sparsity, Channels)]
 
 
 def _by_default(rule: Rule) -> bool:
@@ -213,24 +222,34 @@ def _pool_anew(
 def _rank_units(
     program: Program,
     plan: Plan,
-    coupling: Coupling | None,
+    coupling: Coupling,
     start: Selection,
     rules: _Rules,
     readers: Readers,
     seen: Mapping[str, Watched],
     places: Mapping[str, Sequence[Use]],
-) -> None:
-    """Puts into `start` the units that give most to what reads them, where the plan leaves the score open."""
-    if coupling is None:
-        return
+) -> list[str]:
+    """Puts into `start` the units that give most to what reads them, where the plan leaves the score open.
+
+    Answers with notes on groups that keep the plan's score. Where one of a pool does, all pooled groups do, for the two
+    scores do not compare.
+    """
     weights = {name: parameter.detach() for name, parameter in program.named_parameters()}
     dims = {name: inputs_dim(places[name]) for found in readers.values() for name in found}
-    given = {}
-    for name, found in readers.items():
-        energy = unit_energy(found, weights, seen, dims) if rules.is_free(coupling[name]) else None
-        if energy is not None and len(energy) == coupling[name].size:
-            given[name] = energy
+    free = [name for name in readers if rules.is_free(coupling[name])]
+    energies = {name: unit_energy(readers[name], weights, seen, dims) for name in free}
+    given = {n: e for n, e in energies.items() if e is not None and len(e) == coupling[n].size}
+    lacking = [name for name in free if name not in given]
+    pooled = [name for name in free if rules.shares_units(coupling[name])]
+    notes = []
+    if lacking:
+        why = "no linear or convolution sums over them, or none received any input"
+        notes.append(f"the units of {', '.join(lacking)} were chosen by their norm: {why}")
+    if set(lacking) & set(pooled):
+        given = {name: energy for name, energy in given.items() if name not in pooled}
+        notes.append("the units of all groups that share an amount were chosen by their norm, for some must be")
     start.keep = keep_channels(coupling, weights, plan, rules.binding, given).keep
+    return notes
 
 
 def _late(

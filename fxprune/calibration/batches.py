@@ -240,5 +240,7 @@ def batch_of(captured: Capture, call: Call, labels: tuple[str, ...] = ()) -> Bat
     valid = None
     for path, leaf in zip(captured.entry.paths, flat, strict=True):
         if path == _MASK and isinstance(leaf, Tensor) and leaf.dim() == 2:
-            valid = leaf != 0
+            # What is added to attention scores is negative where it hides; what multiplies is zero.
+            added = leaf.is_floating_point() and bool((leaf < 0).any())
+            valid = leaf == 0 if added else leaf != 0
     return Batch(tuple(flat), None if valid is None or bool(valid.all()) else valid, labels or (call.label,))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,40 +61,23 @@ def calibrate(
     "wanda"      masks by |weight| times the norm of its input
     "sparsegpt"  column by column, later ones make up for earlier ones
     "refit"      the masks of sparsegpt, then least squares on them
-    "admm"       masks and weights found together; about twice the time of refit
+    "admm"       masks and weights found together: the most exact, and the wider the layers the longer it takes
 
-    `memory` is how many bytes of activations are held between layers, the rest goes to files;
-    with `checkpoint`, a file, an interrupted calibration goes on where it stopped. The model is never changed. Raises
-    PlanError, InputError or CaptureError.
+    `memory` is how many bytes of activations are held between layers, the rest goes to files; with `checkpoint`, a
+    file, an interrupted calibration goes on where it stopped. What could not be done as asked is in the selection's
+    `fits` and `notes`, which the report of `transform` shows. The model is never changed. Raises PlanError, InputError,
+    CaptureError or CheckError.
     """
-    options = Options(method, samples, dynamic_shapes, checkpoint, memory, progress)
-    return calibrate_told(Report(""), model, plan, batches, options)
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The arguments of `calibrate` besides model, plan and data."""
-
-    method: str = "refit"
-    samples: int | None = None
-    dynamic_shapes: Any = None
-    checkpoint: str | Path | None = None
-    memory: float = MEMORY
-    progress: bool = True
-
-
-def calibrate_told(report: Report, model: nn.Module, plan: Plan | None, batches: Any, options: Options) -> Selection:
-    """`calibrate`, with notes on what the plan's wildcards met put into a report."""
-    method = options.method
-    _refuse(plan, method, options.memory)
+    _refuse(plan, method, memory)
     admit.admit_model(model)
-    calls = read_calls(batches, options.samples)
-    captured = capture_for(model, calls, options.dynamic_shapes)
+    calls = read_calls(batches, samples)
+    captured = capture_for(model, calls, dynamic_shapes)
     data = cut(captured, calls)
     plan = plan if plan is not None else Plan([])
     dropped = choose_blocks(captured.program, plan, None)
     program = _without(captured.program, dropped)
     coupling = couple(program) if any(isinstance(rule.sparsity, Channels) for rule in plan.rules) else None
+    report = Report(type(model).__name__)
     asked = read_plan(captured, program, plan, coupling, method, data, report)
     if not asked.start.mask and not asked.start.keep:
         raise InputError(
@@ -107,7 +89,7 @@ def calibrate_told(report: Report, model: nn.Module, plan: Plan | None, batches:
             do='Give a plan such as Plan([Rule("encoder.*.weight", Unstructured(0.8))]).',
         )
     tensors = {n: t.detach() for n, t in (*program.named_parameters(), *program.named_buffers())}
-    saved = Saved(options.checkpoint, about({**tensors, **asked.tensors()}, data, method, program.code, *asked.words()))
+    saved = Saved(checkpoint, about({**tensors, **asked.tensors()}, data, method, program.code, *asked.words()))
     for name, watched in asked.shared.items():
         if name not in saved.outcomes:
             saved.add({name: fit_shared(watched, asked.tasks[name], tensors, method)})
@@ -122,9 +104,7 @@ def calibrate_told(report: Report, model: nn.Module, plan: Plan | None, batches:
         return _values(saved.outcomes[n] for n in names) if saved.outcomes.keys() >= set(names) else None
 
     stages = plan_stages(program, asked.sites.values())
-    with tqdm(
-        total=len(stages) * len(data), desc="calibrate", disable=None if options.progress else True, leave=False
-    ) as bar:
+    with tqdm(total=len(stages) * len(data), desc="calibrate", disable=None if progress else True, leave=False) as bar:
         stream(
             program,
             stages,
@@ -133,10 +113,12 @@ def calibrate_told(report: Report, model: nn.Module, plan: Plan | None, batches:
             values=_values(saved.outcomes[name] for name in asked.shared),
             removal=removal(coupling, asked.early) if coupling is not None else None,
             solved=solved,
-            limit=options.memory,
+            limit=memory,
             step=bar.update,
         )
-    return _selection(asked, saved.outcomes, tensors, dropped)
+    result = _selection(asked, saved.outcomes, tensors, dropped)
+    result.notes = tuple(report.notes)
+    return result
 
 
 def _refuse(plan: object, method: object, memory: float) -> None:

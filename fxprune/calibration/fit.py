@@ -34,6 +34,7 @@ SOLVERS: dict[str, Solver] = {"wanda": wanda, "sparsegpt": sparsegpt, "refit": s
 METHODS = ("magnitude", *SOLVERS)
 
 _SHARED = "it is read at several places, so it was fitted on the dense model's inputs"
+_PADDED = "padding could not be told from text in its inputs, so it counts as well"
 _ROUTED = "values decide which rows come to it, so it was fitted on the dense model's inputs"
 
 
@@ -94,7 +95,8 @@ def fit_weight(entry: Fitted, task: Task, tensors: Mapping[str, Tensor], method:
         found, keep = _solve(problem, task, method)
         found = found / scale
     constants = _constants(entry, found.double(), tensors, method)
-    note = "; ".join(filter(None, (task.note, _ROUTED if entry.routed else "")))
+    notes = (task.note, _ROUTED if entry.routed else "", _PADDED if entry.padded else "")
+    note = "; ".join(filter(None, notes))
     fit = Fit(method, _error(entry, found.double()), entry.inputs.count, note)
     return _outcome(whole, task, found, keep, fit, constants, kept_units)
 

@@ -3,77 +3,37 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
 from ..fits import Fit
 from .batches import Batch
+from .checkpoint import Checkpoint
 from .fit import Outcome
-
-_FORMAT = 1
 
 
 class Saved:
-    """Outcomes by weight, kept in memory and, with a file, on disk after every stage.
-
-    The file says what it is about: the model's tensors, the plan, the data and the method. Raises InputError where it
-    is about something else, or is no such file.
-    """
+    """Outcomes by weight, kept in memory and, with a file, on disk after every stage."""
 
     def __init__(self, file: str | Path | None, about: str) -> None:
-        self.outcomes: dict[str, Outcome] = {}
-        if file is not None and not isinstance(file, (str, Path)):
-            raise InputError(
-                f"cannot use a {type(file).__name__} as a checkpoint",
-                where=f"checkpoint={file!r}",
-                why="it is no path of a file",
-                do='Write checkpoint="calibration.pt".',
-            )
-        self._file, self._about = None if file is None else Path(file), about
-        if self._file is not None and not self._file.parent.is_dir():
-            raise InputError(
-                "cannot write a checkpoint",
-                where=f"checkpoint={str(file)!r}",
-                why=f"there is no folder {str(self._file.parent)!r}",
-                do="Make it, or give a file in another folder.",
-            )
-        if self._file is not None and self._file.exists():
-            self._read(self._file)
-
-    def _read(self, file: Path) -> None:
-        where = f"checkpoint={str(file)!r}"
-        do = "Give another file, or delete this one to start anew."
-        try:
-            held: Any = torch.load(file, weights_only=True)
-        except Exception as error:
-            why = f"it cannot be read ({type(error).__name__})"
-            raise InputError("cannot go on from a checkpoint", where=where, why=why, do=do) from error
-        if not isinstance(held, dict) or held.get("fxprune_calibration") != _FORMAT:
-            raise InputError("cannot go on from a checkpoint", where=where, why="it is no calibration", do=do)
-        if held.get("about") != self._about:
-            why = "it is of another model, plan, method or of other data"
-            raise InputError("cannot go on from a checkpoint", where=where, why=why, do=do)
-        for name, entry in held["outcomes"].items():
-            self.outcomes[name] = Outcome(entry["values"], entry["keep"], Fit(**entry["fit"]), entry["units"])
+        self._file = Checkpoint(file, "calibration", about)
+        held = self._file.read()
+        self.outcomes = {
+            name: Outcome(entry["values"], entry["keep"], Fit(**entry["fit"]), entry["units"])
+            for name, entry in (held or {"outcomes": {}})["outcomes"].items()
+        }
 
     def add(self, found: Mapping[str, Outcome]) -> None:
-        """Adds a stage's outcomes and writes the file, which is whole at any time."""
+        """Adds a stage's outcomes and writes the file."""
         self.outcomes.update(found)
-        if self._file is None:
-            return
         outcomes = {
             name: {"values": o.values, "keep": o.keep, "fit": vars(o.fit), "units": o.units}
             for name, o in self.outcomes.items()
         }
-        beside = self._file.with_name(self._file.name + ".part")
-        torch.save({"fxprune_calibration": _FORMAT, "about": self._about, "outcomes": outcomes}, beside)
-        os.replace(beside, self._file)
+        self._file.write(outcomes=outcomes)
 
 
 def about(tensors: Mapping[str, Tensor], batches: Sequence[Batch], *words: str) -> str:

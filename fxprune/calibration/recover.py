@@ -28,10 +28,10 @@ from ..report import Report
 from ..select import Selection
 from ..weights import names_of_parameters
 from .batches import Batch, batch_of, capture_for
+from .checkpoint import Checkpoint
 from .feed import Feed
 from .matching import Distance, Loss, alike, nodes_to_match
 from .progress import about
-from .resume import File
 from .student import Student, Tapped, make_student, whole_values
 from .train import Length, Standing, Trainer
 
@@ -74,7 +74,9 @@ def recover(
     feed = Feed(batches, seed)
     length = Length(60.0 * minutes, steps)
     words = (repr((None if steps else float(minutes), steps, float(learning_rate), seed)), _name(loss))
-    file = File(checkpoint, "" if checkpoint is None else _about(model, selection, feed.held_out, words))
+    file = Checkpoint(
+        checkpoint, "recovery", "" if checkpoint is None else _about(model, selection, feed.held_out, words)
+    )
     held = file.read()
     if held is not None and "values" in held:
         return _recovered(selection, held["values"], Standing(**held["standing"]))

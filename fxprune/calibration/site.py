@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..alias import DROPOUTS, written
 from ..capture import Program
+from ..removal import named_arguments
 from ..weights import Use, names_of_parameters, uses
 
 aten = torch.ops.aten
@@ -176,9 +177,7 @@ def input_of(use: Use) -> Node:
 
 def named(node: Node) -> dict[str, Any]:
     """The arguments of an op by the names in its schema."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    names = [argument.name for argument in node.target._schema.arguments]
-    return {**dict(zip(names, node.args)), **node.kwargs}
+    return named_arguments(node.target, node.args, node.kwargs)
 
 
 def _own_vectors(program: Program) -> set[str]:

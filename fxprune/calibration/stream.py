@@ -20,7 +20,7 @@ from .moments import Inputs, Outputs
 from .shelf import Shelf
 from .site import Branch, Site, is_routed, is_sum, other_operand
 from .stages import Stage
-from .unfold import Windows, positions, windows_of
+from .unfold import Windows, hides_padding, positions, windows_of
 
 Env = dict[Node, Any]
 
@@ -56,13 +56,14 @@ class Fitted:
     """What one site saw: inputs (shared by the sites that read the same) and wanted outputs.
 
     `routed` says that values decide which rows come to the site. The two programs may decide otherwise, so both its
-    inputs and its outputs are then the dense one's.
+    inputs and its outputs are then the dense one's. `padded` says that padding among its rows could not be told apart.
     """
 
     def __init__(self, site: Site, inputs: Inputs, windows: Windows | None) -> None:
         self.site, self.inputs, self.windows = site, inputs, windows
         self.outputs = Outputs()
         self.routed = is_routed(site.x)
+        self.padded = False
 
 
 Solve = Callable[[Sequence[Fitted]], Mapping[str, Tensor]]
@@ -164,6 +165,7 @@ def _sum_up(fitted: Sequence[Fitted], dense: Env, pruned: Env, batch: Batch, sid
             read = positions(x, batch.valid) if entry.windows is None else entry.windows.rows(x)
             if not is_finite(read if entry.windows is None else x):
                 raise refuse_activations(site.name, site.node, "pruned", batch, x)
+            entry.padded |= batch.valid is not None if entry.windows is not None else hides_padding(x, batch.valid)
             rows[id(entry.inputs)] = entry.inputs.add(read)
         entry.outputs.add(given, rows[id(entry.inputs)], entry.inputs)
 

@@ -16,9 +16,9 @@ from ..capture import Capture
 from ..check import Call
 from ..errors import InputError
 from .batches import Batch, batch_of, check_call
+from .checkpoint import Checkpoint
 from .feed import Feed
 from .matching import Distance
-from .resume import File
 from .student import Student, Tapped
 
 # Validation comes about every 5% of a run. A validated batch costs half as much as one that is trained on, so with so
@@ -88,7 +88,7 @@ class Trainer:
         self.standing = Standing()
         self.best: dict[str, Tensor] = {}
 
-    def run(self, feed: Feed, length: Length, rate: float, file: File, *, progress: bool) -> dict[str, Tensor]:
+    def run(self, feed: Feed, length: Length, rate: float, file: Checkpoint, *, progress: bool) -> dict[str, Tensor]:
         """Trains to the end of `length`, from where `resume` put it. The file is written after each validation."""
         held_out = [self._batch(call) for call in feed.held_out]
         feed.skip(self.standing.step)
@@ -117,7 +117,7 @@ class Trainer:
         self.best = {name: best.to(self._student.trained[name].device) for name, best in held["best"].items()}
         self._optimiser.load_state_dict(held["optimiser"])
 
-    def _write(self, file: File) -> None:
+    def _write(self, file: Checkpoint) -> None:
         now = {name: tensor.detach() for name, tensor in self._student.trained.items()}
         state = self._optimiser.state_dict()
         file.write(standing=dataclasses.asdict(self.standing), now=now, best=self.best, optimiser=state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..capture import Program
+from ..removal import named_arguments
 from ..weights import Use
 
 
@@ -49,7 +51,7 @@ class Windows:
         )
         kernel_dims = range(3 + dims, 3 + 2 * dims)
         ordered = windows.permute(1, 0, *range(3, 3 + dims), *kernel_dims, 2)
-        return ordered.reshape(self.groups, -1, channels // self.groups * _product(self.kernel))
+        return ordered.reshape(self.groups, -1, channels // self.groups * math.prod(self.kernel))
 
     def out(self, y: Tensor) -> Tensor:
         """y [b, o, *s] -> [g, places, o / g], in the order of `rows`."""
@@ -63,7 +65,7 @@ def windows_of(target: Any, args: Sequence[Any], kwargs: dict[str, Any], shape: 
     Arguments other than numbers and lists of numbers may be anything.
     """
     dims = len(shape) - 2
-    given = _arguments(target, args, kwargs)
+    given = named_arguments(target, args, kwargs)
     if given.get("transposed"):
         return None
     kernel = tuple(shape[2:])
@@ -84,30 +86,28 @@ def windows_of_use(program: Program, name: str, use: Use) -> Windows | None:
     return windows_of(use.node.target, use.node.args, dict(use.node.kwargs), program.get_parameter(name).shape)
 
 
-def _arguments(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = [argument.name for argument in target._schema.arguments]
-    return {**dict(zip(names, args)), **kwargs}
-
-
 def _each(value: Any, dims: int) -> tuple[int, ...]:
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     return values * dims if len(values) == 1 else values
 
 
-def _product(numbers: Sequence[int]) -> int:
-    result = 1
-    for number in numbers:
-        result *= number
-    return result
-
-
 def positions(x: Tensor, valid: Tensor | None) -> Tensor:
     """x [..., n] -> [1, rows, n], only those rows that `valid` (bool, of the leading sizes or their number) names."""
     rows = x.reshape(-1, x.shape[-1])
-    if valid is not None and _fits(x, valid):
+    if valid is not None and has_positions(x, valid):
         rows = rows[valid.reshape(-1)]
     return rows.unsqueeze(0)
 
 
-def _fits(x: Tensor, valid: Tensor) -> bool:
+def has_positions(x: Tensor, valid: Tensor) -> bool:
+    """Whether the rows of x [..., n] are the positions that `valid` [b, s] speaks of, in its order."""
     return tuple(x.shape[:-1]) in (tuple(valid.shape), (valid.numel(),))
+
+
+def hides_padding(x: Tensor, valid: Tensor | None) -> bool:
+    """Whether x [..., n] may hold positions of `valid` [b, s] in another order, so that padding cannot be left out.
+
+    A pooled x, of one row for each sample, holds none.
+    """
+    rows = x.numel() // max(1, x.shape[-1])
+    return valid is not None and not has_positions(x, valid) and rows % valid.numel() == 0 and rows > 0
