@@ -1,14 +1,15 @@
 """What pruning costs in accuracy: by magnitude, calibrated on unlabelled data, and after label-free distillation.
 
     python -m benchmarks.accuracy [--cases minilm mnist ...] [--cells "80%" ...] [--methods l1 refit ...]
-                                  [--seeds 0 1 2] [--minutes 10] [--threads 2] [--development]
+                                  [--seeds 0 1 2] [--minutes 5] [--threads 2] [--development]
 
 A cell is one case (model and data), one plan, one method and one seed, which chooses the calibration data. A figure is
 the mean over the seeds with its standard error; a target is met where the mean is within one standard error of it.
 Methods: `l1` is the plan alone (L2 norms for channels); those of fxprune.calibrate; and with `+recover` behind them
-`--minutes` of distillation. Calibration data, development data and evaluation data are disjoint; whatever was tuned was
-tuned with --development, whose figures go to a file of their own. The evaluation data are scored once for each cell:
-cells that have a figure are not run again, so a run that was cut off goes on where it stopped.
+`--minutes` of distillation, which starts from the calibrated selection and whose seconds are its own. Calibration data,
+development data and evaluation data are disjoint; whatever was tuned was tuned with --development, whose figures go to
+a file of their own. The evaluation data are scored once for each cell: cells that have a figure are not run again, so a
+run that was cut off goes on where it stopped.
 
 Before a figure is taken, the compiled pipeline is held against the pruned model that is scored (`equal`). Figures go to
 results/accuracy-<cpu>.json, the plot to results/accuracy.png. Needs the packages named in accuracy_case.INSTALL.
@@ -91,9 +92,7 @@ class Bench:
 
     def cell(self, cell: str, method: str, seed: int) -> Row:
         """Prune, check and score one cell."""
-        start = time.perf_counter()
-        selection = self.select(cell, method, seed)
-        seconds = time.perf_counter() - start
+        selection, seconds = self.select(cell, method, seed)
         pruned = self.pruner.zeroed(selection)
         equal = self.hold(selection, pruned)
         metrics = self.case.score(pruned, self.given.split)
@@ -110,26 +109,25 @@ class Bench:
             **({"recovery": vars(selection.recovery)} if selection.recovery is not None else {}),
         }
 
-    def select(self, cell: str, method: str, seed: int) -> Selection:
-        """The selection of a cell; distillation starts from the calibrated one, which is kept."""
+    def select(self, cell: str, method: str, seed: int) -> tuple[Selection, float]:
+        """The selection of a cell and the seconds it took; calibrated ones are kept, for distillation to start from."""
         plan = self.case.plans[cell]()
-        if method == "l1":
-            return self.pruner.by_magnitude(plan)
-        way, _, recovered = method.partition("+")
+        way, recovers, _ = method.partition(RECOVER)
         file = self.given.cache / "selections" / f"{self.name}-{slug(cell)}-{way}-{seed}.pt"
-        if recovered and file.exists():
-            selection = torch.load(file, weights_only=False)
-        else:
-            data = self.case.calibration(seed)
-            selection = calibrate(self.pruner.model, plan, data, way, progress=self.given.progress)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(selection, file)
-        if not recovered:
-            return selection
-        data, minutes = self.case.recovery(seed), self.given.minutes
-        checkpoint = file.with_name(f"{file.stem}-recover-{minutes:g}.pt")
-        options = {"checkpoint": checkpoint, "seed": seed, "progress": self.given.progress}
-        return recover(self.pruner.model, selection, data, minutes=minutes, **options)
+        model, quiet = self.pruner.model, {"progress": self.given.progress}
+        if recovers:
+            given = torch.load(file, weights_only=False) if file.exists() else self.select(cell, way, seed)[0]
+            data, minutes = self.case.recovery(seed), self.given.minutes
+            checkpoint = file.with_name(f"{file.stem}-recover-{minutes:g}.pt")
+            options = {"minutes": minutes, "loss": self.case.loss, "checkpoint": checkpoint, "seed": seed, **quiet}
+            return timed(lambda: recover(model, given, data, **options))
+        if method == "l1":
+            return timed(lambda: self.pruner.by_magnitude(plan))
+        data = self.case.calibration(seed)
+        selection, seconds = timed(lambda: calibrate(model, plan, data, way, **quiet))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(selection, file)
+        return selection, seconds
 
     def hold(self, selection: Selection, pruned: Callable[..., Any]) -> float:
         """How far transform's result is from the pruned model that is scored; CheckError where it is too far."""
@@ -143,6 +141,12 @@ class Bench:
         if not difference <= TOLERANCE:
             raise CheckError("no figure", why=f"transform's result differs from the pruned model by {difference:.1e}")
         return difference
+
+
+def timed(work: Callable[[], Selection]) -> tuple[Selection, float]:
+    """What a call gives, and the seconds it took."""
+    start = time.perf_counter()
+    return work(), time.perf_counter() - start
 
 
 def largest_difference(expected: Any, got: Any) -> float:
@@ -165,11 +169,16 @@ def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return row["case"], row["cell"], row["method"], row["seed"], row.get("minutes")
 
 
+def label(row: Mapping[str, Any]) -> str:
+    """The method of a row, with the minutes of its distillation."""
+    return row["method"] + (f" {row['minutes']:g} min" if "minutes" in row else "")
+
+
 def summary(rows: Iterable[Row]) -> dict[tuple[str, str, str], tuple[float, float, float, float, int]]:
     """(case, cell, method) -> mean and standard error of the metric, mean cos, most seconds, and number of seeds."""
     grouped: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        grouped.setdefault((row["case"], row["cell"], row["method"]), []).append(row)
+        grouped.setdefault((row["case"], row["cell"], label(row)), []).append(row)
     found = {}
     for name, mine in grouped.items():
         values = [row["metrics"][row["metric"]] for row in mine]
@@ -198,11 +207,11 @@ def table(rows: Sequence[Row]) -> str:
     return tabulate(cells, headers=headers, disable_numparse=True)
 
 
-def judge(rows: Sequence[Row], one_shot: str) -> list[tuple[str, bool]]:
+def judge(rows: Sequence[Row], one_shot: str, minutes: float) -> list[tuple[str, bool]]:
     """Each target that was measured with all seeds, in words, and whether it is met."""
     found, means = [], summary(rows)
     for (case, cell, kind), wanted in TARGETS.items():
-        method = one_shot if kind == "one-shot" else one_shot + RECOVER
+        method = one_shot if kind == "one-shot" else f"{one_shot}{RECOVER} {minutes:g} min"
         if (case, cell, method) in means and means[case, cell, method][-1] >= SEEDS:
             mean, error, _, seconds, count = means[case, cell, method]
             spent = f"{count} seeds, {seconds:.0f} s"
@@ -261,7 +270,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cells", nargs="+", default=["*"], help="patterns of plan names")
     parser.add_argument("--methods", nargs="+", default=["l1", "refit"], choices=["l1", *ways])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--minutes", type=float, default=10.0, help="of distillation (default: 10)")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of distillation (default: 5)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--development", action="store_true", help="score the development data, to tune on")
     parser.add_argument("--cache", type=Path, default=RESULTS.parent.parent / "build" / "accuracy")
@@ -302,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         save(file, machine, rows)
     print(table(rows))
     one_shot = next((m for m in given.methods if m in METHODS), "refit")
-    targets = judge(rows, one_shot)
+    targets = judge(rows, one_shot, given.minutes)
     for text, met in targets:
         print(f"{'met   ' if met else 'MISSED'} {text}")
     if not given.development and plot(rows, given.results / "accuracy.png"):

@@ -38,6 +38,7 @@ class Case(Protocol):
     metric   the key of `score` that the tables show; larger is better unless `lower_is_better`
     plans    name of a cell -> what makes its plan
     sample   on what a figure was calibrated and scored, in words
+    loss     for fxprune.recover in place of the outputs' part; None for its own
     """
 
     @property
@@ -50,6 +51,8 @@ class Case(Protocol):
     def plans(self) -> Plans: ...
     @property
     def sample(self) -> str: ...
+    @property
+    def loss(self) -> Callable[[Any, Any], Tensor] | None: ...
 
     def model(self) -> nn.Module:
         """Return the dense model in eval mode, the same object at each call."""

@@ -169,6 +169,7 @@ class Causal:
     name: str = "decoder"
     metric: str = "perplexity"
     lower_is_better: bool = True
+    loss: Callable[[Any, Any], Tensor] | None = None
 
     @property
     def plans(self) -> Plans:

@@ -119,6 +119,7 @@ class Photographs:
     parts: dict[str, int] = field(default_factory=lambda: dict(PARTS))
     metric: str = "agreement"
     lower_is_better: bool = False
+    loss: Callable[[Any, Any], Tensor] | None = None
 
     @property
     def plans(self) -> Plans:

@@ -5,6 +5,7 @@ The score is that of the demo: each of 800 headlines is searched among the first
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -91,6 +92,11 @@ class MiniLm:
     lower_is_better: bool = False
 
     @property
+    def loss(self) -> Callable[[Any, Any], Tensor]:
+        """The distance of the embeddings that the score reads off the hidden states."""
+        return embedding_loss
+
+    @property
     def plans(self) -> Plans:
         """Unstructured from 50% to 90%, 2:4, and neurons and heads that leave."""
         return PLANS
@@ -130,14 +136,14 @@ class MiniLm:
         return [*in_batches(bodies, ROWS, BODY_TOKENS), *in_batches(titles, ROWS, self.width)]
 
     def recovery(self, seed: int) -> Iterator[Batch]:
-        """Yield 24 windows of 64 tokens, then 64 short texts, and so on: every window of the other stories, their
-        headlines and the beginnings of their sentences."""
+        """Yield 24 windows of 64 tokens, then 64 short texts of one length, and so on, without padding: every window of
+        the other stories, their headlines and the beginnings of their sentences."""
         windows, short = self.recovery_texts
         of_windows = endless(len(windows), min(WINDOW_ROWS, len(windows)), seed)
-        of_short = endless(len(short), min(SHORT_ROWS, len(short)), seed + 1)
+        of_short = of_one_length(short, SHORT_ROWS, seed + 1)
         while True:
-            yield padded([windows[n] for n in next(of_windows)], BODY_TOKENS)
-            yield padded([short[n] for n in next(of_short)], TITLE_TOKENS)
+            for texts in ([windows[n] for n in next(of_windows)], next(of_short)):
+                yield padded(texts, len(texts[0]))
 
     @cached_property
     def recovery_texts(self) -> tuple[list[list[int]], list[list[int]]]:
@@ -194,6 +200,27 @@ def padded(texts: Sequence[Sequence[int]], width: int) -> dict[str, Tensor]:
         ids[row, : len(text)] = torch.tensor(text)
         mask[row, : len(text)] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def of_one_length(texts: Sequence[list[int]], rows: int, seed: int) -> Iterator[list[list[int]]]:
+    """Yield up to `rows` texts of one length at a time, each length as often as it is there."""
+    waiting: dict[int, list[list[int]]] = {}
+    counts = Counter(len(text) for text in texts)
+    for (index,) in endless(len(texts), 1, seed):
+        length = len(texts[index])
+        mine = waiting.setdefault(length, [])
+        mine.append(texts[index])
+        if len(mine) == min(rows, counts[length]):
+            yield waiting.pop(length)
+
+
+def embedding_loss(found: Any, wanted: Any) -> Tensor:
+    """The mean squared difference of the embeddings of texts without padding, over the variance of the dense ones.
+
+    Both are what a model returns, hidden states `[n, s, d]` first.
+    """
+    pruned, dense = (nn.functional.normalize(side[0].mean(1), dim=-1) for side in (found, wanted))
+    return (pruned - dense).square().mean() / dense.var(correction=0)
 
 
 def in_batches(texts: Sequence[Sequence[int]], rows: int, width: int) -> list[Batch]:

@@ -139,6 +139,7 @@ class Mnist:
     name: str = "mnist"
     metric: str = "accuracy"
     lower_is_better: bool = False
+    loss: Callable[[Any, Any], Tensor] | None = None
 
     @property
     def plans(self) -> Plans:

@@ -255,11 +255,12 @@ def test_headlines_are_as_wide_as_asked() -> None:
         assert shapes == {(20, 64), (20, width)}
 
 
-def test_recovery_has_windows_without_padding_and_short_texts() -> None:
+def test_recovery_has_windows_and_short_texts_without_padding() -> None:
     windows, short = itertools.islice(minilm().recovery(0), 2)
-    assert windows["attention_mask"].all() and windows["input_ids"].shape[1] == 64
+    assert windows["attention_mask"].all() and short["attention_mask"].all()
+    assert windows["input_ids"].shape[1] == 64
     assert (windows["input_ids"][:, 0] == 1).all() and (windows["input_ids"][:, -1] == 2).all()
-    assert short["attention_mask"].sum(1).min() >= 5 and short["attention_mask"].sum(1).max() <= 16
+    assert 5 <= short["input_ids"].shape[1] <= 16
 
 
 def test_photographs_are_in_one_part_each_and_views_stay_together() -> None:
