@@ -216,4 +216,7 @@ def _zeros(name: str, weight: Tensor) -> PackedMask:
     return PackedMask.from_chunks(weight.shape, weight.device, (piece != 0 for piece in chunks(weight)))
 
 
+# So that torch.load reads a saved selection as it reads tensors, without pickle's dangers.
+torch.serialization.add_safe_globals([Selection, PackedMask, Fit, Recovery])
+
 __all__ = ["PackedMask", "Selection", "select"]

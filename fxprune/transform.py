@@ -12,7 +12,8 @@ from torch.export import ExportedProgram
 from tqdm import tqdm
 
 from . import admit, compat
-from .calibration.calibrate import calibrate
+from .calibration.batches import read_calls
+from .calibration.calibrate import calibrate_calls
 from .check import Call
 from .decide import batches, check_values, choose_blocks, choose_selection, couple_if_needed
 from .deliver import deliver, deliver_trainable
@@ -90,7 +91,9 @@ def transform(
         with stages("calibrate"):
             if isinstance(model, ExportedProgram):
                 raise InputError("cannot calibrate an ExportedProgram", do="Pass the model itself.")
-            plan, selection = None, calibrate(model, plan, calibration, progress=progress)
+            calls = read_calls(calibration, argument="calibration")
+            selection = calibrate_calls(model, plan, calls, dynamic_shapes=dynamic_shapes, progress=progress)
+            plan = None
     with stages("capture"):
         captured, proof = capture_checked(model, args, keywords, dynamic_shapes, report, check=check)
         trace.write("capture", captured.program, captured.notes)

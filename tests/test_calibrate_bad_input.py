@@ -197,6 +197,8 @@ def test_models_that_are_none() -> None:
     refused(dense.train(), HALF, [x], "training mode", "eval()")
     dense.eval()
     refused(torch.compile(dense), HALF, [x], "compiled")
+    exported = torch.export.export(dense, (x,))
+    refused(exported, HALF, [x], "ExportedProgram", "model itself")
     refused(F.relu, HALF, [x], "not a torch.nn.Module")
     with torch.device("meta"):
         empty = nn.Sequential(nn.Linear(16, 4)).eval()

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fxprune import Channels, Plan, Rule, Unstructured
+from fxprune.calibration.batches import capture_for, read_calls
 from fxprune.calibration.calibrate import calibrate
+from fxprune.calibration.cut import cut
 from fxprune.errors import InputError
 from fxprune.select import Selection
 from tests.calibrate_case import HALF, differ, model, tensors_of
@@ -136,6 +138,47 @@ def test_samples_that_see_each_other_stay_together() -> None:
     dense, x = net(forward, a=nn.Linear(8, 8), b=nn.Linear(8, 4)), torch.randn(30, 8)
     one, other = quietly(dense, HALF, [x]), quietly(dense, HALF, x.split(10))
     assert float((one.values["b.weight"] - other.values["b.weight"]).abs().max()) > 1e-4
+
+
+def test_statistics_of_the_batch_keep_samples_together() -> None:
+    """Also where every batch has one sample, and where the first two are the same, which tell nothing."""
+    parts = dict(a=nn.Conv1d(4, 8, 3), norm=nn.BatchNorm1d(8, track_running_stats=False), b=nn.Conv1d(8, 4, 1))
+    dense = net(lambda m, x: m.b(m.norm(m.a(x)).relu()), **parts)
+    x = torch.randn(6, 4, 9)
+    for data in (list(x.split(1)), [torch.cat([x[:1], x[:1]]), x]):
+        calls = read_calls(data)
+        batches = cut(capture_for(dense, calls), calls)
+        assert [batch.flat[0].shape[0] for batch in batches] == [len(part) for part in data]
+
+
+def test_single_numbers_are_no_samples() -> None:
+    dense = net(lambda m, x, t: m.a(x * t), a=nn.Linear(8, 4))
+    data = [(torch.randn(32, 8), torch.tensor(2.0)) for _ in range(2)]
+    assert quietly(dense, HALF, data, samples=40).fits["a.weight"].rows == 40
+    whole = quietly(dense, HALF, data)
+    assert differ(whole, quietly(dense, HALF, [(part, t) for x, t in data for part in x.split(5)])) == 0
+    data[1] = (data[1][0], torch.tensor(3.0))
+    assert differ(whole, quietly(dense, HALF, [(data[0][0], data[0][1]), (data[1][0] * 1.5, torch.tensor(2.0))])) > 0
+    assert quietly(dense, HALF, data).fits["a.weight"].rows == 64
+
+
+def test_what_surrounds_the_call_changes_nothing() -> None:
+    dense, x = model("tokens")
+    expected = quietly(dense, HALF, [x])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert differ(expected, quietly(dense, HALF, [x])) == 0
+    with torch.inference_mode():
+        assert differ(expected, quietly(dense, HALF, [x])) == 0
+        assert differ(expected, quietly(dense, HALF, [x.clone()])) == 0
+
+
+def test_a_selection_is_saved_as_tensors_are(tmp_path: Path) -> None:
+    dense, x = model("attention")
+    plan = Plan([Rule("*", Unstructured(0.5)), Rule("v.weight", Channels(0.5, align=1))])
+    found = quietly(dense, plan, [x])
+    torch.save(found, tmp_path / "selection.pt")
+    again = torch.load(tmp_path / "selection.pt", weights_only=True)
+    assert differ(found, again) == 0 and again.fits == found.fits and again.asked == found.asked
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------------
@@ -280,33 +323,3 @@ def test_a_folder_that_fills_up_leaves_the_last_checkpoint(tmp_path: Path, monke
             quietly(dense, HALF, [x], checkpoint=file)
     found = quietly(dense, HALF, [x], checkpoint=file)
     assert differ(expected, found) == 0
-
-
-class Masked(nn.Module):
-    """ids [b, s] and what hides some of them -> states [b, s, 6], also by way of [s, b, 8]."""
-
-    def __init__(self, *, turned: bool) -> None:
-        super().__init__()
-        self.table, self.a, self.b, self.turned = nn.Embedding(32, 8), nn.Linear(8, 8), nn.Linear(8, 6), turned
-
-    def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        x = self.table(ids) + 0 * attention_mask.clamp(-1, 1).unsqueeze(-1)
-        x = self.a(x.transpose(0, 1) if self.turned else x).relu()
-        return self.b(x.transpose(0, 1) if self.turned else x)
-
-
-def test_a_mask_that_is_added_hides_where_it_is_negative() -> None:
-    dense, ids = Masked(turned=False).eval(), torch.randint(32, (12, 7))
-    counts = torch.arange(7) < torch.randint(2, 7, (12, 1))
-    added = torch.zeros(12, 7).masked_fill(~counts, -1e4)
-    by_factor = quietly(dense, HALF, [{"ids": ids, "attention_mask": counts.float()}])
-    by_sum = quietly(dense, HALF, [{"ids": ids, "attention_mask": added}])
-    assert {fit.rows for name, fit in by_sum.fits.items() if fit.rows} == {int(counts.sum())}
-    assert differ(by_factor, by_sum) == 0
-
-
-def test_padding_that_cannot_be_told_apart_is_told() -> None:
-    ids, counts = torch.randint(32, (12, 7)), (torch.arange(7) < 4).expand(12, 7).float()
-    found = quietly(Masked(turned=True).eval(), HALF, [{"ids": ids, "attention_mask": counts}])
-    assert "padding could not be told" in found.fits["a.weight"].note
-    assert found.fits["b.weight"].note == "" and found.fits["b.weight"].rows == 48

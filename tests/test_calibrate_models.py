@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from fxprune import Blocks, Plan, Rule, SemiStructured, Unstructured
 from fxprune.calibration import cut as cutting
 from fxprune.calibration.calibrate import calibrate
 from fxprune.calibration.fit import METHODS
+from fxprune.calibration.recover import recover
 from fxprune.select import Selection
 from tests.calibrate_case import HALF, KINDS, applied, differ, model, off, tensors_of
 from tests.structured_oracle import net
@@ -205,3 +207,63 @@ def test_attention_weights_of_torchs_own_module() -> None:
     )
     found = quietly(dense, HALF, [torch.randn(7, 20, 16)])
     assert found.fits["att.in_proj_weight"].method == found.fits["att.out_proj.weight"].method == "refit"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_biases_that_are_masked_stay_zero(method: str) -> None:
+    dense, x = model("linear")
+    for name, amount in (("weight", 0.5), ("bias", 0.5)):
+        prune.l1_unstructured(dense.b, name, amount)
+    masked = dense.b.bias_mask == 0
+    found = quietly(dense, Plan([Rule("[ab].weight", Unstructured(0.8))]), [x], method)
+    assert "b.bias" not in found.values and "a.bias" in found.values
+    recovered = recover(dense, found, [x[:12], x[12:]], steps=5, progress=False)
+    assert not recovered.values["b.bias"][masked].any() and recovered.values["b.bias"][~masked].all()
+
+
+def test_magnitude_leaves_what_stays_to_the_last_bit() -> None:
+    dense, x = model("linear")
+    found = quietly(dense.double(), HALF, [x.double()], "magnitude")
+    for name, mask in found.mask.items():
+        weight = dense.get_parameter(name).detach()
+        assert weight.dtype is torch.float64 and torch.equal(found.values[name], weight * mask.unpack())
+
+
+def test_images_without_a_batch() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return F.conv2d(m.a(x).relu(), m.b.weight, m.a.bias, padding=1)
+
+    image = F.interpolate(torch.randn(12, 3, 4, 4), (6, 6), mode="bilinear")
+    dense = net(forward, a=nn.Conv2d(3, 6, 3, padding=1), b=nn.Conv2d(6, 6, 3, bias=False))
+    together, apart = quietly(dense, HALF, [image]), quietly(dense, HALF, list(image))
+    assert differ(together, apart) < 1e-4
+
+
+def test_a_scale_that_is_made_of_a_parameter_closes_a_branch() -> None:
+    def direct(m: Any, x: Tensor) -> Tensor:
+        x = x + m.b(m.a(x).relu()) * m.gamma
+        return m.c(x)
+
+    def viewed(m: Any, x: Tensor) -> Tensor:
+        x = x + m.b(m.a(x).relu()) * m.gamma.reshape(1, 1, -1)
+        return m.c(x)
+
+    parts, x = dict(a=nn.Linear(16, 32), b=nn.Linear(32, 16), c=nn.Linear(16, 8)), model("tokens")[1]
+    gamma = nn.Parameter(torch.rand(16) + 0.5)
+    one, other = net(direct, **parts, gamma=gamma), net(viewed, **parts, gamma=gamma)
+    other.load_state_dict(one.state_dict())
+    assert differ(quietly(one, HALF, [x]), quietly(other, HALF, [x])) < 1e-5
+
+
+def test_values_that_a_dtype_cannot_hold_are_not_used() -> None:
+    """What a scale of 1e-4 lets through makes up for the rest only in numbers that float16 does not have."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = (m.a(x) * 100).abs()
+        return y + m.b(y / 100) * m.gamma
+
+    dense = net(forward, a=nn.Linear(16, 16), b=nn.Linear(16, 16), gamma=nn.Parameter(torch.ones(16))).half()
+    nn.init.constant_(dense.gamma, 1e-4)
+    found = quietly(dense, HALF, [torch.randn(200, 16).half()])
+    assert all(bool(value.isfinite().all()) for value in found.values.values())
+    assert "too large for its dtype" in found.fits["b.weight"].note and found.fits["b.weight"].method == "magnitude"

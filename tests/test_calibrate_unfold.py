@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fxprune.calibration.moments import Inputs, Outputs
-from fxprune.calibration.unfold import Windows, positions, windows_of
+from fxprune.calibration.unfold import Windows, windows_of
 from fxprune.matrix import to_matrix
 
 torch.set_num_threads(1)
@@ -73,18 +73,6 @@ def test_windows_of_other_calls() -> None:
     assert plain == Windows((3, 3), (1, 1), ((0, 0), (0, 0)), (1, 1), 1)
     one = windows_of(aten.conv2d.default, (None, None, None, [2], [1]), {}, shape)
     assert one == Windows((3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1), 1)
-
-
-def test_positions_that_count() -> None:
-    x = torch.randn(2, 3, 4)
-    valid = torch.tensor([[True, True, False], [False, True, False]])
-    assert torch.equal(positions(x, None), x.reshape(1, 6, 4))
-    expected = x[valid].unsqueeze(0)
-    assert torch.equal(positions(x, valid), expected)
-    assert torch.equal(positions(x.reshape(6, 4), valid), expected)
-    assert torch.equal(positions(torch.ones(2, 4), valid), torch.ones(1, 2, 4))  # one row a sample has no padding
-    assert torch.equal(positions(x.transpose(0, 1), valid), x.transpose(0, 1).reshape(1, 6, 4))
-    assert positions(torch.ones(4), None).shape == (1, 1, 4)
 
 
 # --- moments -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune import Channels, Plan, Rule, Unstructured
+from fxprune import Channels, Plan, Rule, SemiStructured, Unstructured
 from fxprune.calibration.calibrate import calibrate
 from fxprune.calibration.fit import METHODS
 from fxprune.capture import capture
@@ -136,6 +136,61 @@ def test_units_and_elements_together() -> None:
         oracle = applied(dense, found, coupling.kept(found.keep))
         assert off(dense, oracle, x) < 1.5
         assert found.mask["b.weight"].kept() == found.mask["b.weight"].numel() // 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("how", [Unstructured(0.5), Unstructured(0.5, per_row=True), SemiStructured(2, 4)])
+def test_what_stays_of_a_weight_that_loses_inputs_is_as_sparse_as_asked(method: str, scope: str, how: Any) -> None:
+    """Whether the units that leave are known before the weight is fitted, or are chosen with it."""
+    torch.manual_seed(0)
+    layers = dict(a=nn.Linear(16, 64), b=nn.Linear(64, 32), c=nn.Linear(32, 8))
+    dense = net(lambda m, x: m.c(m.b(m.a(x).relu()).relu()), **layers)
+    plan = Plan([Rule("a.weight", Channels(0.5), scope=scope), Rule("b.weight", how)])
+    found = quietly(dense, plan, [torch.randn(300, 16)], method)
+    ((_, kept),) = found.keep.items()
+    mask = found.mask["b.weight"].unpack()
+    zeros = float((~mask[:, kept]).float().mean())
+    assert len(kept) == 32 and zeros == pytest.approx(0.5, abs=0.1 if method == "magnitude" else 0.001)
+    if not isinstance(how, SemiStructured):
+        assert found.mask["b.weight"].kept() == mask.numel() // 2
+    elif method != "magnitude":
+        assert (mask[:, kept].reshape(32, 8, 4).sum(-1) == 2).all()
+    assert not found.values["b.weight"][~mask].any()
+    gone = torch.tensor([i for i in range(64) if i not in kept.tolist()])
+    expected = layers["b"].weight[:, gone] * mask[:, gone]
+    assert torch.equal(found.values["b.weight"][:, gone], expected)
+
+
+def test_a_pattern_that_what_stays_does_not_divide() -> None:
+    torch.manual_seed(0)
+    dense = net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(8, 16), b=nn.Linear(16, 8))
+    plan = Plan([Rule("a.weight", Channels(6, align=1)), Rule("b.weight", SemiStructured(2, 4))])
+    found = quietly(dense, plan, [torch.randn(100, 8)])
+    assert (found.mask["b.weight"].unpack().reshape(8, 4, 4).sum(-1) <= 2).all()
+
+
+def test_readers_at_several_places_are_refitted() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x + m.b(m.a(x).relu())
+        return x
+
+    torch.manual_seed(0)
+    dense, x = net(forward, a=nn.Linear(16, 32), b=nn.Linear(32, 16)), torch.randn(300, 16)
+    found = quietly(dense, channels(0.5, "a.weight", dim=0), [x])
+    assert "several places" in found.fits["b.weight"].note and found.fits["b.weight"].method == "refit"
+    plain = quietly(dense, channels(0.5, "a.weight", dim=0), [x], "magnitude")
+    coupling = couple(capture(dense, (x,), {}).program)
+    errors = [off(dense, applied(dense, each, coupling.kept(each.keep)), x) for each in (found, plain)]
+    assert errors[0] < 0.8 * errors[1]
+    held(dense, found, x)
+
+
+def test_readers_that_cannot_be_refitted_are_told() -> None:
+    dense = net(lambda m, x: m.b(m.a(x).relu()), a=nn.Conv1d(8, 16, 3), b=nn.ConvTranspose1d(16, 8, 3))
+    found = quietly(dense, channels(0.5, "a.weight", dim=0), [torch.randn(8, 8, 12)])
+    assert "transposed convolution" in found.fits["b.weight"].note
 
 
 def test_grouped_queries_lose_whole_key_heads() -> None:

@@ -99,6 +99,16 @@ def test_sizes_that_vary() -> None:
     assert found.recovery is not None and found.recovery.after < found.recovery.before
 
 
+def test_the_sizes_of_a_whole_list_are_looked_at() -> None:
+    model = Decoder().eval()
+    data = [*texts(lengths=(6,)) * 30, *texts(lengths=(9,))]
+    selection = by_magnitude(model, Plan([Rule("up.*.weight", Unstructured(0.8))]), data)
+    assert len(data) > 75
+    assert recover(model, selection, data, steps=3, progress=False).recovery is not None
+    feed = Feed(data, seed=0)
+    assert len(feed.head) == len(data)
+
+
 def test_a_later_batch_of_another_form() -> None:
     model, data = PostNorm().eval(), vectors(12)
     selection = by_magnitude(model, Plan([Rule("a.*.weight", Unstructured(0.5))]), data)

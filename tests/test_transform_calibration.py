@@ -209,3 +209,20 @@ def test_nothing_to_calibrate() -> None:
     with pytest.raises(InputError, match="not pruned") as refused:
         fxprune.calibrate(residual(), None, ROWS, progress=False)
     assert "no mask" in refused.value.why
+
+
+def test_errors_name_the_argument_that_was_given() -> None:
+    model = residual()
+    with pytest.raises(InputError, match="calibration="):
+        quick(model, plan=HALF, calibration=torch.randn(4, 16))
+    with pytest.raises(InputError, match=r"calibration\[1\]"):
+        quick(model, plan=HALF, calibration=[ROWS[0], torch.randn(4, 15)])
+
+
+def test_the_sizes_that_may_differ_are_those_of_the_result() -> None:
+    model = residual()
+    shapes = {0: torch.export.Dim("rows", max=50)}
+    found = quick(model, plan=HALF, calibration=ROWS, dynamic_shapes=(shapes,))
+    assert found(X).shape == (6, 4)
+    with pytest.raises(InputError, match=r"calibration\[1\]"):
+        quick(model, plan=HALF, calibration=[ROWS[0], torch.randn(60, 16)], dynamic_shapes=(shapes,))

@@ -25,6 +25,7 @@ from .batches import Batch
 from .fit import Task
 from .measure_inputs import Watched, measure_inputs
 from .obs import Units
+from .padding import Layout
 from .problem import Goal
 from .readers import Readers, alike, find_readers, inputs_dim, unit_energy
 from .site import Site, find_sites
@@ -44,7 +45,7 @@ class Asked:
     sites   the weights to fit in turn, by name, and `tasks` what is asked of each
     early   group -> units that stay, for groups that are decided before anything is fitted
     shared  weights to fit beforehand, on the dense inputs of all their uses
-    without weights that cannot be fitted, and why
+    without weights that are masked or lose inputs and cannot be fitted, and why
     """
 
     start: Selection
@@ -71,9 +72,10 @@ def read_plan(
     coupling: Coupling | None,
     method: str,
     batches: Sequence[Batch],
+    layouts: Mapping[str, Layout],
     report: Report,
 ) -> Asked:
-    """What `plan` asks of a program. Notes on the plan go into the report.
+    """What `plan` asks of a program. Notes on the plan go into the report; `layouts` says how padding lies in inputs.
 
     Runs the dense model once over the data where amounts are pooled over several weights, where groups of channels
     leave, and for weights that are read at several places. Raises PlanError and InputError as `transform` does.
@@ -85,28 +87,36 @@ def read_plan(
     readers = find_readers(program, coupling, groups, places) if coupling is not None else {}
     shared: dict[str, Watched] = {}
     if method != "magnitude":
-        read = [n for n in start.mask if n in places and alike(program, n, places[n])]
+        touched = dict.fromkeys([*start.mask, *(n for found in readers.values() for n in found)])
+        read = [n for n in touched if n in places and alike(program, n, places[n])]
         several = [n for n in read if len(places[n]) > 1]
-        pooled = [n for n in read if rules.is_pooled(n)]
+        pooled = [n for n in read if n in start.mask and rules.is_pooled(n)]
         watched = {n: places[n] for n in (*several, *pooled, *(n for found in readers.values() for n in found))}
-        seen = measure_inputs(program, watched, set(several), batches) if watched else {}
+        seen = measure_inputs(program, watched, set(several), batches, layouts) if watched else {}
         start = _pool_anew(captured, program, plan, coupling, start, rules, seen, places)
         if coupling is not None:
             report.notes += _rank_units(program, plan, coupling, start, rules, readers, seen, places)
         shared = {name: seen[name] for name in several}
-    sites, without = find_sites(program, [*start.mask, *_members(coupling, start)])
+    sites, without = find_sites(program, [*start.mask, *_members(coupling, start)], captured.existing)
     late = _late(coupling, start, rules, readers, sites) if method in _CHOOSING else {}
     decided_late = {units.group for units in late.values()}
+    early = {name: kept for name, kept in start.keep.items() if name not in decided_late}
+    cuts = coupling.kept(early) if coupling is not None else {}
+    shared = {name: found for name, found in shared.items() if name in start.mask or name in cuts}
     tasks = {}
     for name in (*sites, *shared):
         inputs, goal, settled, note = inputs_dim(places[name]), None, start.mask.get(name), ""
+        zeros = 0 if settled is None else settled.numel() - settled.kept()
+        staying = dict(cuts.get(name, ())).get(inputs)
         if settled is not None and method != "magnitude":
             goal = rules.goal(name, settled, inputs)
             if goal is not None and _crosses(goal.pattern, program, name, places[name][0]):
                 goal, note = None, "its tiles reach from one group into the next, so they were chosen by magnitude"
             settled = settled if goal is None else existing.get(name)
-        tasks[name] = Task(name, inputs, goal, None if settled is None else settled.unpack(), late.get(name), note)
-    early = {name: kept for name, kept in start.keep.items() if name not in decided_late}
+        keep = None if settled is None else settled.unpack()
+        tasks[name] = Task(name, inputs, goal, keep, zeros, staying, late.get(name), note)
+    lose = {n for n in without if n in places and _summed(program, n, places[n][0]) in dict(cuts.get(n, ()))}
+    without = {n: why for n, why in without.items() if n not in shared and (n in start.mask or n in lose)}
     return Asked(start, sites, tasks, early, shared, without)
 
 
@@ -173,6 +183,12 @@ def _crosses(pattern: object, program: Program, name: str, use: Use) -> bool:
     if windows is None or not isinstance(pattern, Blocks):
         return False
     return program.get_parameter(name).shape[0] // windows.groups % pattern.shape[0] != 0
+
+
+def _summed(program: Program, name: str, use: Use) -> int:
+    """The dimension of a weight that a use sums over."""
+    transposed = use.kind == "conv" and windows_of_use(program, name, use) is None
+    return 0 if transposed else inputs_dim([use])
 
 
 def _members(coupling: Coupling | None, start: Selection) -> list[str]:

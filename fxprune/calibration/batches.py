@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,20 +15,23 @@ from ..capture import Capture, capture
 from ..check import Call, CheckRow, compare, outputs, refuse
 from ..errors import InputError
 
-# The argument by which transformers models say which positions are text and which are padding.
+# The argument by which transformers models say which positions are text and which are padding, and those of the text.
 _MASK = "attention_mask"
+_TEXTS = ("input_ids", "inputs_embeds")
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """One call: flat inputs in the program's order, and which positions count [b, s] bool (None: all).
 
-    `labels` say which of the user's batches each sample comes from, or all of them.
+    `labels` say which of the user's batches each sample comes from, or all of them. `texts` are the places in `flat` of
+    what those positions are read from, [b, s, ...].
     """
 
     flat: tuple[Any, ...]
     valid: Tensor | None = None
     labels: tuple[str, ...] = ("this batch",)
+    texts: tuple[int, ...] = ()
 
     @property
     def label(self) -> str:
@@ -121,8 +124,8 @@ def _tensors(call: Call) -> list[Tensor]:
 
 
 def samples_of(call: Call) -> int | None:
-    """The size of dim 0 that all tensors of a call share; None where they do not."""
-    sizes = {tensor.shape[0] if tensor.dim() else None for tensor in _tensors(call)}
+    """The size of dim 0 that all tensors of a call but single numbers share; None where they do not."""
+    sizes = {tensor.shape[0] for tensor in _tensors(call) if tensor.dim()}
     return sizes.pop() if len(sizes) == 1 else None
 
 
@@ -130,8 +133,14 @@ def _first(call: Call, size: int, count: int) -> Call:
     return map_tensors(call, lambda t: t[:count]) if count < size else call
 
 
-def map_tensors(call: Call, change: Any) -> Call:
-    args, kwargs = pytree.tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, (call.args, call.kwargs))
+def has_samples(leaf: object) -> bool:
+    """Whether a leaf is a tensor with a dim 0, which runs over samples."""
+    return isinstance(leaf, Tensor) and leaf.dim() > 0
+
+
+def map_tensors(call: Call, change: Callable[[Tensor], Tensor]) -> Call:
+    """A call with every tensor changed but single numbers."""
+    args, kwargs = pytree.tree_map(lambda x: change(x) if has_samples(x) else x, (call.args, call.kwargs))
     return Call(call.label, args, kwargs)
 
 
@@ -236,11 +245,20 @@ def batch_of(captured: Capture, call: Call, labels: tuple[str, ...] = ()) -> Bat
 
     `labels` name the user's batches that its samples come from, where they are several.
     """
-    flat = captured.entry.flatten(call.args, call.kwargs)
-    valid = None
-    for path, leaf in zip(captured.entry.paths, flat, strict=True):
-        if path == _MASK and isinstance(leaf, Tensor) and leaf.dim() == 2:
-            # What is added to attention scores is negative where it hides; what multiplies is zero.
-            added = leaf.is_floating_point() and bool((leaf < 0).any())
-            valid = leaf == 0 if added else leaf != 0
-    return Batch(tuple(flat), None if valid is None or bool(valid.all()) else valid, labels or (call.label,))
+    flat = tuple(captured.entry.flatten(call.args, call.kwargs))
+    paths, labels = list(captured.entry.paths), labels or (call.label,)
+    mask = next((leaf for path, leaf in zip(paths, flat, strict=True) if path == _MASK), None)
+    valid = _valid(mask) if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if valid is None:
+        return Batch(flat, None, labels)
+    like = [n for n, t in enumerate(flat) if isinstance(t, Tensor) and t is not mask and t.shape[:2] == valid.shape]
+    named = [n for n in like if paths[n] in _TEXTS]
+    return Batch(flat, valid, labels, tuple(named or like[:1]))
+
+
+def _valid(mask: Tensor) -> Tensor | None:
+    """The positions [b, s] that a mask leaves; None where it leaves all."""
+    # What is added to attention scores is negative where it hides; what multiplies is zero there, and not everywhere.
+    added = mask.is_floating_point() and not bool((mask > 0).any())
+    valid = mask == 0 if added else mask != 0
+    return None if bool(valid.all()) else valid

@@ -6,11 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from tqdm import tqdm
 
 from .. import admit
 from ..capture import Program
+from ..check import Call
 from ..couple import couple
 from ..decide import choose_blocks
 from ..errors import InputError
@@ -23,11 +26,15 @@ from ..plan import Plan
 from ..removal import removal
 from ..report import Report
 from ..select import Selection
+from ..weights import uses
+from .arithmetic import plain
 from .asked import Asked, read_plan
 from .batches import capture_for, read_calls
 from .cut import cut
 from .fit import METHODS, Outcome, fit_shared, fit_weight
+from .padding import find_layouts
 from .progress import Saved, about
+from .site import input_of
 from .stages import Stage, plan_stages
 from .stream import Fitted, stream
 
@@ -70,7 +77,25 @@ def calibrate(
     """
     _refuse(plan, method, memory)
     admit.admit_model(model)
-    calls = read_calls(batches, samples)
+    if isinstance(model, ExportedProgram):
+        raise InputError("cannot calibrate an ExportedProgram", do="Pass the model itself.")
+    options = {"dynamic_shapes": dynamic_shapes, "checkpoint": checkpoint, "memory": memory, "progress": progress}
+    return calibrate_calls(model, plan, read_calls(batches, samples), method, **options)
+
+
+@plain()
+def calibrate_calls(
+    model: nn.Module,
+    plan: Plan | None,
+    calls: Sequence[Call],
+    method: str = "refit",
+    *,
+    dynamic_shapes: Any = None,
+    checkpoint: str | Path | None = None,
+    memory: float = MEMORY,
+    progress: bool = True,
+) -> Selection:
+    """`calibrate` on data that were read already, of arguments that are right."""
     captured = capture_for(model, calls, dynamic_shapes)
     data = cut(captured, calls)
     plan = plan if plan is not None else Plan([])
@@ -78,7 +103,9 @@ def calibrate(
     program = _without(captured.program, dropped)
     coupling = couple(program) if any(isinstance(rule.sparsity, Channels) for rule in plan.rules) else None
     report = Report(type(model).__name__)
-    asked = read_plan(captured, program, plan, coupling, method, data, report)
+    read = [input_of(use) for places in uses(program).values() for use in places if use.kind in ("linear", "conv")]
+    layouts = find_layouts(program, data, read)
+    asked = read_plan(captured, program, plan, coupling, method, data, layouts, report)
     if not asked.start.mask and not asked.start.keep:
         raise InputError(
             "cannot calibrate a model that is not pruned",
@@ -89,7 +116,9 @@ def calibrate(
             do='Give a plan such as Plan([Rule("encoder.*.weight", Unstructured(0.8))]).',
         )
     tensors = {n: t.detach() for n, t in (*program.named_parameters(), *program.named_buffers())}
-    saved = Saved(checkpoint, about({**tensors, **asked.tensors()}, data, method, program.code, *asked.words()))
+    words = (method, program.code, *asked.words())
+    digest = "" if checkpoint is None else about({**tensors, **asked.tensors()}, data, *words)
+    saved = Saved(checkpoint, digest, tensors)
     for name, watched in asked.shared.items():
         if name not in saved.outcomes:
             saved.add({name: fit_shared(watched, asked.tasks[name], tensors, method)})
@@ -112,6 +141,7 @@ def calibrate(
             solve,
             values=_values(saved.outcomes[name] for name in asked.shared),
             removal=removal(coupling, asked.early) if coupling is not None else None,
+            layouts=layouts,
             solved=solved,
             limit=memory,
             step=bar.update,
@@ -155,12 +185,12 @@ def _selection(
         task = asked.tasks[name]
         if outcome.units is not None and task.units is not None:
             result.keep[task.units.group] = outcome.units
+        if outcome.staying is not None:
             # What leaves with a group is no zero of the weight's own.
-            gone = task.units.leaving(outcome.units)
-            result.values[name] = outcome.values[name].index_copy(
-                task.inputs, gone, tensors[name].index_select(task.inputs, gone)
-            )
+            value, stays = tensors[name].clone(), outcome.staying.to(tensors[name].device)
+            value.index_copy_(task.inputs, stays, outcome.values[name].index_select(task.inputs, stays))
+            mask = result.mask.get(name)
+            result.values[name] = value if mask is None else torch.where(mask.unpack().to(value.device), value, 0.0)
     for name, why in asked.without.items():
-        if name in asked.start.mask and name not in outcomes:
-            result.fits[name] = Fit("magnitude", note=f"it was not fitted: {why}")
+        result.fits[name] = Fit("magnitude", note=f"it was not fitted: {why}")
     return result

@@ -13,7 +13,7 @@ from ..capture import Capture
 from ..check import Call, compare, outputs
 from ..compat import symbol_hint
 from ..errors import InputError
-from .batches import Batch, batch_of, map_tensors, samples_of
+from .batches import Batch, batch_of, has_samples, map_tensors, samples_of
 
 # A batch is cut so that the largest tensor of the graph has about as many numbers as this.
 _LARGEST = 1 << 22
@@ -28,7 +28,7 @@ def cut(captured: Capture, calls: Sequence[Call]) -> list[Batch]:
     Where samples cannot be told apart (tensors whose dim 0 differs, or a model that lets samples of a batch see each
     other), calls stay as they are.
     """
-    if any(samples_of(call) is None for call in calls) or not _cuttable(captured, calls[0]):
+    if any(samples_of(call) is None for call in calls) or not _cuttable(captured, calls):
         return [batch_of(captured, call) for call in calls]
     size = _samples_at_a_time(captured)
     by_shape: dict[Any, list[Call]] = {}
@@ -39,10 +39,10 @@ def cut(captured: Capture, calls: Sequence[Call]) -> list[Batch]:
         leaves = [pytree.tree_flatten((call.args, call.kwargs)) for call in alike]
         spec = leaves[0][1]
         columns = zip(*(flat for flat, _ in leaves), strict=True)
-        joined = [torch.cat(list(column)) if isinstance(column[0], Tensor) else column[0] for column in columns]
+        joined = [torch.cat(list(column)) if has_samples(column[0]) else column[0] for column in columns]
         names = [call.label for call in alike for _ in range(samples_of(call) or 0)]
         for start in range(0, len(names), size):
-            part = [t[start : start + size] if isinstance(t, Tensor) else t for t in joined]
+            part = [t[start : start + size] if has_samples(t) else t for t in joined]
             args, kwargs = pytree.tree_unflatten(part, spec)
             call = Call(names[start], args, kwargs)
             batches.append(batch_of(captured, call, tuple(names[start : start + size])))
@@ -51,17 +51,14 @@ def cut(captured: Capture, calls: Sequence[Call]) -> list[Batch]:
 
 def _signature(call: Call) -> Any:
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
-    return str(spec), tuple(
-        (tuple(leaf.shape[1:]), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves
-    )
+    return str(spec), tuple((tuple(leaf.shape[1:]), leaf.dtype) if has_samples(leaf) else repr(leaf) for leaf in leaves)
 
 
-def _cuttable(captured: Capture, call: Call) -> bool:
-    """Whether two samples give the same apart as together."""
-    size = samples_of(call)
-    if size is None or size < 1:
+def _cuttable(captured: Capture, calls: Sequence[Call]) -> bool:
+    """Whether two samples that are not the same give apart what they give together."""
+    both = _two(calls)
+    if both is None:
         return False
-    both = map_tensors(call, lambda t: t[:2] if t.shape[0] > 1 else torch.cat([t, t]))
     one, other = map_tensors(both, lambda t: t[:1]), map_tensors(both, lambda t: t[1:])
     try:
         for each in (both, one):
@@ -73,9 +70,29 @@ def _cuttable(captured: Capture, call: Call) -> bool:
         if not isinstance(whole, Tensor) or whole.dim() == 0 or whole.shape[0] != 2:
             return False
         joined = torch.cat(parts)
-        if compare("", call, [whole], [joined]).error > _APART:
+        if compare("", both, [whole], [joined]).error > _APART:
             return False
     return True
+
+
+def _two(calls: Sequence[Call]) -> Call | None:
+    """The first sample and the next one of its sizes that differs from it, as one call."""
+    first, spec = pytree.tree_flatten((calls[0].args, calls[0].kwargs))
+    for call in calls:
+        if _signature(call) != _signature(calls[0]):
+            continue
+        leaves = pytree.tree_leaves((call.args, call.kwargs))
+        pairs = [(one[:1], leaf) for one, leaf in zip(first, leaves, strict=True) if has_samples(one)]
+        apart = torch.stack([(leaf != one).flatten(1).any(1).cpu() for one, leaf in pairs]).any(0)
+        if bool(apart.any()):
+            at = int(apart.nonzero()[0])
+            both = [
+                torch.cat([one[:1], leaf[at : at + 1]]) if has_samples(one) else one
+                for one, leaf in zip(first, leaves, strict=True)
+            ]
+            args, kwargs = pytree.tree_unflatten(both, spec)
+            return Call(calls[0].label, args, kwargs)
+    return None
 
 
 def _samples_at_a_time(captured: Capture) -> int:

@@ -20,7 +20,7 @@ _HELD_OUT = 0.05
 _MOST_HELD_OUT = 8
 # So many where the data do not say how many they are.
 _UNKNOWN_HELD_OUT = 4
-# How many batches are looked at before the first step, for their sizes.
+# How many batches are looked at before the first step, for their sizes; of a list or tuple all.
 _LOOK_IN_LIST, _LOOK_IN_STREAM = 64, 4
 # What a stream gave is kept for the next round as far as it has no more bytes than this.
 _KEPT_BYTES = 1 << 30
@@ -59,7 +59,8 @@ class _List:
         held_out = _held_out(len(data))
         self._data = data
         self._order = _shuffled(range(held_out, len(data)), random)
-        self.head = [_read(data[i], i) for i in range(min(len(data), held_out + _LOOK_IN_LIST))]
+        looked_at = len(data) if isinstance(data, (list, tuple)) else min(len(data), held_out + _LOOK_IN_LIST)
+        self.head = [_read(data[i], i) for i in range(looked_at)]
         self.held_out = self.head[:held_out]
 
     def next(self) -> Call:

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from ..fits import Fit
 from ..matrix import from_matrix, to_matrix
+from ..patterns import SemiStructured, Unstructured
+from ..project import keep_highest
 from .admm import admm
 from .cholesky import factor, solve
-from .finite import check_squares
+from .finite import check_squares, is_finite
 from .least_squares import refit
 from .measure_inputs import Watched
 from .obs import Units, choose_units
@@ -35,6 +37,8 @@ METHODS = ("magnitude", *SOLVERS)
 
 _SHARED = "it is read at several places, so it was fitted on the dense model's inputs"
 _PADDED = "padding could not be told from text in its inputs, so it counts as well"
+_UNREAD = "it received no input, so it was pruned by magnitude and not fitted"
+_TOO_LARGE = "its best values are too large for its dtype, so it was pruned by magnitude and not fitted"
 _ROUTED = "values decide which rows come to it, so it was fitted on the dense model's inputs"
 
 
@@ -45,6 +49,8 @@ class Task:
     inputs  the weight's dimension that is summed over
     goal    what a solver is to reach; None where the mask is settled, or the weight has none
     keep    bool of the weight's shape: with a goal, what is not zero already; without, the mask (None: it has none)
+    zeros   how many elements the plan's mask takes, of all
+    staying the inputs that stay where others leave with their groups, int64; None where all do
     units   those of a group that this weight alone reads, some of which leave
     note    what is not as asked, in words
     """
@@ -53,52 +59,60 @@ class Task:
     inputs: int = 1
     goal: Goal | None = None
     keep: Tensor | None = None
+    zeros: int = 0
+    staying: Tensor | None = None
     units: Units | None = None
     note: str = ""
-
-    @property
-    def masks(self) -> bool:
-        """Whether the weight gets a mask."""
-        return self.goal is not None or self.keep is not None
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """New values by name, the weight's mask (bool, of its shape; None where it has none), and the units that stay."""
+    """What a weight becomes.
+
+    values  new tensors by name, the weight's own with zeros for the inputs that leave
+    keep    the weight's mask, bool of its shape; None where it has none
+    units   those that stay of the task's group; None where it has none
+    staying the inputs that stay, int64; None where all do
+    """
 
     values: dict[str, Tensor]
     keep: Tensor | None
     fit: Fit
     units: Tensor | None = None
+    staying: Tensor | None = None
 
 
 @torch.no_grad()
 def fit_weight(entry: Fitted, task: Task, tensors: Mapping[str, Tensor], method: str) -> Outcome:
     """Solves one weight for what its site saw. `tensors` are the dense model's by name; they are only read.
 
-    "magnitude" leaves the weights that stay as they are. A weight that received no input keeps its values. Raises
-    InputError where the inputs are too large to be squared.
+    "magnitude" leaves the weights that stay as they are. A weight that received no input, or whose best values its
+    dtype cannot hold, keeps its values. Raises InputError where the inputs are too large to be squared.
     """
     whole = tensors[entry.site.name]
     weight, alive = _matrices(whole, task, entry.windows.groups if entry.windows is not None else 1)
     if not entry.inputs.count:
-        return _without_input(whole, task, weight, alive)
+        return _unfitted(whole, task, weight, alive, _UNREAD)
     problem, scale = _problem(entry, weight, alive, tensors)
-    kept_units = None
-    if task.units is not None:
-        kept_units, columns = choose_units(problem, task.units)
-        living = columns.expand_as(weight)
-        problem = dataclasses.replace(problem, alive=living if alive is None else living & alive)
+    units = None if task.units is None else choose_units(problem, task.units)
+    staying = _staying(task, units)
     if method == "magnitude":
         found, keep = weight if alive is None else weight * alive, alive
     else:
-        found, keep = _solve(problem, task, method)
+        found, keep = _solve_within(problem, task, method, staying, whole)
         found = found / scale
     constants = _constants(entry, found.double(), tensors, method)
+    if not all(is_finite(each) for each in (found.to(whole.dtype), *constants.values())):
+        return _unfitted(whole, task, weight, alive, _TOO_LARGE)
     notes = (task.note, _ROUTED if entry.routed else "", _PADDED if entry.padded else "")
     note = "; ".join(filter(None, notes))
     fit = Fit(method, _error(entry, found.double()), entry.inputs.count, note)
-    return _outcome(whole, task, found, keep, fit, constants, kept_units)
+    mask = _mask(whole, task, keep)
+    if method == "magnitude":
+        value = whole.clone() if mask is None else torch.where(mask, whole, 0.0)
+    else:
+        value = _back(whole, task, found.to(whole.dtype))
+    return Outcome({task.name: value, **constants}, mask, fit, units, staying)
 
 
 @torch.no_grad()
@@ -108,18 +122,75 @@ def fit_shared(watched: Watched, task: Task, tensors: Mapping[str, Tensor], meth
     gram = None if watched.inputs is None or not watched.inputs.count else watched.inputs.centred_gram()
     weight, alive = _matrices(whole, task, 1 if gram is None else gram.shape[0])
     if gram is None:
-        return _without_input(whole, task, weight, alive)
+        return _unfitted(whole, task, weight, alive, _UNREAD)
     check_squares(task.name, gram)
     hessian = damped(gram)[0].float()
     problem = Problem(hessian, weight, weight @ hessian, alive)
-    found, keep = _solve(problem, task, method)
+    staying = _staying(task, None)
+    found, keep = _solve_within(problem, task, method, staying, whole)
     note = "; ".join(filter(None, (task.note, _SHARED)))
-    return _outcome(whole, task, found, keep, Fit(method, problem.loss(found), watched.count, note))
+    fit = Fit(method, problem.loss(found), watched.count, note)
+    values = {task.name: _back(whole, task, found.to(whole.dtype))}
+    return Outcome(values, _mask(whole, task, keep), fit, staying=staying)
 
 
-def _solve(problem: Problem, task: Task, method: str) -> tuple[Tensor, Tensor | None]:
-    if task.goal is not None:
-        return SOLVERS[method](problem, task.goal)
+def _staying(task: Task, units: Tensor | None) -> Tensor | None:
+    """The inputs that stay, where units left before and some of the task's own leave now."""
+    if units is None or task.units is None:
+        return task.staying
+    mine = task.units.inputs_of(units)
+    return mine if task.staying is None else mine[torch.isin(mine, task.staying.to(mine.device))]
+
+
+def _solve_within(
+    problem: Problem, task: Task, method: str, staying: Tensor | None, whole: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """`_solve` for the inputs that stay, of whose weights the same share becomes zero as of all.
+
+    Those of the others get zeros; of these the mask takes the smallest, so that in all it is as large as asked.
+    """
+    columns = None if staying is None else _columns(whole, task, staying, problem.target.shape[-1])
+    if columns is None:
+        return _solve(problem, task.goal, method)
+    if not _divides(task.goal, len(columns)):
+        stays = torch.zeros_like(problem.target, dtype=torch.bool).index_fill_(-1, columns, True)
+        alive = stays if problem.alive is None else stays & problem.alive
+        return _solve(dataclasses.replace(problem, alive=alive), task.goal, method)
+    goal = task.goal
+    if goal is not None and goal.count is not None:
+        goal = dataclasses.replace(goal, count=round(goal.count * len(columns) / problem.target.shape[-1]))
+    part, kept = _solve(problem.within(columns), goal, method)
+    found = torch.zeros_like(problem.target).index_copy_(-1, columns, part)
+    if kept is None:
+        return found, None
+    keep = torch.ones_like(found, dtype=torch.bool) if problem.alive is None else problem.alive.clone()
+    if goal is not None:
+        sizes, _ = _matrices(whole, task, found.shape[0])
+        sizes = sizes.abs().masked_fill(~keep, -torch.inf).index_fill_(-1, columns, torch.inf)
+        left = task.zeros - int((~kept).sum())
+        keep &= keep_highest(sizes, min(max(0, left), found.numel() - kept.numel()))
+    return found, keep.index_copy_(-1, columns, kept)
+
+
+def _columns(whole: Tensor, task: Task, staying: Tensor, columns: int) -> Tensor | None:
+    """The columns of a weight's matrix that read the inputs that stay; None where these are all."""
+    inputs = whole.shape[task.inputs]
+    if len(staying) == inputs:
+        return None
+    first = torch.arange(0, columns, inputs, device=whole.device)
+    return (first.unsqueeze(1) + staying.to(whole.device)).flatten()
+
+
+def _divides(goal: Goal | None, columns: int) -> bool:
+    """Whether a pattern can be laid over so many columns."""
+    if goal is None or isinstance(goal.pattern, Unstructured):
+        return True
+    return columns % (goal.pattern.m if isinstance(goal.pattern, SemiStructured) else goal.pattern.shape[1]) == 0
+
+
+def _solve(problem: Problem, goal: Goal | None, method: str) -> tuple[Tensor, Tensor | None]:
+    if goal is not None:
+        return SOLVERS[method](problem, goal)
     if problem.alive is None:
         return problem.target, None
     if method == "wanda":
@@ -135,32 +206,28 @@ def _matrices(whole: Tensor, task: Task, groups: int) -> tuple[Tensor, Tensor | 
     return matrix.reshape(shape).float(), alive
 
 
-def _outcome(
-    whole: Tensor,
-    task: Task,
-    found: Tensor,
-    keep: Tensor | None,
-    fit: Fit,
-    constants: Mapping[str, Tensor] | None = None,
-    units: Tensor | None = None,
-) -> Outcome:
-    def back(matrices: Tensor) -> Tensor:
-        return from_matrix(matrices.flatten(0, 1), whole.shape, task.inputs).contiguous()
-
-    values = {task.name: back(found.to(whole.dtype)), **(constants or {})}
-    return Outcome(values, back(keep) if task.masks and keep is not None else None, fit, units)
+def _back(whole: Tensor, task: Task, matrices: Tensor) -> Tensor:
+    return from_matrix(matrices.flatten(0, 1), whole.shape, task.inputs).contiguous()
 
 
-def _without_input(whole: Tensor, task: Task, weight: Tensor, alive: Tensor | None) -> Outcome:
+def _mask(whole: Tensor, task: Task, keep: Tensor | None) -> Tensor | None:
+    return None if keep is None or (task.goal is None and task.keep is None) else _back(whole, task, keep)
+
+
+def _unfitted(whole: Tensor, task: Task, weight: Tensor, alive: Tensor | None, why: str) -> Outcome:
     """The weight as it is, masked by magnitude where that is asked."""
     eye = torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device).expand(weight.shape[0], -1, -1)
     problem = Problem(eye, weight, weight, alive)
     keep = alive if task.goal is None else problem.keep(weight.abs(), task.goal)
-    units = None if task.units is None else choose_units(problem, task.units)[0]
-    note = "it received no input, so it was pruned by magnitude and not fitted"
-    return _outcome(
-        whole, task, weight if keep is None else weight * keep, keep, Fit("magnitude", note=note), units=units
-    )
+    units = None if task.units is None else choose_units(problem, task.units)
+    mask = _mask(whole, task, keep)
+    value = whole.clone() if mask is None else torch.where(mask, whole, 0.0)
+    staying = _staying(task, units)
+    if staying is not None:
+        gone = torch.ones(whole.shape[task.inputs], dtype=torch.bool, device=whole.device)
+        gone[staying.to(whole.device)] = False
+        value.index_fill_(task.inputs, gone.nonzero().squeeze(1), 0.0)
+    return Outcome({task.name: value}, mask, Fit("magnitude", note=why), units, staying)
 
 
 def _problem(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from ..capture import Program
 from ..check import HALF
 from ..errors import InputError
 from ..weights import uses
+from .batches import Batch
+from .padding import Layout, counting, find_layouts
 from .site import find_sites
 
 aten = torch.ops.aten
@@ -69,23 +72,27 @@ def alike(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[str]:
 class Distance:
     """The mean over matched nodes of relative squared errors, and the same over outputs or a user's loss of them.
 
-    `program` is the dense one: a user's loss gets outputs in its structure. Raises InputError where a user's loss gives
-    no single number.
+    `program` is the dense one, and `taps` are its matched nodes; a user's loss gets outputs in its structure. Raises
+    InputError where a user's loss gives no single number.
     """
 
-    def __init__(self, program: Program, loss: Loss | None) -> None:
-        self._graph, self._loss = program.graph, loss
+    def __init__(self, program: Program, taps: Collection[str], loss: Loss | None) -> None:
+        self._program, self._loss = program, loss
+        self._outputs = pytree.tree_leaves(program.graph.output_node().args)
+        self._matched = [n for n in program.graph.nodes if n.name in taps or n in self._outputs]
+        self._layouts: Mapping[str, Layout] | None = None
 
-    def __call__(self, student: Seen, teacher: Seen, valid: Tensor | None) -> Tensor:
-        """What each side saw on one batch -> the loss, a scalar; `valid` [b, s] says which positions count."""
-        inside = [relative_error(student[0][n], wanted, valid) for n, wanted in teacher[0].items()]
+    def __call__(self, student: Seen, teacher: Seen, batch: Batch) -> Tensor:
+        """What each side saw on one batch -> the loss, a scalar."""
+        valid = self._valid(batch)
+        inside = [relative_error(student[0][n], wanted, valid(n, wanted)) for n, wanted in teacher[0].items()]
         parts = [_mean(inside)] if inside else []
         if self._loss is not None:
-            given = [self._graph.process_outputs(list(side[1])) for side in (student, teacher)]
+            given = [self._program.graph.process_outputs(list(side[1])) for side in (student, teacher)]
             parts.append(self._checked(self._loss(*given)))
         else:
-            pairs = zip(student[1], teacher[1], strict=True)
-            outside = [relative_error(a, b, valid) for a, b in pairs if _is_real(a) and _is_real(b)]
+            triples = zip(self._outputs, student[1], teacher[1], strict=True)
+            outside = [relative_error(a, b, valid(n.name, b)) for n, a, b in triples if _is_real(a) and _is_real(b)]
             parts += [_mean(outside)] if outside else []
         if not parts:
             raise InputError(
@@ -94,6 +101,13 @@ class Distance:
                 do="Let the model return what leads to its output, such as logits, or give loss=.",
             )
         return _sum(parts)
+
+    def _valid(self, batch: Batch) -> Callable[[str, Tensor], Tensor | None]:
+        """Node, its value -> which of its leading two sizes count, bool; None where all do."""
+        if batch.valid is not None and self._layouts is None:
+            self._layouts = find_layouts(self._program, [batch], self._matched)
+        layouts = self._layouts or {}
+        return lambda name, value: counting(value.shape[:2], batch.valid, layouts.get(name, Layout.UNKNOWN))
 
     def _checked(self, found: Any) -> Tensor:
         if isinstance(found, Tensor) and found.numel() == 1 and found.is_floating_point():
@@ -124,7 +138,7 @@ def _is_real(value: Any) -> bool:
 def relative_error(found: Tensor, wanted: Tensor, valid: Tensor | None) -> Tensor:
     """The mean squared difference of two tensors of one shape over the variance of the second, a scalar.
 
-    Of tensors [b, s, ...] only the positions that `valid` [b, s] names count, and of any only what is wanted finite or
+    Of tensors [a, b, ...] only the positions that `valid` [a, b] names count, and of any only what is wanted finite or
     NaN: an infinity in an output is a mask, and no number to come near to.
     """
     found, wanted = (t.float() if t.dtype in HALF else t for t in (found, wanted))

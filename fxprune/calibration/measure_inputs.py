@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from ..weights import Use
 from .batches import Batch
 from .finite import is_finite, refuse_activations
 from .moments import Inputs
+from .padding import Layout, positions
 from .site import input_of
-from .unfold import Windows, positions, windows_of_use
+from .unfold import Windows, windows_of_use
 
 
 class Watched:
@@ -47,11 +48,12 @@ def measure_inputs(
     uses: Mapping[str, Sequence[Use]],
     full: set[str],
     batches: Sequence[Batch],
-    step: Callable[[], object] = lambda: None,
+    layouts: Mapping[str, Layout],
 ) -> dict[str, Watched]:
     """The inputs of weights by name, each with its uses (linear or convolution); of those in `full` the Gram matrix.
 
-    Raises InputError where activations are not finite.
+    `layouts` says of the nodes that they read how padding lies in them. Raises InputError where activations are not
+    finite.
     """
     found = {name: Watched(gram=name in full) for name in uses}
     watched: dict[Node, list[_Watch]] = {}
@@ -60,8 +62,7 @@ def measure_inputs(
             windows = windows_of_use(program, name, use) if use.kind == "conv" else None
             watched.setdefault(use.node, []).append((name, found[name], input_of(use), windows))
     for batch in batches:
-        _Watching(program, watched, batch).run(*batch.flat, enable_io_processing=False)
-        step()
+        _Watching(program, watched, batch, layouts).run(*batch.flat, enable_io_processing=False)
     return found
 
 
@@ -70,9 +71,11 @@ _Watch = tuple[str, Watched, Node, Windows | None]
 
 
 class _Watching(torch.fx.Interpreter):
-    def __init__(self, program: Program, watched: Mapping[Node, list[_Watch]], batch: Batch) -> None:
+    def __init__(
+        self, program: Program, watched: Mapping[Node, list[_Watch]], batch: Batch, layouts: Mapping[str, Layout]
+    ) -> None:
         super().__init__(program)
-        self._watched, self._batch = watched, batch
+        self._watched, self._batch, self._layouts = watched, batch, layouts
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().placeholder(target, args, kwargs)
@@ -81,7 +84,8 @@ class _Watching(torch.fx.Interpreter):
     def run_node(self, n: Node) -> Any:
         for name, entry, source, windows in self._watched.get(n, ()):
             x = self.env[source]
-            rows = positions(x, self._batch.valid) if windows is None else windows.rows(x)
+            layout = self._layouts.get(source.name, Layout.UNKNOWN)
+            rows = positions(x, self._batch.valid, layout) if windows is None else windows.rows(x)
             if not is_finite(rows if windows is None else x):
                 raise refuse_activations(name, n, "dense", self._batch, x)
             entry.add(rows)

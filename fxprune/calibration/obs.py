@@ -25,13 +25,13 @@ class Units:
     index: Tensor
     staying: int
 
-    def leaving(self, kept: Tensor) -> Tensor:
-        """The inputs of the units that are not `kept`, int64."""
-        return ((self.index >= 0) & ~torch.isin(self.index, kept.to(self.index.device))).nonzero().squeeze(1)
+    def inputs_of(self, kept: Tensor) -> Tensor:
+        """The inputs that stay where the units `kept` do, int64."""
+        return ((self.index < 0) | torch.isin(self.index, kept.to(self.index.device))).nonzero().squeeze(1)
 
 
-def choose_units(problem: Problem, units: Units) -> tuple[Tensor, Tensor]:
-    """Problem (g = 1) -> (units that stay, ascending int64; columns that stay [1, 1, n] bool).
+def choose_units(problem: Problem, units: Units) -> Tensor:
+    """Problem (g = 1) -> the units that stay, ascending int64.
 
     In rounds, the units whose columns lose least when all other columns make up for them leave: the loss of columns S
     is tr(W_S (inverse_SS)^-1 W_S^T).
@@ -63,9 +63,7 @@ def choose_units(problem: Problem, units: Units) -> tuple[Tensor, Tensor]:
         inverse[columns, columns] = 1
         alive[gone] = False
         leaving -= len(gone)
-    kept = alive.nonzero().squeeze(1)
-    columns = (index < 0) | alive[index.clamp(min=0)]
-    return kept.cpu(), columns.reshape(1, 1, -1)
+    return alive.nonzero().squeeze(1).cpu()
 
 
 def _losses(weight: Tensor, inverse: Tensor, members: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..patterns import Blocks, SemiStructured, Unstructured
 from ..project import project
+from .cholesky import factor, solve
 
 Masking = Unstructured | SemiStructured | Blocks
 
@@ -52,6 +53,13 @@ class Problem:
         if self.alive is None:
             return project(scores, goal.pattern, goal.count)
         return project(scores.masked_fill(~self.alive, -torch.inf), goal.pattern, goal.count) & self.alive
+
+    def within(self, staying: Tensor) -> Problem:
+        """The same for the inputs `staying` [k] int64 alone, where the weights of all others are zero."""
+        hessian = self.hessian.index_select(-1, staying).index_select(-2, staying)
+        linear = self.linear.index_select(-1, staying)
+        target = solve(factor(hessian.double()), linear.double()).to(linear.dtype)
+        return Problem(hessian, target, linear, None if self.alive is None else self.alive.index_select(-1, staying))
 
     def loss(self, weight: Tensor) -> float:
         """What `weight` [g, r, n] loses against the target, over what all zeros would lose."""

@@ -18,11 +18,18 @@ from .fit import Outcome
 class Saved:
     """Outcomes by weight, kept in memory and, with a file, on disk after every stage."""
 
-    def __init__(self, file: str | Path | None, about: str) -> None:
+    def __init__(self, file: str | Path | None, about: str, tensors: Mapping[str, Tensor]) -> None:
+        """`tensors` are the model's by name: what is read from the file goes to where they are."""
         self._file = Checkpoint(file, "calibration", about)
         held = self._file.read()
         self.outcomes = {
-            name: Outcome(entry["values"], entry["keep"], Fit(**entry["fit"]), entry["units"])
+            name: Outcome(
+                {n: value.to(tensors[n].device) for n, value in entry["values"].items()},
+                entry["keep"],
+                Fit(**entry["fit"]),
+                entry["units"],
+                entry["staying"],
+            )
             for name, entry in (held or {"outcomes": {}})["outcomes"].items()
         }
 
@@ -30,7 +37,7 @@ class Saved:
         """Adds a stage's outcomes and writes the file."""
         self.outcomes.update(found)
         outcomes = {
-            name: {"values": o.values, "keep": o.keep, "fit": vars(o.fit), "units": o.units}
+            name: {"values": o.values, "keep": o.keep, "fit": vars(o.fit), "units": o.units, "staying": o.staying}
             for name, o in self.outcomes.items()
         }
         self._file.write(outcomes=outcomes)
@@ -42,18 +49,17 @@ def about(tensors: Mapping[str, Tensor], batches: Sequence[Batch], *words: str) 
     for word in words:
         digest.update(word.encode() + b"\0")
     for name, tensor in tensors.items():
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{_sum(tensor)}".encode())
+        digest.update(name.encode())
+        _add(digest, tensor)
     for batch in batches:
         for leaf in batch.flat:
-            text = f"{tuple(leaf.shape)}{leaf.dtype}{_sum(leaf)}" if isinstance(leaf, Tensor) else repr(leaf)
-            digest.update(text.encode())
+            if isinstance(leaf, Tensor):
+                _add(digest, leaf)
+            else:
+                digest.update(repr(leaf).encode())
     return digest.hexdigest()
 
 
-def _sum(tensor: Tensor) -> str:
-    """A number that another tensor of this shape hardly has."""
-    if not tensor.numel() or tensor.is_complex():
-        return ""
-    flat = tensor.detach().reshape(-1).double()
-    weights = torch.arange(1, flat.numel() + 1, dtype=torch.float64, device=flat.device).sin_()
-    return f"{float(flat.nan_to_num() @ weights)!r}"
+def _add(digest: hashlib._Hash, tensor: Tensor) -> None:
+    digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -27,6 +27,7 @@ from ..removal import removal
 from ..report import Report
 from ..select import Selection
 from ..weights import names_of_parameters
+from .arithmetic import plain
 from .batches import Batch, batch_of, capture_for
 from .checkpoint import Checkpoint
 from .feed import Feed
@@ -80,13 +81,13 @@ def recover(
     held = file.read()
     if held is not None and "values" in held:
         return _recovered(selection, held["values"], Standing(**held["standing"]))
-    with torch.inference_mode(False):
+    with plain():
         captured = capture_for(model, feed.head, dynamic_shapes)
         program, coupling = _pruned(captured, selection)
-        student = make_student(program, coupling, selection)
+        student = make_student(program, coupling, selection, captured.existing)
         _check_student(program, coupling, selection, student, feed.held_out[0])
         taps = _taps(captured.program, student, selection, batch_of(captured, feed.held_out[0]))
-        trainer = Trainer(captured, student, taps, Distance(captured.program, loss))
+        trainer = Trainer(captured, student, taps, Distance(captured.program, taps, loss))
         if held is not None:
             trainer.resume(held)
         best = trainer.run(feed, length, learning_rate, file, progress=progress)

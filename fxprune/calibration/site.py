@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -100,13 +100,16 @@ class Site:
     branch: Branch | None = None
 
 
-def find_sites(program: Program, names: Iterable[str]) -> tuple[dict[str, Site], dict[str, str]]:
+def find_sites(
+    program: Program, names: Iterable[str], held: Collection[str] = ()
+) -> tuple[dict[str, Site], dict[str, str]]:
     """The sites of weights by name, and why the others have none.
 
-    A weight has one where exactly one linear or convolution reads it, as it is or transposed.
+    A weight has one where exactly one linear or convolution reads it, as it is or transposed. Biases that are `held`
+    must stay as they are.
     """
     found = uses(program)
-    vectors = _own_vectors(program)
+    vectors = _own_vectors(program).difference(held)
     sites, without = {}, {}
     for name in names:
         why = _why_not(program, name, found.get(name, []))
@@ -263,10 +266,14 @@ def _of_the_batch(node: Node) -> bool:
 
 
 def _is_constant(argument: object) -> bool:
-    """Whether an argument is no tensor that inputs change: a number, a size, a parameter."""
-    if not isinstance(argument, Node):
+    """Whether an argument is no tensor that inputs change: a number, a size, a parameter or what is made of it."""
+    if not isinstance(argument, Node) or argument.op == "get_attr":
         return True
-    return argument.op == "get_attr" or not isinstance(argument.meta.get("val"), Tensor)
+    if not isinstance(argument.meta.get("val"), Tensor):
+        return True
+    read = argument.all_input_nodes
+    moved = argument.op == "call_function" and argument.target in _CARRIED - DROPOUTS and bool(read)
+    return moved and all(_is_constant(node) for node in read)
 
 
 def _same_shape(a: Node, b: Node) -> bool:

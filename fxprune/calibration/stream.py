@@ -11,16 +11,17 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..capture import Program
-from ..check import Oracle
+from ..check import HALF, Oracle
 from ..removal import Removal
 from ..select import Selection
 from .batches import Batch
 from .finite import is_finite, refuse_activations
 from .moments import Inputs, Outputs
+from .padding import Layout, hides_padding, positions
 from .shelf import Shelf
 from .site import Branch, Site, is_routed, is_sum, other_operand
 from .stages import Stage
-from .unfold import Windows, hides_padding, positions, windows_of
+from .unfold import Windows, windows_of
 
 Env = dict[Node, Any]
 
@@ -59,8 +60,8 @@ class Fitted:
     inputs and its outputs are then the dense one's. `padded` says that padding among its rows could not be told apart.
     """
 
-    def __init__(self, site: Site, inputs: Inputs, windows: Windows | None) -> None:
-        self.site, self.inputs, self.windows = site, inputs, windows
+    def __init__(self, site: Site, inputs: Inputs, windows: Windows | None, layout: Layout) -> None:
+        self.site, self.inputs, self.windows, self.layout = site, inputs, windows, layout
         self.outputs = Outputs()
         self.routed = is_routed(site.x)
         self.padded = False
@@ -78,15 +79,16 @@ def stream(
     *,
     values: Mapping[str, Tensor] | None = None,
     removal: Removal | None = None,
+    layouts: Mapping[str, Layout] | None = None,
     solved: Callable[[Stage], Mapping[str, Tensor] | None] = lambda _: None,
     limit: float,
     step: Callable[[], object] = lambda: None,
 ) -> int:
     """Runs every stage over all batches; after each, `solve` answers with new values for the pruned side.
 
-    `solved` may answer them beforehand, and the stage then only runs. `limit` is how many bytes of activations stay in
-    memory. Answers the largest number of bytes that were remembered between two stages. Raises InputError where
-    activations are not finite.
+    `solved` may answer them beforehand, and the stage then only runs. `layouts` says of the nodes that weights read how
+    padding lies in them. `limit` is how many bytes of activations stay in memory. Answers the largest number of bytes
+    that were remembered between two stages. Raises InputError where activations are not finite.
     """
     sides = Side(program, {}), Side(program, values or {}, removal)
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
@@ -96,7 +98,7 @@ def stream(
         before: Sequence[Site] = ()
         for index, stage in enumerate(stages):
             known = solved(stage)
-            fitted = _fitted(stage, program)
+            fitted = _fitted(stage, program, layouts or {})
             for number, batch in enumerate(batches):
                 if index:
                     held = shelf.take(number)
@@ -129,7 +131,7 @@ def _copied(placeholders: Sequence[Node], batch: Batch) -> Env:
     return {node: value.clone() if isinstance(value, Tensor) else value for node, value in pairs}
 
 
-def _fitted(stage: Stage, program: Program) -> list[Fitted]:
+def _fitted(stage: Stage, program: Program, layouts: Mapping[str, Layout]) -> list[Fitted]:
     """One entry a site; sites that read one input in one way share their sums over it."""
     shared: dict[Any, Inputs] = {}
     found = []
@@ -141,7 +143,7 @@ def _fitted(stage: Stage, program: Program) -> list[Fitted]:
         key = (site.x, windows, site.shift is not None)
         if key not in shared:
             shared[key] = Inputs(centred=site.shift is not None)
-        found.append(Fitted(site, shared[key], windows))
+        found.append(Fitted(site, shared[key], windows, layouts.get(site.x.name, Layout.UNKNOWN)))
     return found
 
 
@@ -153,27 +155,30 @@ def _sum_up(fitted: Sequence[Fitted], dense: Env, pruned: Env, batch: Batch, sid
         if not entry.routed:
             wanted = wanted + _correction(site, dense, pruned, sides[0])
         if site.bias is not None and site.shift is None:
-            wanted = wanted - _bias(site, wanted, dense)
-        given = positions(wanted, batch.valid) if entry.windows is None else entry.windows.out(wanted)
+            wanted = wanted - _bias(entry, dense)
+        given = positions(wanted, batch.valid, entry.layout) if entry.windows is None else entry.windows.out(wanted)
         if not is_finite(given):
             own = dense[site.node]
-            if is_finite(positions(own, batch.valid) if entry.windows is None else own):
+            if is_finite(positions(own, batch.valid, entry.layout) if entry.windows is None else own):
                 raise refuse_activations(site.name, site.node, "pruned", batch, wanted)
             raise refuse_activations(site.name, site.node, "dense", batch, own)
+        x = sides[0].value(site.x, dense) if entry.routed else sides[1].value(site.x, pruned)
+        if entry.windows is None:
+            entry.padded |= hides_padding(x, batch.valid, entry.layout)
+        else:
+            entry.padded |= batch.valid is not None and entry.layout is not Layout.WITHOUT
         if id(entry.inputs) not in rows:
-            x = sides[0].value(site.x, dense) if entry.routed else sides[1].value(site.x, pruned)
-            read = positions(x, batch.valid) if entry.windows is None else entry.windows.rows(x)
+            read = positions(x, batch.valid, entry.layout) if entry.windows is None else entry.windows.rows(x)
             if not is_finite(read if entry.windows is None else x):
                 raise refuse_activations(site.name, site.node, "pruned", batch, x)
-            entry.padded |= batch.valid is not None if entry.windows is not None else hides_padding(x, batch.valid)
             rows[id(entry.inputs)] = entry.inputs.add(read)
         entry.outputs.add(given, rows[id(entry.inputs)], entry.inputs)
 
 
-def _bias(site: Site, wanted: Tensor, dense: Env) -> Tensor:
-    assert site.bias is not None
-    bias = dense[site.bias]
-    return bias if site.kind == "linear" else bias.reshape(-1, *[1] * (wanted.dim() - 2))
+def _bias(entry: Fitted, dense: Env) -> Tensor:
+    assert entry.site.bias is not None
+    bias = dense[entry.site.bias]
+    return bias if entry.windows is None else bias.reshape(-1, *[1] * len(entry.windows.kernel))
 
 
 def _correction(site: Site, dense: Env, pruned: Env, side: Side) -> Tensor | float:
@@ -194,6 +199,7 @@ def _correction(site: Site, dense: Env, pruned: Env, side: Side) -> Tensor | flo
     missing = end.detach() - _follow(branch, site.node, start.detach(), dense, pruned, side)
     (back,) = torch.autograd.grad(end, start, missing, retain_graph=True)
     (scale,) = torch.autograd.grad(end, start, torch.ones_like(end))
+    back, scale = (t.float() if t.dtype in HALF else t for t in (back, scale))
     squares = scale.square()
     return torch.where(squares > 1e-8 * squares.max(), back / squares, 0.0)
 

@@ -54,8 +54,12 @@ class Student:
                 self.trained[name].masked_fill_(gone, 0.0)
 
 
-def make_student(program: Program, coupling: Coupling | None, selection: Selection) -> Student:
+def make_student(
+    program: Program, coupling: Coupling | None, selection: Selection, existing: Mapping[str, Tensor]
+) -> Student:
     """The pruned program to train; `program` has the selection's new values, but neither its masks nor its cuts.
+
+    `existing` are the masks that the model came with, bool, which hold biases too.
 
     Trained is what is masked, has a new value or shrinks, and every other vector that the graph reads, such as biases
     and the scales of norms. Other matrices, embeddings above all, know more than the data at hand can tell. Raises
@@ -64,6 +68,7 @@ def make_student(program: Program, coupling: Coupling | None, selection: Selecti
     first = names_of_parameters(program)
     cuts = {} if coupling is None else {first.get(n, n): c for n, c in coupling.kept(selection.keep).items()}
     small = program if coupling is None else shrink(program, coupling, selection.keep)
+    held = {first.get(name, name): mask for name, mask in existing.items()}
     valued = {first.get(name, name) for name in selection.values}
     read = {first.get(str(n.target)) for n in small.graph.nodes if n.op == "get_attr" and n.users}
     student = Student(small, {}, {}, cuts, {})
@@ -75,9 +80,9 @@ def make_student(program: Program, coupling: Coupling | None, selection: Selecti
             continue
         student.trained[name] = (tensor.float() if tensor.dtype in HALF else tensor).clone().requires_grad_()
         student.dtypes[name] = tensor.dtype
-        if name in selection.mask:
-            keep = slice_tensor(selection.mask[name].unpack().to(tensor.device), cuts.get(name, []))
-            student.gone[name] = ~keep
+        mask = selection.mask[name].unpack() if name in selection.mask else held.get(name)
+        if mask is not None:
+            student.gone[name] = ~slice_tensor(mask.to(tensor.device), cuts.get(name, []))
     if not student.trained:
         raise InputError(
             "cannot train the pruned model",

@@ -89,25 +89,3 @@ def windows_of_use(program: Program, name: str, use: Use) -> Windows | None:
 def _each(value: Any, dims: int) -> tuple[int, ...]:
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     return values * dims if len(values) == 1 else values
-
-
-def positions(x: Tensor, valid: Tensor | None) -> Tensor:
-    """x [..., n] -> [1, rows, n], only those rows that `valid` (bool, of the leading sizes or their number) names."""
-    rows = x.reshape(-1, x.shape[-1])
-    if valid is not None and has_positions(x, valid):
-        rows = rows[valid.reshape(-1)]
-    return rows.unsqueeze(0)
-
-
-def has_positions(x: Tensor, valid: Tensor) -> bool:
-    """Whether the rows of x [..., n] are the positions that `valid` [b, s] speaks of, in its order."""
-    return tuple(x.shape[:-1]) in (tuple(valid.shape), (valid.numel(),))
-
-
-def hides_padding(x: Tensor, valid: Tensor | None) -> bool:
-    """Whether x [..., n] may hold positions of `valid` [b, s] in another order, so that padding cannot be left out.
-
-    A pooled x, of one row for each sample, holds none.
-    """
-    rows = x.numel() // max(1, x.shape[-1])
-    return valid is not None and not has_positions(x, valid) and rows % valid.numel() == 0 and rows > 0
