@@ -47,7 +47,7 @@ def refused(
 )
 def test_data_that_are_no_series(data: Any, word: str) -> None:
     dense, _ = model("linear")
-    error = refused(dense, HALF, data, f"with a {word}", "batches=", "not a series of batches", "[batch]")
+    error = refused(dense, HALF, data, f"from a {word}", "batches=", "not a series of batches", "[batch]")
     assert error.where == "batches="
 
 
@@ -61,7 +61,7 @@ def test_no_data(data: Any) -> None:
 )
 def test_items_of_the_wrong_form(item: Any, word: str) -> None:
     dense, x = model("linear")
-    refused(dense, HALF, [x, item], f"with a {word}", "batches[1]", "no batch of inputs", "tuple of arguments")
+    refused(dense, HALF, [x, item], f"use a {word}", "batches[1]", "no batch of inputs", "tuple of arguments")
 
 
 def test_empty_batches() -> None:

@@ -113,7 +113,7 @@ def test_a_later_batch_of_another_form() -> None:
     model, data = PostNorm().eval(), vectors(12)
     selection = by_magnitude(model, Plan([Rule("a.*.weight", Unstructured(0.5))]), data)
     stream = iter([*data, torch.randn(16, 7)])
-    with pytest.raises(InputError, match=r"cannot calibrate with this batch at batches\[12\].*\[16, 7\]"):
+    with pytest.raises(InputError, match=r"cannot use this batch at batches\[12\].*\[16, 7\]"):
         recover(model, selection, stream, steps=20, progress=False)
     with pytest.raises(InputError, match=r"empty batch at batches\[12\]"):
         recover(model, selection, iter([*data, torch.randn(0, 8)]), steps=20, progress=False)

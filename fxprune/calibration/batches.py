@@ -91,7 +91,7 @@ def refuse_no_series(data: Any, argument: str) -> None:
     """Raises InputError naming `argument` unless `data` is an iterable of batches."""
     if isinstance(data, (Tensor, Mapping, str, bytes, nn.Module)) or not isinstance(data, Iterable):
         raise InputError(
-            f"cannot calibrate with a {type(data).__name__}",
+            f"cannot read batches from a {type(data).__name__}",
             where=f"{argument}=",
             why="it is not a series of batches",
             do="Give a DataLoader, a list or a generator; a single batch goes into a list: [batch].",
@@ -112,7 +112,7 @@ def read_call(item: Any, where: str) -> Call:
         if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(list(item))):
             return Call(where, tuple(item), {})
     raise InputError(
-        f"cannot calibrate with a {type(item).__name__}",
+        f"cannot use a {type(item).__name__} as a batch",
         where=where,
         why="it is no batch of inputs",
         do="A batch is a tensor, a tuple of arguments, a dict of keyword arguments, or a pair of both.",
@@ -191,7 +191,7 @@ def check_call(captured: Capture, call: Call) -> None:
         captured.entry.check(call.args, call.kwargs)
     except InputError as error:
         raise InputError(
-            "cannot calibrate with this batch",
+            "cannot use this batch",
             where=call.label,
             why=str(error),
             do="Give batches like the first one, or say with dynamic_shapes= which sizes may differ.",
@@ -233,7 +233,7 @@ def _check_devices(model: nn.Module, calls: Sequence[Call]) -> None:
         for tensor in _tensors(call):
             if devices and tensor.device not in devices and tensor.dim():
                 raise InputError(
-                    "cannot calibrate with data on another device",
+                    "cannot use data on another device",
                     where=call.label,
                     why=f"it is on {tensor.device}, and the model on {', '.join(sorted(map(str, devices)))}",
                     do="Move the data or the model, so that model(batch) works.",
