@@ -23,12 +23,17 @@ class Fit:
 
 @dataclasses.dataclass(frozen=True)
 class Recovery:
-    """What `recover` did: steps taken, seconds spent, and the loss on data it did not train on, before and after."""
+    """What `recover` did: steps taken, seconds spent, and the loss on data it did not train on, before and after.
+
+    `note` is what went otherwise than asked, in words.
+    """
 
     steps: int
     seconds: float
     before: float
     after: float
+    note: str = ""
 
     def __str__(self) -> str:
-        return f"{self.steps} steps in {self.seconds:.0f} s, loss {self.before:.4g} before and {self.after:.4g} after"
+        did = f"{self.steps} steps in {self.seconds:.0f} s, loss {self.before:.4g} before and {self.after:.4g} after"
+        return f"{did}; {self.note}" if self.note else did

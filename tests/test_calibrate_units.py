@@ -168,6 +168,7 @@ def test_a_pattern_that_what_stays_does_not_divide() -> None:
     plan = Plan([Rule("a.weight", Channels(6, align=1)), Rule("b.weight", SemiStructured(2, 4))])
     found = quietly(dense, plan, [torch.randn(100, 8)])
     assert (found.mask["b.weight"].unpack().reshape(8, 4, 4).sum(-1) <= 2).all()
+    assert "does not divide the inputs that stay" in found.fits["b.weight"].note
 
 
 def test_readers_at_several_places_are_refitted() -> None:

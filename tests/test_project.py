@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxprune import project as module
-from fxprune.errors import FxPruneError, InputError, PlanError
+from fxprune.errors import InputError, PlanError
 from fxprune.patterns import Blocks, SemiStructured, Unstructured
 from fxprune.project import keep_highest, project, score_tiles
+from tests.pattern_case import refused
 
 INF = math.inf
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -206,14 +207,6 @@ def test_strided_scores() -> None:
     given = torch.rand(1, 8, 12, generator=torch.Generator().manual_seed(0)).mT
     for how in (Unstructured(0.3), Unstructured(0.3, per_row=True), SemiStructured(), Blocks(0.5, (3, 2))):
         assert torch.equal(project(given, how), project(given.contiguous(), how))
-
-
-def refused(kind: type[FxPruneError], make: Callable[[], object], *words: str) -> None:
-    with pytest.raises(kind) as error:
-        make()
-    assert error.value.what and error.value.where and error.value.why and error.value.do
-    for word in words:
-        assert word in str(error.value), str(error.value)
 
 
 ALL = [Unstructured(0.5), Unstructured(0.5, per_row=True), SemiStructured(), Blocks(0.5, (2, 2))]

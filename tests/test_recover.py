@@ -341,6 +341,43 @@ def test_what_a_mask_leaves_out_does_not_count() -> None:
         torch.testing.assert_close(value, other.values[name], rtol=1e-3, atol=1e-5)
 
 
+class Rows(nn.Module):
+    """Words, each in a row of its own, and their mean over a sample, padding and all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 16)
+        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self.embed(ids).flatten(0, 1)
+        rows = rows + self.down(torch.relu(self.up(rows)))
+        return rows.sigmoid(), rows.unflatten(0, ids.shape).mean(1) + attention_mask.sum()
+
+
+def test_padding_among_rows_does_not_count_and_where_it_must_is_told() -> None:
+    model = Rows().eval()
+    data, others = texts(), texts()
+    for batch in others:
+        batch["ids"][1, -2:] = 7
+    selection = by_magnitude(model, Plan([Rule("up.weight", Unstructured(0.8))]), data)
+    found, other = (recover(model, selection, each, steps=3, **QUICK) for each in (data, others))
+    assert found.recovery is not None and other.recovery is not None
+    program = fxprune.capture.capture(model, (), data[0]).program
+    _, mean = (node.name for node in program.graph.output_node().args[0])
+    told = f"padding could not be told from text in {mean}, so it counts there as well"
+    assert found.recovery.note == told and str(found.recovery).endswith(f"after; {told}")
+    assert found.recovery.before != other.recovery.before
+
+    def rows_alone(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> Tensor:
+        return student[0].sum() * 0.0
+
+    found, other = (recover(model, selection, each, steps=3, loss=rows_alone, **QUICK) for each in (data, others))
+    assert found.recovery is not None and other.recovery is not None
+    assert found.recovery.note == "" and found.recovery.before > 0
+    assert found.recovery.before == pytest.approx(other.recovery.before, rel=1e-6)
+
+
 def test_a_model_that_lost_nothing_is_not_trained() -> None:
     model, data = PostNorm().eval(), vectors()
     model.a[0].weight.data[:, :8] = 0

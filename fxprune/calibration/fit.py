@@ -39,6 +39,7 @@ _SHARED = "it is read at several places, so it was fitted on the dense model's i
 _PADDED = "padding could not be told from text in its inputs, so it counts as well"
 _UNREAD = "it received no input, so it was pruned by magnitude and not fitted"
 _TOO_LARGE = "its best values are too large for its dtype, so it was pruned by magnitude and not fitted"
+_UNEVEN = "its pattern does not divide the inputs that stay, so zeros for those that leave count among its zeros"
 _ROUTED = "values decide which rows come to it, so it was fitted on the dense model's inputs"
 
 
@@ -96,16 +97,16 @@ def fit_weight(entry: Fitted, task: Task, tensors: Mapping[str, Tensor], method:
     problem, scale = _problem(entry, weight, alive, tensors)
     units = None if task.units is None else choose_units(problem, task.units)
     staying = _staying(task, units)
+    uneven = ""
     if method == "magnitude":
         found, keep = weight if alive is None else weight * alive, alive
     else:
-        found, keep = _solve_within(problem, task, method, staying, whole)
+        found, keep, uneven = _solve_within(problem, task, method, staying, whole)
         found = found / scale
     constants = _constants(entry, found.double(), tensors, method)
     if not all(is_finite(each) for each in (found.to(whole.dtype), *constants.values())):
         return _unfitted(whole, task, weight, alive, _TOO_LARGE)
-    notes = (task.note, _ROUTED if entry.routed else "", _PADDED if entry.padded else "")
-    note = "; ".join(filter(None, notes))
+    note = _joined(task.note, _ROUTED if entry.routed else "", _PADDED if entry.padded else "", uneven)
     fit = Fit(method, _error(entry, found.double()), entry.inputs.count, note)
     mask = _mask(whole, task, keep)
     if method == "magnitude":
@@ -127,11 +128,14 @@ def fit_shared(watched: Watched, task: Task, tensors: Mapping[str, Tensor], meth
     hessian = damped(gram)[0].float()
     problem = Problem(hessian, weight, weight @ hessian, alive)
     staying = _staying(task, None)
-    found, keep = _solve_within(problem, task, method, staying, whole)
-    note = "; ".join(filter(None, (task.note, _SHARED)))
-    fit = Fit(method, problem.loss(found), watched.count, note)
+    found, keep, uneven = _solve_within(problem, task, method, staying, whole)
+    fit = Fit(method, problem.loss(found), watched.count, _joined(task.note, _SHARED, uneven))
     values = {task.name: _back(whole, task, found.to(whole.dtype))}
     return Outcome(values, _mask(whole, task, keep), fit, staying=staying)
+
+
+def _joined(*notes: str) -> str:
+    return "; ".join(filter(None, notes))
 
 
 def _staying(task: Task, units: Tensor | None) -> Tensor | None:
@@ -144,32 +148,32 @@ def _staying(task: Task, units: Tensor | None) -> Tensor | None:
 
 def _solve_within(
     problem: Problem, task: Task, method: str, staying: Tensor | None, whole: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """`_solve` for the inputs that stay, of whose weights the same share becomes zero as of all.
+) -> tuple[Tensor, Tensor | None, str]:
+    """`_solve` for the inputs that stay, of whose weights the same share becomes zero as of all; and what to tell.
 
     Those of the others get zeros; of these the mask takes the smallest, so that in all it is as large as asked.
     """
     columns = None if staying is None else _columns(whole, task, staying, problem.target.shape[-1])
     if columns is None:
-        return _solve(problem, task.goal, method)
+        return *_solve(problem, task.goal, method), ""
     if not _divides(task.goal, len(columns)):
         stays = torch.zeros_like(problem.target, dtype=torch.bool).index_fill_(-1, columns, True)
         alive = stays if problem.alive is None else stays & problem.alive
-        return _solve(dataclasses.replace(problem, alive=alive), task.goal, method)
+        return *_solve(dataclasses.replace(problem, alive=alive), task.goal, method), _UNEVEN
     goal = task.goal
     if goal is not None and goal.count is not None:
         goal = dataclasses.replace(goal, count=round(goal.count * len(columns) / problem.target.shape[-1]))
     part, kept = _solve(problem.within(columns), goal, method)
     found = torch.zeros_like(problem.target).index_copy_(-1, columns, part)
     if kept is None:
-        return found, None
+        return found, None, ""
     keep = torch.ones_like(found, dtype=torch.bool) if problem.alive is None else problem.alive.clone()
     if goal is not None:
         sizes, _ = _matrices(whole, task, found.shape[0])
         sizes = sizes.abs().masked_fill(~keep, -torch.inf).index_fill_(-1, columns, torch.inf)
         left = task.zeros - int((~kept).sum())
         keep &= keep_highest(sizes, min(max(0, left), found.numel() - kept.numel()))
-    return found, keep.index_copy_(-1, columns, kept)
+    return found, keep.index_copy_(-1, columns, kept), ""
 
 
 def _columns(whole: Tensor, task: Task, staying: Tensor, columns: int) -> Tensor | None:

@@ -81,6 +81,7 @@ class Distance:
         self._outputs = pytree.tree_leaves(program.graph.output_node().args)
         self._matched = [n for n in program.graph.nodes if n.name in taps or n in self._outputs]
         self._layouts: Mapping[str, Layout] | None = None
+        self._padded: set[str] = set()
 
     def __call__(self, student: Seen, teacher: Seen, batch: Batch) -> Tensor:
         """What each side saw on one batch -> the loss, a scalar."""
@@ -102,12 +103,30 @@ class Distance:
             )
         return _sum(parts)
 
+    @property
+    def note(self) -> str:
+        """What did not go as it should up to now, in words."""
+        if not self._padded:
+            return ""
+        return f"padding could not be told from text in {', '.join(sorted(self._padded))}, so it counts there as well"
+
     def _valid(self, batch: Batch) -> Callable[[str, Tensor], Tensor | None]:
-        """Node, its value -> which of its leading two sizes count, bool; None where all do."""
+        """Node, its value -> which of its leading one or two sizes count, bool; None where all do."""
         if batch.valid is not None and self._layouts is None:
             self._layouts = find_layouts(self._program, [batch], self._matched)
         layouts = self._layouts or {}
-        return lambda name, value: counting(value.shape[:2], batch.valid, layouts.get(name, Layout.UNKNOWN))
+
+        def valid(name: str, value: Tensor) -> Tensor | None:
+            layout = layouts.get(name, Layout.UNKNOWN)
+            if batch.valid is None or layout is Layout.WITHOUT:
+                return None
+            found = (counting(value.shape[:dims], batch.valid, layout) for dims in (2, 1))
+            counts = next((each for each in found if each is not None), None)
+            if counts is None:
+                self._padded.add(name)
+            return counts
+
+        return valid
 
     def _checked(self, found: Any) -> Tensor:
         if isinstance(found, Tensor) and found.numel() == 1 and found.is_floating_point():
@@ -138,13 +157,13 @@ def _is_real(value: Any) -> bool:
 def relative_error(found: Tensor, wanted: Tensor, valid: Tensor | None) -> Tensor:
     """The mean squared difference of two tensors of one shape over the variance of the second, a scalar.
 
-    Of tensors [a, b, ...] only the positions that `valid` [a, b] names count, and of any only what is wanted finite or
-    NaN: an infinity in an output is a mask, and no number to come near to.
+    Only the positions that `valid` names count, bool of the leading one or two sizes, and only what is wanted finite
+    or NaN: an infinity in an output is a mask, and no number to come near to.
     """
     found, wanted = (t.float() if t.dtype in HALF else t for t in (found, wanted))
     counts = ~wanted.isinf()
-    if valid is not None and wanted.dim() >= 2 and wanted.shape[:2] == valid.shape:
-        counts = counts & valid.reshape(*valid.shape, *[1] * (wanted.dim() - 2))
+    if valid is not None:
+        counts = counts & valid.reshape(*valid.shape, *[1] * (wanted.dim() - valid.dim()))
     if bool(counts.all()):
         squares, spread = (found - wanted).square().mean(), wanted.var(correction=0)
     else:

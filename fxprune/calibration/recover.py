@@ -80,20 +80,21 @@ def recover(
     )
     held = file.read()
     if held is not None and "values" in held:
-        return _recovered(selection, held["values"], Standing(**held["standing"]))
+        return _recovered(selection, held["values"], Standing(**held["standing"]), held["note"])
     with plain():
         captured = capture_for(model, feed.head, dynamic_shapes)
         program, coupling = _pruned(captured, selection)
         student = make_student(program, coupling, selection, captured.existing)
         _check_student(program, coupling, selection, student, feed.held_out[0])
         taps = _taps(captured.program, student, selection, batch_of(captured, feed.held_out[0]))
-        trainer = Trainer(captured, student, taps, Distance(captured.program, taps, loss))
+        distance = Distance(captured.program, taps, loss)
+        trainer = Trainer(captured, student, taps, distance)
         if held is not None:
             trainer.resume(held)
         best = trainer.run(feed, length, learning_rate, file, progress=progress)
         values = _all_values(program, selection, whole_values(student, best, program))
-    file.write(standing=dataclasses.asdict(trainer.standing), values=values)
-    return _recovered(selection, values, trainer.standing)
+    file.write(standing=dataclasses.asdict(trainer.standing), values=values, note=distance.note)
+    return _recovered(selection, values, trainer.standing, distance.note)
 
 
 def _all_values(program: Program, selection: Selection, trained: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -103,7 +104,7 @@ def _all_values(program: Program, selection: Selection, trained: dict[str, Tenso
     return {**kept, **trained}
 
 
-def _recovered(selection: Selection, values: dict[str, Tensor], standing: Standing) -> Selection:
+def _recovered(selection: Selection, values: dict[str, Tensor], standing: Standing, note: str) -> Selection:
     return dataclasses.replace(
         selection,
         keep=dict(selection.keep),
@@ -112,7 +113,7 @@ def _recovered(selection: Selection, values: dict[str, Tensor], standing: Standi
         fits=dict(selection.fits),
         values=values,
         dead={},
-        recovery=Recovery(standing.step, standing.seconds, standing.before, standing.best),
+        recovery=Recovery(standing.step, standing.seconds, standing.before, standing.best, note),
     )
 
 
