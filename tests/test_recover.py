@@ -20,7 +20,6 @@ from recover_models import (
     texts,
     vectors,
 )
-from recover_models import one_thread as one_thread
 from torch import Tensor, nn
 
 import fxprune
@@ -29,6 +28,7 @@ from fxprune.calibration.calibrate import calibrate
 from fxprune.calibration.feed import Feed
 from fxprune.calibration.recover import recover
 from fxprune.select import Selection
+from tests.one_thread import one_thread as one_thread
 
 QUICK = {"learning_rate": 3e-3, "progress": False}
 HALF_GONE = Plan([Rule("*.weight", Unstructured(0.5))], exclude=["norm*"])

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from recover_models import ConvNet, Decoder, PostNorm, by_magnitude, conv_net, images, texts, vectors
-from recover_models import one_thread as one_thread
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -19,6 +18,7 @@ from fxprune.calibration.feed import Feed
 from fxprune.calibration.matching import nodes_to_match, relative_error
 from fxprune.calibration.recover import recover
 from fxprune.errors import InputError
+from tests.one_thread import one_thread as one_thread
 
 
 def numbered(count: int) -> list[Tensor]:

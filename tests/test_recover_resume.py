@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from recover_models import Decoder, PostNorm, by_magnitude, same, texts, vectors
-from recover_models import one_thread as one_thread
 from torch import Tensor, nn
 
 from fxprune import Channels, Plan, Rule, Unstructured
 from fxprune.calibration.recover import recover
 from fxprune.errors import FxPruneError, InputError
 from fxprune.select import PackedMask, Selection
+from tests.one_thread import one_thread as one_thread
 
 PLAN = Plan([Rule("?.*.weight", Unstructured(0.5))])
 QUICK: dict[str, Any] = {"learning_rate": 3e-3, "progress": False}
