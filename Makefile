@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALLED_FROM := pyproject.toml constraints.txt Makefile
 
-.PHONY: help demo test lint zoo accuracy clean
+.PHONY: help demo test lint zoo accuracy aot clean
 .DELETE_ON_ERROR:
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make lint   lint and type check"
 	@echo "make zoo    prune 334 models of four libraries and check each, in about an hour (ARGS='--only timm/*vit*')"
 	@echo "make accuracy  what pruning costs in accuracy, in hours (ARGS='--cases mnist' for minutes)"
+	@echo "make aot    compile every Triton kernel for GPUs that need not be there, and list what each takes"
 	@echo "make clean  remove the environments and everything built"
 
 demo: $(VENV)/.demo
@@ -34,6 +35,9 @@ zoo: $(ZOO)/.zoo
 # So does this one.
 accuracy: $(VENV)/.accuracy
 	$(BIN)/python -m benchmarks.accuracy $(ARGS)
+
+aot: $(VENV)/.test
+	$(BIN)/python -m benchmarks.aot $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(ZOO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,9 +1,15 @@
-"""What every test shares: a fixed seed, and the skip of tests that need a GPU where there is none."""
+"""What every test shares: a fixed seed, and what depends on whether there is a GPU."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+# Without a GPU Triton's interpreter runs the kernels; it must be told before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,158 @@
+"""bitmap: a linear layer for few tokens whose weight is stored by one bit an element and its nonzero values.
+
+    x       [m, i] float32, float16 or bfloat16, rows contiguous
+    bits    int32 [o, words], words = ceil(i / 32): bit j of word c says whether column 32 c + j is stored
+    values  [nonzeros] of x's dtype: row after row, columns in order
+    starts  int64 [o]: where each row begins in values
+    ranks   uint16 [o, ceil(words / 2)]: how many of a row's values come before each 64 columns
+    y       [m, o] = act(x @ w.T + bias), with float32 sums
+
+Where a value lies follows from the rank of its 64 columns and from counting bits below it, so that no thread waits for
+another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import activation
+from .activation import activate
+from .language import WHY_NOT, constexpr, jit, tl
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Bitmap:
+    """A weight [o, i] by its bits and nonzeros, as above."""
+
+    shape: tuple[int, int]
+    bits: Tensor
+    values: Tensor
+    starts: Tensor
+    ranks: Tensor
+
+
+def pack(weight: Tensor) -> Bitmap:
+    """weight [o, i] -> its elements with any bit set. Raises ValueError for rows of more than 65535 of them."""
+    o, i = weight.shape
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    stored = weight.contiguous().view(integer) != 0
+    words = -(-i // 32)
+    lanes = torch.nn.functional.pad(stored, (0, words * 32 - i)).unflatten(1, (words, 32))
+    # The sum of distinct bits below 2 ** 32, as the int32 of the same bits.
+    bits = (lanes.long() << torch.arange(32, device=weight.device)).sum(2).to(torch.int32)
+    counts = stored.sum(1)
+    if int(counts.max() if o else 0) > 65535:
+        raise ValueError(f"a row of {int(counts.max())} nonzeros is too long for ranks of 16 bits")
+    starts = counts.cumsum(0) - counts
+    pairs = torch.nn.functional.pad(lanes.sum(2), (0, words % 2)).unflatten(1, (-(-words // 2), 2)).sum(2)
+    ranks = (pairs.cumsum(1) - pairs).to(torch.int32).to(torch.uint16)
+    return Bitmap((o, i), bits, weight[stored], starts, ranks)
+
+
+def unpack(packed: Bitmap) -> Tensor:
+    """The weight [o, i], bit for bit as it was packed."""
+    o, i = packed.shape
+    lanes = packed.bits.unsqueeze(2).bitwise_right_shift(torch.arange(32, device=packed.bits.device)).bitwise_and(1)
+    weight = packed.values.new_zeros(o, i)
+    weight[lanes.flatten(1)[:, :i].bool()] = packed.values
+    return weight
+
+
+def reference(x: Tensor, packed: Bitmap, bias: Tensor | None = None, act: str = "") -> Tensor:
+    """x [m, i] -> y [m, o], the definition."""
+    return activation.reference(torch.nn.functional.linear(x, unpack(packed), bias), act)
+
+
+def linear(x: Tensor, packed: Bitmap, bias: Tensor | None = None, act: str = "") -> Tensor:
+    """x [m, i] -> y [m, o]. Raises ValueError for tensors that the kernel cannot read."""
+    _check(x, packed, bias)
+    m, (o, _) = len(x), packed.shape
+    y = torch.empty(m, o, dtype=x.dtype, device=x.device)
+    if not y.numel():
+        return y
+    tokens = 1 if m == 1 else 2 if m == 2 else 4
+    rows, words = 8, 16
+    _bitmap[(-(-o // rows), -(-m // tokens))](
+        x, packed.bits, packed.values, packed.starts, packed.ranks, x if bias is None else bias, y,
+        m, o, packed.shape[1], packed.bits.shape[1], x.stride(0),
+        BIAS=bias is not None, KIND=activation.index(act), TOKENS=tokens, ROWS=rows, WORDS=words,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return y
+
+
+def _check(x: Tensor, packed: Bitmap, bias: Tensor | None) -> None:
+    if WHY_NOT:
+        raise RuntimeError(WHY_NOT)
+    o, i = packed.shape
+    if x.dtype not in _DTYPES or x.dtype != packed.values.dtype:
+        raise ValueError(f"x is {x.dtype} and the weight {packed.values.dtype}; both are to be one of {_DTYPES}")
+    if x.dim() != 2 or x.shape[1] != i:
+        raise ValueError(f"x {list(x.shape)} does not fit a weight [{o}, {i}]")
+    if x.stride(1) != 1 and i > 1:
+        raise ValueError("the rows of x are not contiguous")
+    if x.device != packed.values.device:
+        raise ValueError(f"x is on {x.device}, the weight on {packed.values.device}")
+    if bias is not None and (bias.shape != (o,) or bias.dtype != x.dtype or bias.device != x.device):
+        raise ValueError(f"the bias is {bias.dtype} {list(bias.shape)} on {bias.device}, not {x.dtype} [{o}]")
+
+
+@jit
+def _bytes_below(word):
+    """Word int32 -> in each byte how many bits are set in the bytes below it, at most 24; and the count of all."""
+    pairs = word - ((word >> 1) & 0x55555555)
+    nibbles = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    counts = (nibbles + (nibbles >> 4)) & 0x0F0F0F0F
+    up_to = counts * 0x01010101
+    return up_to << 8, (up_to >> 24) & 0xFF
+
+
+@jit
+def _bitmap(
+    x, bits, values, starts, ranks, bias, y, m, o, i, words, stride,
+    BIAS: constexpr, KIND: constexpr, TOKENS: constexpr, ROWS: constexpr, WORDS: constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    real = row < o
+    begin = tl.load(starts + row, mask=real, other=0)
+    byte, lane = tl.arange(0, 4), tl.arange(0, 8)
+    sums = tl.zeros((TOKENS, ROWS, WORDS), dtype=tl.float32)
+    for start in range(0, words, WORDS):
+        word = start + tl.arange(0, WORDS)
+        inside = real[:, None] & (word < words)[None, :]
+        at = row[:, None] * words + word[None, :]
+        packed = tl.load(bits + at, mask=inside, other=0)
+        odd = (word & 1) != 0
+        lower = tl.load(bits + at - 1, mask=inside & odd[None, :], other=0)
+        rank = tl.load(ranks + row[:, None] * ((words + 1) // 2) + (word // 2)[None, :], mask=inside, other=0)
+        below, _ = _bytes_below(packed)
+        _, before = _bytes_below(lower)
+        first = begin[:, None] + rank.to(tl.int32) + before
+        octet = (packed[:, :, None] >> (8 * byte)[None, None, :]) & 0xFF
+        offset = first[:, :, None] + ((below[:, :, None] >> (8 * byte)[None, None, :]) & 0xFF)
+        some = octet[:, :, :, None] & ((1 << lane) - 1)[None, None, None, :]
+        pairs = some - ((some >> 1) & 0x55)
+        nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+        spot = offset[:, :, :, None] + ((nibbles + (nibbles >> 4)) & 0xF)
+        kept = ((octet[:, :, :, None] >> lane[None, None, None, :]) & 1) != 0
+        value = tl.reshape(tl.load(values + spot, mask=kept, other=0.0).to(tl.float32), (ROWS, WORDS, 32))
+        stays = tl.reshape(kept, (ROWS, WORDS, 32))
+        column = word[:, None] * 32 + tl.arange(0, 32)[None, :]
+        given = tl.load(
+            x + token.to(tl.int64)[:, None, None] * stride + column[None, :, :],
+            mask=(token < m)[:, None, None] & (column < i)[None, :, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        sums += tl.sum(tl.where(stays[None, :, :, :], given[:, None, :, :] * value[None, :, :, :], 0.0), 3)
+    total = tl.sum(sums, 2)
+    if BIAS:
+        total += tl.load(bias + row, mask=real, other=0.0).to(tl.float32)[None, :]
+    inside = (token < m)[:, None] & real[None, :]
+    tl.store(
+        y + token.to(tl.int64)[:, None] * o + row[None, :], activate(total, KIND).to(y.dtype.element_ty), mask=inside
+    )

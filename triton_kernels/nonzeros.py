@@ -1,0 +1,170 @@
+"""nonzeros: a linear layer for few tokens whose weight is stored by its nonzero values and 8-bit columns.
+
+    x        [m, i] float32, float16 or bfloat16, rows contiguous; i is at most 65536
+    values   [groups, 8] of the same dtype: eight nonzeros of one row and of one chunk of 256 columns; what is left over
+             in a chunk's last group is +0.0
+    columns  uint8 [groups, 8]: the column of each within its chunk
+    chunks   uint8 [groups]: the chunk
+    order    int32 [o up to a multiple of 16]: the row at each place, those with most groups first; o where none is
+    starts   int64 [places / 16 + 1]: where the groups of each 16 places begin, as a matrix [16, groups of the longest]
+    y        [m, o] = act(x @ w.T + bias), with float32 sums
+
+A thread takes a group: 16 bytes of values, 8 of columns, 1 of its chunk, which is 3.1 bytes a nonzero and nothing to be
+summed up before they can be used. x comes from the L1 cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import activation
+from .activation import activate
+from .language import WHY_NOT, constexpr, jit, tl
+
+GROUP, CHUNK, PLACES = 8, 256, 16
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Nonzeros:
+    """A weight [o, i] by its nonzeros, as above."""
+
+    shape: tuple[int, int]
+    values: Tensor
+    columns: Tensor
+    chunks: Tensor
+    order: Tensor
+    starts: Tensor
+
+
+def pack(weight: Tensor) -> Nonzeros:
+    """weight [o, i] -> its elements with any bit set. Raises ValueError for more than 65536 columns."""
+    o, i = weight.shape
+    if i > CHUNK * 256:
+        raise ValueError(f"a weight of {i} columns is too wide for 256 chunks of {CHUNK}")
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    chunks = -(-i // CHUNK)
+    stored = torch.nn.functional.pad(weight.contiguous().view(integer) != 0, (0, chunks * CHUNK - i))
+    counts = stored.view(o, chunks, CHUNK).sum(2)
+    groups = (counts + GROUP - 1) // GROUP
+    lengths = torch.nn.functional.pad(groups.sum(1), (0, -o % PLACES), value=-1)
+    order = lengths.argsort(stable=True, descending=True)
+    longest = lengths[order].view(-1, PLACES)[:, 0]
+    starts = torch.nn.functional.pad((longest * PLACES).cumsum(0), (1, 0))
+    # Where each row's groups begin, and each chunk's within it.
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))[:o]
+    first = starts[place // PLACES] + place % PLACES * longest[place // PLACES]
+    first = first.unsqueeze(1) + groups.cumsum(1) - groups
+    row, column = stored.view(o, -1).nonzero(as_tuple=True)
+    chunk = column // CHUNK
+    rank = (
+        torch.arange(len(row), device=row.device)
+        - (counts.flatten().cumsum(0) - counts.flatten())[row * chunks + chunk]
+    )
+    slot = first[row, chunk] * GROUP + rank
+    total = int(starts[-1])
+    values = weight.new_zeros(total * GROUP)
+    values[slot] = weight[row, column]
+    columns = torch.zeros(total * GROUP, dtype=torch.uint8, device=weight.device)
+    columns[slot] = (column % CHUNK).to(torch.uint8)
+    of_group = torch.zeros(total, dtype=torch.uint8, device=weight.device)
+    of_group[slot // GROUP] = chunk.to(torch.uint8)
+    order = order.clamp(max=o).to(torch.int32)
+    return Nonzeros((o, i), values.view(-1, GROUP), columns.view(-1, GROUP), of_group, order, starts)
+
+
+def unpack(packed: Nonzeros) -> Tensor:
+    """The weight [o, i], bit for bit as it was packed."""
+    o, i = packed.shape
+    longest = packed.starts.diff() // PLACES
+    place = torch.repeat_interleave(
+        torch.arange(len(packed.order), device=longest.device), longest.repeat_interleave(PLACES)
+    )
+    row = packed.order[place].long()
+    column = packed.chunks.long().unsqueeze(1) * CHUNK + packed.columns
+    kept = (
+        packed.values.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[packed.values.element_size()])
+        != 0
+    )
+    weight = packed.values.new_zeros(o, i)
+    weight[row.unsqueeze(1).expand_as(kept)[kept], column[kept]] = packed.values[kept]
+    return weight
+
+
+def reference(x: Tensor, packed: Nonzeros, bias: Tensor | None = None, act: str = "") -> Tensor:
+    """x [m, i] -> y [m, o], the definition."""
+    return activation.reference(torch.nn.functional.linear(x, unpack(packed), bias), act)
+
+
+def linear(x: Tensor, packed: Nonzeros, bias: Tensor | None = None, act: str = "") -> Tensor:
+    """x [m, i] -> y [m, o]. Raises ValueError for tensors that the kernel cannot read."""
+    _check(x, packed, bias)
+    m, (o, _) = len(x), packed.shape
+    y = torch.empty(m, o, dtype=x.dtype, device=x.device)
+    if not y.numel():
+        return y
+    tokens = 1 if m == 1 else 2 if m == 2 else 4
+    _nonzeros[(len(packed.order) // PLACES, -(-m // tokens))](
+        x, packed.values, packed.columns, packed.chunks, packed.order, packed.starts, x if bias is None else bias, y,
+        m, o, x.stride(0),
+        BIAS=bias is not None, KIND=activation.index(act), TOKENS=tokens, PLACES=PLACES, GROUPS=8,
+        GROUP=GROUP, CHUNK=CHUNK,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return y
+
+
+def _check(x: Tensor, packed: Nonzeros, bias: Tensor | None) -> None:
+    if WHY_NOT:
+        raise RuntimeError(WHY_NOT)
+    o, i = packed.shape
+    if x.dtype not in _DTYPES or x.dtype != packed.values.dtype:
+        raise ValueError(f"x is {x.dtype} and the weight {packed.values.dtype}; both are to be one of {_DTYPES}")
+    if x.dim() != 2 or x.shape[1] != i:
+        raise ValueError(f"x {list(x.shape)} does not fit a weight [{o}, {i}]")
+    if x.stride(1) != 1 and i > 1:
+        raise ValueError("the rows of x are not contiguous")
+    if x.device != packed.values.device:
+        raise ValueError(f"x is on {x.device}, the weight on {packed.values.device}")
+    if bias is not None and (bias.shape != (o,) or bias.dtype != x.dtype or bias.device != x.device):
+        raise ValueError(f"the bias is {bias.dtype} {list(bias.shape)} on {bias.device}, not {x.dtype} [{o}]")
+
+
+@jit
+def _nonzeros(
+    x, values, columns, chunks, order, starts, bias, y, m, o, stride,
+    BIAS: constexpr, KIND: constexpr, TOKENS: constexpr, PLACES: constexpr, GROUPS: constexpr,
+    GROUP: constexpr, CHUNK: constexpr,
+):  # fmt: skip
+    slice_ = tl.program_id(0)
+    place = tl.arange(0, PLACES)
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    first = tl.load(starts + slice_)
+    longest = (tl.load(starts + slice_ + 1) - first).to(tl.int32) // PLACES
+    lane = tl.arange(0, GROUP)
+    begin = first + place.to(tl.int64) * longest
+    sums = tl.zeros((TOKENS, PLACES, GROUPS), dtype=tl.float32)
+    rows = x + token.to(tl.int64)[:, None, None, None] * stride
+    for start in range(0, longest, GROUPS):
+        group = start + tl.arange(0, GROUPS)
+        inside = (group < longest)[None, :]
+        at = begin[:, None] + group[None, :]
+        chunk = tl.load(chunks + at, mask=inside, other=0).to(tl.int32)
+        slot = at[:, :, None] * GROUP + lane[None, None, :]
+        value = tl.load(values + slot, mask=inside[:, :, None], other=0.0).to(tl.float32)
+        column = tl.load(columns + slot, mask=inside[:, :, None], other=0).to(tl.int32) + chunk[:, :, None] * CHUNK
+        known = inside[None, :, :, None] & (token < m)[:, None, None, None]
+        given = tl.load(rows + column[None, :, :, :], mask=known, other=0.0).to(tl.float32)
+        # What fills a group up adds nothing, whatever stands in x.
+        sums += tl.sum(tl.where(value[None, :, :, :] != 0.0, given * value[None, :, :, :], 0.0), 3)
+    row = tl.load(order + slice_ * PLACES + place)
+    total = tl.sum(sums, 2)
+    if BIAS:
+        total += tl.load(bias + row, mask=row < o, other=0.0).to(tl.float32)[None, :]
+    inside = (token < m)[:, None] & (row < o)[None, :]
+    tl.store(
+        y + token.to(tl.int64)[:, None] * o + row[None, :], activate(total, KIND).to(y.dtype.element_ty), mask=inside
+    )
