@@ -196,15 +196,16 @@ def weight_reports(selection: Selection, lowered: list[Lowered]) -> list[WeightR
 
 
 def _weights_table(weights: list[WeightReport]) -> str:
+    # What refuses every weight alike, such as a layout for another device, is said once.
+    shared = set.intersection(*(set(w.lowered.choice.refused.items()) for w in weights)) if len(weights) > 1 else set()
     rows = []
     for w in weights:
         choice = w.lowered.choice
-        times = {t.layout: t for t in choice.timings[: len({x.layout for x in choice.timings})]}
-        dense, taken = (
-            times.get("dense"),
-            times.get(choice.layout if choice.layout != "dense" else "nonzeros"),
-        )
-        refused = "; ".join(f"no {layout}: {why}" for layout, why in choice.refused.items())
+        # The first size alone; of the layouts that were tried, the one taken or else the fastest.
+        times = {t.layout: t for t in choice.timings if t.tokens == choice.timings[0].tokens}
+        dense = times.pop("dense", None)
+        taken = times.get(choice.layout) or min(times.values(), key=lambda t: t.measured, default=None)
+        why = _refusals({name: why for name, why in choice.refused.items() if (name, why) not in shared}) or choice.why
         rows.append(
             (
                 w.name,
@@ -215,11 +216,20 @@ def _weights_table(weights: list[WeightReport]) -> str:
                 f"{1e3 * dense.measured:.3f}" if dense else "-",
                 f"{1e3 * taken.measured:.3f}" if taken else "-",
                 f"{1e3 * taken.predicted:.3f}" if taken else "-",
-                (refused or choice.why) + (" (timed on a weight alike)" if choice.reused else ""),
+                why + (" (timed on a weight alike)" if choice.reused else ""),
             )
         )
     headers = ("weight", "shape", "asked", "zeros", "layout", "dense ms", "sparse ms", "predicted", "why")
-    return tabulate(rows, headers=headers, disable_numparse=True)
+    table = tabulate(rows, headers=headers, disable_numparse=True)
+    return f"{table}\nall of these: {_refusals(dict(sorted(shared)))}" if shared else table
+
+
+def _refusals(refused: Mapping[str, str]) -> str:
+    """Which layouts could not be taken, those with one reason together."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in refused.items():
+        reasons.setdefault(why, []).append(name)
+    return "; ".join(f"no {', '.join(names)}: {why}" for why, names in reasons.items())
 
 
 def _groups_table(groups: list[GroupReport]) -> str:

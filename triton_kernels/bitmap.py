@@ -58,9 +58,12 @@ def unpack(packed: Bitmap) -> Tensor:
     """The weight [o, i], bit for bit as it was packed."""
     o, i = packed.shape
     lanes = packed.bits.unsqueeze(2).bitwise_right_shift(torch.arange(32, device=packed.bits.device)).bitwise_and(1)
-    weight = packed.values.new_zeros(o, i)
-    weight[lanes.flatten(1)[:, :i].bool()] = packed.values
-    return weight
+    stored = lanes.flatten(1)[:, :i]
+    if not packed.values.numel():
+        return packed.values.new_zeros(o, i)
+    # Every size is known beforehand, so that no device is waited for.
+    place = packed.starts.unsqueeze(1) + stored.cumsum(1) - stored
+    return torch.where(stored.bool(), packed.values[place.clamp(max=len(packed.values) - 1)], 0.0)
 
 
 def reference(x: Tensor, packed: Bitmap, bias: Tensor | None = None, act: str = "") -> Tensor:

@@ -55,7 +55,8 @@ def pack(weight: Tensor, tile: tuple[int, int]) -> Tiles:
 def unpack(tiles: Tiles) -> Tensor:
     """The weight [o, i], bit for bit as it was packed."""
     (o, i), (_, h, w) = tiles.shape, tiles.values.shape
-    rows = torch.repeat_interleave(torch.arange(o // h, device=tiles.starts.device), tiles.starts.diff())
+    rows = torch.arange(o // h, device=tiles.starts.device)
+    rows = rows.repeat_interleave(tiles.starts.diff(), output_size=len(tiles.values))
     weight = tiles.values.new_zeros(o // h, i // w, h, w)
     weight[rows, tiles.columns.long()] = tiles.values
     return weight.transpose(1, 2).reshape(o, i)

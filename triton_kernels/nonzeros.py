@@ -79,19 +79,16 @@ def pack(weight: Tensor) -> Nonzeros:
 def unpack(packed: Nonzeros) -> Tensor:
     """The weight [o, i], bit for bit as it was packed."""
     o, i = packed.shape
-    longest = packed.starts.diff() // PLACES
-    place = torch.repeat_interleave(
-        torch.arange(len(packed.order), device=longest.device), longest.repeat_interleave(PLACES)
-    )
-    row = packed.order[place].long()
-    column = packed.chunks.long().unsqueeze(1) * CHUNK + packed.columns
-    kept = (
-        packed.values.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[packed.values.element_size()])
-        != 0
-    )
-    weight = packed.values.new_zeros(o, i)
-    weight[row.unsqueeze(1).expand_as(kept)[kept], column[kept]] = packed.values[kept]
-    return weight
+    longest = (packed.starts.diff() // PLACES).repeat_interleave(PLACES, output_size=len(packed.order))
+    rows = packed.order.long().repeat_interleave(longest, output_size=len(packed.chunks))
+    columns = packed.chunks.long().unsqueeze(1) * CHUNK + packed.columns
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[packed.values.element_size()]
+    # What fills groups up goes behind the weight. Every size is known beforehand, so that no device is waited for.
+    # As integers, since copies of a NaN may be other NaNs.
+    values = packed.values.view(integer)
+    place = torch.where(values != 0, rows.unsqueeze(1) * i + columns, o * i)
+    weight = values.new_zeros(o * i + 1).scatter_(0, place.flatten(), values.flatten())
+    return weight[: o * i].view(packed.values.dtype).view(o, i)
 
 
 def reference(x: Tensor, packed: Nonzeros, bias: Tensor | None = None, act: str = "") -> Tensor:

@@ -45,7 +45,9 @@ def unpack(values: Tensor, meta: Tensor) -> Tensor:
     nibbles = meta.unsqueeze(-1).bitwise_right_shift(torch.arange(0, 32, 4, device=meta.device)).bitwise_and(15)
     nibbles = nibbles.flatten(1)[:, : i // 4]
     places = torch.stack([nibbles & 3, nibbles >> 2], -1).long()
-    return values.new_zeros(o, i // 4, 4).scatter_(2, places, values.view(o, i // 4, 2)).view(o, i)
+    # As integers, since copies of a NaN may be other NaNs.
+    given = values.view(_INTEGERS[values.dtype]).view(o, i // 4, 2)
+    return given.new_zeros(o, i // 4, 4).scatter_(2, places, given).view(values.dtype).view(o, i)
 
 
 def select(weight: Tensor, n: int, m: int) -> Tensor:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from .bitmap import Bitmap
+from .blocks import Blocks
 from .nonzeros import Nonzeros
+from .nonzeros8 import Nonzeros8
+from .semi24 import Semi24
 from .site import Fit, Layout, Packed, Site
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (Nonzeros(),)}
+_ALL: tuple[Layout, ...] = (Nonzeros(), Semi24(), Blocks(), Nonzeros8(), Bitmap())
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in _ALL}
 
-__all__ = ["LAYOUTS", "Fit", "Layout", "Nonzeros", "Packed", "Site"]
+__all__ = ["LAYOUTS", "Bitmap", "Blocks", "Fit", "Layout", "Nonzeros", "Nonzeros8", "Packed", "Semi24", "Site"]
