@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from . import gradient_score, prune
 from .analyze import analyze
 from .calibration.calibrate import calibrate
@@ -14,11 +12,6 @@ from .patterns import Blocks, Channels, Existing, SemiStructured, Unstructured
 from .plan import Drop, Plan, Rule
 from .report import Report
 from .transform import transform
-
-# From a checkout that is not installed, triton_kernels/ stands beside this package instead of inside it.
-_root = Path(__file__).parent.parent
-if not (_root / "fxprune" / "triton_kernels").exists() and (_root / "triton_kernels").exists():
-    __path__.append(str(_root))
 
 __version__ = "0.1.0"
 __all__ = [

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .mask import chunks
+from .threshold import magnitude
 
 Score = Callable[[Tensor], Tensor]
 
@@ -93,14 +94,6 @@ class Scores(Mapping[str, Tensor]):
                 ) from error
             result[module, own] = value.abs() if self.signed else value
         return result
-
-
-def magnitude(weight: Tensor) -> Tensor:
-    """|weight|, element by element, in the weight's shape and dtype (any float).
-
-    Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015.
-    """
-    return weight.abs()
 
 
 def random(weight: Tensor) -> Tensor:

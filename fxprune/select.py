@@ -16,7 +16,7 @@ from .patterns import Blocks, Existing, SemiStructured, Unstructured
 from .plan import Binding, Plan
 from .project import keep_highest, project, score_tiles, spread_tiles
 from .score import PIECEWISE, SCORES, Score, Scores, check_weight, scores
-from .threshold import Shard, threshold
+from .threshold import Shard
 
 
 @dataclass
@@ -127,8 +127,7 @@ def _mask_pool(pool: Mapping[str, Tensor], masks: dict[str, PackedMask], how: Un
         shard = Shard(scored, kept)
     alive = shard.alive()
     # what is masked already is the first part of the count; where it is more than was asked, it stays so
-    found = threshold([shard], max(0, count - (size - alive)))
-    masks.update(zip(pool, shard.masks(found, 0), strict=True))
+    masks.update(zip(pool, shard.keep_all_but(max(0, count - (size - alive))), strict=True))
     return count / size if size else 0.0
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .kernels import cannot_run_on, select
 from .mask import PackedMask, chunks
 
 # 16 bits settle fp16 and bf16 in one walk over the scores and fp32 in two; the counts (512 KB) still fit the
@@ -62,6 +63,14 @@ def keys(score: Tensor, dtype: torch.dtype) -> Tensor:
     """
     integer, bits = _KEYS[dtype]
     return score.to(dtype).view(integer) & ((1 << bits) - 1)
+
+
+def magnitude(weight: Tensor) -> Tensor:
+    """|weight|, element by element, in the weight's shape and dtype (any float).
+
+    Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015.
+    """
+    return weight.abs()
 
 
 @dataclass(frozen=True)
@@ -128,12 +137,36 @@ class Shard:
 
     weights: tuple[Tensor, ...]
     kept: tuple[PackedMask | None, ...]
-    score: Callable[[Tensor], Tensor] = torch.abs
+    score: Callable[[Tensor], Tensor] = magnitude
 
     def alive(self) -> int:
         """How many elements are not masked already: what a threshold ranks."""
         pairs = zip(self.weights, self.kept, strict=True)
         return sum(weight.numel() if kept is None else kept.kept() for weight, kept in pairs)
+
+    def keep_all_but(self, k: int) -> list[PackedMask]:
+        """One mask for each weight, by which the k elements leave that score least; on a GPU by one kernel for all.
+
+        Raises ValueError where k is negative or more than there are.
+        """
+        if not self._suits_kernel():
+            return self.masks(threshold([self], k), 0)
+        alive = [None if kept is None else kept.bits for kept in self.kept]
+        found = select.keep_all_but(select.chunks(self.weights, alive), k)
+        return [PackedMask(tuple(w.shape), bits) for w, bits in zip(self.weights, found, strict=True)]
+
+    def _suits_kernel(self) -> bool:
+        """Whether the kernel may stand in for counting: it knows magnitudes alone, and reads what lies in order."""
+        if self.score is not magnitude or not self.weights:
+            return False
+        first = self.weights[0]
+        alike = all(
+            (weight.dtype, weight.device) == (first.dtype, first.device)
+            and weight.is_contiguous()
+            and weight.data_ptr() % select.ALIGNED == 0
+            for weight in self.weights
+        )
+        return alike and first.dtype in select.DTYPES and not cannot_run_on(first.device)
 
     def count(self, bracket: Bracket) -> Tensor:
         """Counts [2 ** width] int64, on the CPU, of the next digit among keys that begin as `bracket`."""

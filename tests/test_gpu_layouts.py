@@ -83,7 +83,7 @@ def test_the_op(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_weight_on_the_cpu_is_refused_in_words(name: str) -> None:
     fit = layout_of(name).fits(site_of(weight_for(name)))
-    assert not fit.ok and fit.why == "the weight is on cpu, the kernel runs on CUDA"
+    assert not fit.ok and fit.why == "the kernel runs on CUDA, not on cpu"
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fxprune import threshold as threshold_module
 from fxprune.mask import PackedMask
-from fxprune.score import magnitude
-from fxprune.threshold import Bracket, Shard, Threshold, common_dtype, keys, share, threshold
+from fxprune.threshold import Bracket, Shard, Threshold, common_dtype, keys, magnitude, share, threshold
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 shapes = st.lists(st.integers(1, 12), min_size=1, max_size=4)
@@ -101,3 +100,42 @@ def test_a_rank_beyond_the_scores_is_refused() -> None:
         threshold([shard], 4)
     with pytest.raises(ValueError, match="-1"):
         threshold([shard], -1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is not interpreted beside a GPU")
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+def test_the_kernel_decides_as_counting_does(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threshold_module, "cannot_run_on", lambda device: "")
+    calls = []
+    plain = threshold_module.select.keep_all_but
+    monkeypatch.setattr(threshold_module.select, "keep_all_but", lambda *a: calls.append(a) or plain(*a))
+    weights = tuple((torch.randint(-9, 10, size) / 8).to(dtype) for size in ((30, 40), (7,), (0, 3), (70_000,)))
+    kept = (PackedMask.pack(torch.rand(30, 40) < 0.5), None, None, PackedMask.pack(torch.rand(70_000) < 0.9))
+    shard = Shard(weights, kept)
+    for k in (0, 1, 500, shard.alive() // 2, shard.alive()):
+        for one, other in zip(shard.keep_all_but(k), shard.masks(threshold([shard], k), 0), strict=True):
+            assert one.shape == other.shape and torch.equal(one.bits, other.bits)
+    assert len(calls) == 5
+    with pytest.raises(ValueError, match="cannot take -1"):
+        shard.keep_all_but(-1)
+    # What the kernel cannot read is counted.
+    for other in (
+        Shard((weights[0].T,), (None,)),
+        Shard((weights[3][1:],), (None,)),
+        Shard((weights[0], weights[1].double()), (None, None)),
+        Shard(weights[:1], (None,), lambda piece: piece.abs()),
+        Shard((), ()),
+    ):
+        if other.weights:
+            assert other.keep_all_but(3)[0].kept() == other.weights[0].numel() - 3
+    assert len(calls) == 6
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+def test_the_kernel_decides_as_counting_does_on_a_gpu(dtype: torch.dtype) -> None:
+    weights = tuple(torch.randn(size, device="cuda").to(dtype) for size in ((3000, 400), (7,), (2_000_000,)))
+    shard = Shard(weights, (None, None, PackedMask.pack(torch.rand(2_000_000, device="cuda") < 0.9)))
+    for k in (1, 500, shard.alive() // 2, shard.alive()):
+        for one, other in zip(shard.keep_all_but(k), shard.masks(threshold([shard], k), 0), strict=True):
+            assert torch.equal(one.bits, other.bits)

@@ -31,6 +31,9 @@ _MANY = 1 << 16
 # About so many keys are sampled; the bracket reaches over so many standard deviations of a rank in the sample.
 _SAMPLE = 1 << 18
 _DEVIATIONS = 5.0
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Tensors begin at multiples of so many bytes.
+ALIGNED = 16
 _BITS = {torch.float16: 15, torch.bfloat16: 15, torch.float32: 31}
 
 
@@ -106,7 +109,7 @@ def _check(tensors: Sequence[Tensor], alive: Sequence[Tensor | None]) -> None:
             raise ValueError(f"tensor {place} is {x.dtype}; the kernels read float32, float16 and bfloat16")
         if (x.dtype, x.device) != (first.dtype, first.device):
             raise ValueError(f"tensor {place} is {x.dtype} on {x.device}, the first {first.dtype} on {first.device}")
-        if not x.is_contiguous() or x.data_ptr() % 16:
+        if not x.is_contiguous() or x.data_ptr() % ALIGNED:
             why = "begins at no multiple of 16 bytes" if x.is_contiguous() else "is not contiguous"
             raise ValueError(f"tensor {place} {why}")
         if bits is not None and (bits.dtype is not torch.uint8 or bits.numel() != -(-x.numel() // 8)):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..kernels import bitmap
 from .gpu import GpuLayout
-from .kernels import bitmap
 from .site import Site
 
 

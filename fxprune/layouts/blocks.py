@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..kernels import blocks
 from .gpu import GpuLayout
-from .kernels import blocks
 from .site import Site
 
 # The largest tile that leaves enough of a weight out is taken: larger ones multiply faster.

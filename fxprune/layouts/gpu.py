@@ -15,15 +15,14 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from ..errors import InputError
-from .kernels import activation as activations
-from .kernels import language
+from ..kernels import activation as activations
+from ..kernels import cannot_run_on
 from .site import Fit, Packed, Site
 
 FLOATS = (torch.float16, torch.bfloat16)
 # Bytes a second that a GPU with tensor cores reads at least; only orders the report's predictions.
 _BYTES_PER_SECOND = 2e12
 _PER_CALL = 4e-6
-_OLDEST = (8, 0)
 
 _library = torch.library.Library("fxprune", "FRAGMENT")
 _SCHEMA = "(Tensor x, Tensor[] packed, Tensor? bias, str layout, int[] shape, str activation) -> Tensor"
@@ -114,13 +113,8 @@ class GpuLayout:
 
 def cannot_run(weight: Tensor) -> str:
     """Why no Triton kernel can take this weight; nothing if one can."""
-    if weight.device.type != "cuda":
-        return f"the weight is on {weight.device}, the kernel runs on CUDA"
-    if language.WHY_NOT:
-        return language.WHY_NOT
-    capability = torch.cuda.get_device_capability(weight.device)
-    if capability < _OLDEST:
-        return f"the GPU is sm_{capability[0]}{capability[1]}, the kernel needs sm_{_OLDEST[0]}{_OLDEST[1]} or newer"
+    if why := cannot_run_on(weight.device):
+        return why
     if weight.dtype not in FLOATS:
         return f"{weight.dtype} is neither float16 nor bfloat16"
     if weight.dim() != 2 or weight.numel() == 0:

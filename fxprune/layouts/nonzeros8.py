@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..kernels import nonzeros
 from .gpu import GpuLayout
-from .kernels import nonzeros
 from .site import Site
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..kernels import gemv24, prune24
 from .gpu import GpuLayout
-from .kernels import gemv24, prune24
 from .site import Site
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from ..mask import PackedMask
-from ..threshold import Shard, threshold
+from ..threshold import Shard
+from ..threshold import magnitude as plain_magnitude
 from .amount import _validate_pruning_amount_init, to_prune
 from .errors import MissingError, WrongShapeError, WrongTypeError
 from .masked import is_byte_float, masked, packed, unpacked_like, zeroed
@@ -92,8 +94,8 @@ class L1Unstructured(BasePruningMethod, torch_prune.L1Unstructured):
         count = to_prune(self.amount, t.numel())
         if not count or t.is_meta:
             return default_mask.clone()
-        shard = Shard((t.detach(),), (None,), magnitude)
-        keep = shard.masks(threshold([shard], count), 0)[0]
+        shard = Shard((t.detach(),), (None,), ranking((t,)))
+        keep = shard.keep_all_but(count)[0]
         return zeroed(default_mask, ~keep.unpack())
 
     @classmethod
@@ -166,6 +168,12 @@ def magnitude(piece: Tensor) -> Tensor:
     if not piece.is_floating_point():
         return piece.to(torch.int64).abs()
     return (piece.float() if is_byte_float(piece) else piece).abs()
+
+
+def ranking(weights: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
+    """What ranks these by magnitude: the plain one, which kernels know, where torch can take it of all of them."""
+    plain = all(weight.is_floating_point() and not is_byte_float(weight) for weight in weights)
+    return plain_magnitude if plain else magnitude
 
 
 def draw(shape: tuple[int, ...] | torch.Size, like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from ..mask import PackedMask, chunks
-from ..threshold import Shard, threshold
+from ..threshold import Shard
 from .amount import to_prune
 from .attach import Method, write
 from .combine import check_scores, combined
-from .elements import CustomFromMask, L1Unstructured, magnitude
+from .elements import CustomFromMask, L1Unstructured, ranking
 from .errors import InputError, MissingError, WrongScoresError, WrongShapeError, WrongTypeError, located
 from .masked import is_byte_float, packed
 from .method import join
@@ -172,8 +172,9 @@ def _counted(pool: list[Pooled], method: Any) -> list[PackedMask]:
     """What stays, for each parameter, by one count over all magnitudes; nothing is concatenated."""
     bits = [None if each.start is None else packed(each.start) for each in pool]
     kept = tuple(_alive(each, mask) for each, mask in zip(pool, bits, strict=True))
-    shard = Shard(tuple(each.ranked for each in pool), kept, magnitude)
-    masks = shard.masks(threshold([shard], to_prune(method.amount, shard.alive())), 0)
+    ranked = tuple(each.ranked for each in pool)
+    shard = Shard(ranked, kept, ranking(ranked))
+    masks = shard.keep_all_but(to_prune(method.amount, shard.alive()))
     for index, each in enumerate(pool):
         if each.start is not None and bits[index] is None:  # what is neither 0 nor 1 is not ranked and stays
             keep = masks[index].unpack() | (each.start != 1).to(masks[index].bits.device)
