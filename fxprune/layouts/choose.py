@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..timing import interleave, undisturbed
+from ..timing import interleave, interleave_graphs, median, undisturbed
 from . import LAYOUTS
 from .dense import best_dense, predict_dense
 from .site import Packed, Site
@@ -99,8 +99,12 @@ def _measure(site: Site, fitting: list[str], refused: dict[str, str]) -> tuple[C
         x = torch.randn(tokens, site.weight.shape[1], generator=generator).to(site.weight)
         dense = best_dense(site, x)
         sparse = [_bind(name, x, packed[name], site.bias) for name in fitting]
-        rounds = interleave([*dense, *sparse], seconds=SECONDS_PER_SITE / len(site.tokens))
-        samples = [undisturbed(s) for s in rounds]
+        seconds = SECONDS_PER_SITE / len(site.tokens)
+        if x.is_cuda:
+            # A kernel's time on a GPU strays to both sides, so that medians are compared.
+            samples = [median(s) for s in interleave_graphs([*dense, *sparse], x.device, seconds=seconds)]
+        else:
+            samples = [undisturbed(s) for s in interleave([*dense, *sparse], seconds=seconds)]
         baseline = min(samples[: len(dense)])
         timings.append(Timing("dense", tokens, predict_dense(site, tokens), baseline))
         for name, seconds in zip(fitting, samples[len(dense) :], strict=True):

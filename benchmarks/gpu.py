@@ -1,0 +1,329 @@
+"""The Triton kernels on the GPU at hand: right first, then fast, each beside the limit that it is measured against.
+
+    python -m benchmarks.gpu [--only select gemv24 ...] [--quick]
+
+Needs no installation: torch, triton and tabulate, from the repository's root. Every result is held against plain torch
+before it is timed; a row that is wrong is printed as such and has no time. Dense and sparse take turns as CUDA graphs
+with a cold L2 cache, in bfloat16. `limit` is what the bytes that a kernel must move would take at the bandwidth that a
+copy reaches on this device, as a ratio to dense (or, for kernels without a dense counterpart, the share of it reached).
+Figures go to results/<device>.json; the exit status says whether the targets were met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.machine import slug
+from fxprune.timing import interleave_graphs, median
+from triton_kernels import bitmap, blocks, gemv24, masked, nonzeros, norms, prune24, select
+
+RESULTS = Path(__file__).resolve().parent / "results"
+# [o, i] of the linear layers of Llama 2 7B, in the order of their bytes.
+SHAPES = ((11008, 4096), (4096, 11008), (4096, 4096), (12288, 4096))
+DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
+SECONDS = 0.4
+# (kernel, case) -> what the ratio to dense must reach at the geometric mean over the shapes; from KERNELS' limits.
+TARGETS = {
+    ("gemv24", "M=1"): 1.5,
+    ("nonzeros", "70%, M=1"): 1.9,
+    ("nonzeros", "80%, M=1"): 2.7,
+    ("nonzeros", "90%, M=1"): 4.5,
+    ("bitmap", "50%, M=1"): 1.4,
+    ("bitmap", "60%, M=1"): 1.7,
+    ("blocks", "50%, M=2048"): 1.5,
+    ("blocks", "80%, M=2048"): 3.3,
+    ("blocks", "90%, M=2048"): 5.5,
+    ("blocks", "50%, M=1"): 1.6,
+    ("blocks", "80%, M=1"): 3.2,
+    ("blocks", "90%, M=1"): 5.0,
+    ("prune24", "pack"): 0.8,
+}
+SELECT_SECONDS = {"1e9 bfloat16": 2.2e-3}
+Row = dict[str, Any]
+Work = tuple[str, str, str, Callable[[], Tensor], Callable[[], Tensor], float, float]
+
+
+def close(found: Tensor, wanted: Tensor) -> float:
+    """max|a - b| / max|b|; what bfloat16 results of float32 sums may differ by is 2 ** -7 at most."""
+    return float((found.float() - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1e-30))
+
+
+def bandwidth() -> float:
+    """Bytes a second that a copy of 1 GiB reads and writes."""
+    source = torch.empty(1 << 28, dtype=torch.float32, device=DEVICE)
+    target = torch.empty_like(source)
+    samples = interleave_graphs([lambda: target.copy_(source)], DEVICE, seconds=SECONDS)
+    return 2 * source.numel() * 4 / median(samples[0])
+
+
+def random_weight(o: int, i: int, zeros: float, tile: int = 1) -> Tensor:
+    """A weight [o, i] with so many zeros, in squares of side `tile`."""
+    keep = torch.rand(o // tile, i // tile, device=DEVICE) >= zeros
+    weight = torch.randn(o, i, device=DEVICE, dtype=DTYPE)
+    return torch.where(keep.repeat_interleave(tile, 0).repeat_interleave(tile, 1), weight, 0.0)
+
+
+def linears(quick: bool) -> Iterator[Work]:
+    """(kernel, case, shape, dense, sparse, bytes dense, bytes sparse) of each sparse linear layer."""
+    for o, i in SHAPES[:1] if quick else SHAPES:
+        shape = f"{o}x{i}"
+        for tokens in (1, 4, 16):
+            x = torch.randn(tokens, i, device=DEVICE, dtype=DTYPE)
+            around = 2 * tokens * (o + i)
+            weight = random_weight(o, i, 0.0)
+            values, meta = prune24.pack(weight)
+            two = prune24.unpack(values, meta)
+            size = 2 * values.numel() + 4 * meta.numel() + around
+            yield (
+                "gemv24",
+                f"M={tokens}",
+                shape,
+                lambda x=x, w=two: F.linear(x, w),
+                lambda x=x, v=values, t=meta: gemv24.linear(x, v, t),
+                2 * o * i + around,
+                size,
+            )
+            for kernel, zeros in ((nonzeros, (0.7, 0.8, 0.9)), (bitmap, (0.5, 0.6))):
+                name = kernel.__name__.rpartition(".")[2]
+                for amount in zeros:
+                    weight = random_weight(o, i, amount)
+                    packed = kernel.pack(weight)
+                    held = [value for value in vars(packed).values() if isinstance(value, Tensor)]
+                    yield (
+                        name,
+                        f"{amount:.0%}, M={tokens}",
+                        shape,
+                        lambda x=x, w=weight: F.linear(x, w),
+                        lambda x=x, p=packed, k=kernel: k.linear(x, p),
+                        2 * o * i + around,
+                        sum(t.numel() * t.element_size() for t in held) + around,
+                    )
+        for tokens in (1, 16, 2048):
+            x = torch.randn(tokens, i, device=DEVICE, dtype=DTYPE)
+            around = 2 * tokens * (o + i)
+            for amount in (0.5, 0.8, 0.9):
+                weight = random_weight(o, i, amount, 64)
+                tiles = blocks.pack(weight, (64, 64))
+                # With many tokens the multiply-adds are the limit, and they shrink as the tiles do.
+                yield (
+                    "blocks",
+                    f"{amount:.0%}, M={tokens}",
+                    shape,
+                    lambda x=x, w=weight: F.linear(x, w),
+                    lambda x=x, p=tiles: blocks.linear(x, p),
+                    2 * o * i + (around if tokens < 64 else 0),
+                    2 * tiles.values.numel() + (around if tokens < 64 else 0),
+                )
+
+
+def time_linears(given: argparse.Namespace) -> list[Row]:
+    """Every sparse linear layer against cuBLAS on the same weight."""
+    rows: list[Row] = []
+    for kernel, case, shape, dense, sparse, before, after in tqdm(linears(given.quick), desc="linears", disable=None):
+        if given.only and kernel not in given.only:
+            continue
+        row: Row = {"kernel": kernel, "case": case, "shape": shape, "limit": before / after}
+        row["error"] = close(sparse(), dense())
+        if row["error"] <= 2**-7:
+            samples = interleave_graphs([dense, sparse], DEVICE, seconds=SECONDS)
+            row |= {"dense": median(samples[0]), "sparse": median(samples[1])}
+            row["ratio"] = row["dense"] / row["sparse"]
+        rows.append(row)
+    return rows
+
+
+def time_streams(given: argparse.Namespace, speed: float) -> list[Row]:
+    """Kernels that only read and write, against a copy's bandwidth; selection against its target in seconds."""
+    o, i = SHAPES[0]
+    weight = torch.randn(o, i, device=DEVICE, dtype=DTYPE)
+    bits = prune24.select(weight, 2, 4)
+    expected = prune24.reference_pack(weight)
+    cases: list[tuple[str, str, Callable[[], Any], float, Callable[[], bool]]] = [
+        (
+            "prune24",
+            "pack",
+            lambda: prune24.pack(weight),
+            weight.numel() * (2 + 1 + 1 / 8),
+            lambda: all(torch.equal(a, b) for a, b in zip(prune24.pack(weight), expected, strict=True)),
+        ),
+        (
+            "norms",
+            "rows, p=2",
+            lambda: norms.slices(weight.unsqueeze(0)),
+            weight.numel() * 2,
+            lambda: close(norms.slices(weight.unsqueeze(0)), weight.float().norm(dim=1)) < 1e-5,
+        ),
+        (
+            "norms",
+            "tiles 64x64, p=2",
+            lambda: norms.tiles(weight, (64, 64)),
+            weight.numel() * 2,
+            lambda: close(norms.tiles(weight, (64, 64)), norms.reference_tiles(weight, (64, 64), 2.0)) < 1e-5,
+        ),
+    ]
+    rows: list[Row] = []
+    for kernel, case, run, size, is_right in cases:
+        if given.only and kernel not in given.only:
+            continue
+        row: Row = {
+            "kernel": kernel,
+            "case": case,
+            "shape": f"{o}x{i}",
+            "limit": 1.0,
+            "error": 0.0 if is_right() else 1.0,
+        }
+        if not row["error"]:
+            row["sparse"] = median(interleave_graphs([run], DEVICE, seconds=SECONDS)[0])
+            row["ratio"] = size / speed / row["sparse"]
+        rows.append(row)
+    if not given.only or "masked" in given.only:
+        rows += time_masked(weight, bits)
+    return rows
+
+
+def time_masked(weight: Tensor, bits: Tensor) -> list[Row]:
+    """A step's three products with the mask inside the kernel, against w * m by torch, at 2048 tokens."""
+    o, i = weight.shape
+    x, dy = (torch.randn(2048, n, device=DEVICE, dtype=DTYPE) for n in (i, o))
+    keep = masked.unpack(weight, bits).to(DTYPE)
+
+    def dense() -> tuple[Tensor, Tensor, Tensor]:
+        product = weight * keep
+        return F.linear(x, product), dy @ product, (dy.T @ x) * keep
+
+    def sparse() -> tuple[Tensor, Tensor, Tensor]:
+        y, dx = masked.forward(x, weight, bits), masked.gradient_input(dy, weight, bits)
+        return y, dx, masked.gradient_weight(dy, x, bits)
+
+    row: Row = {"kernel": "masked", "case": "forward, dx, dw, M=2048", "shape": f"{o}x{i}", "limit": 1.0}
+    row["error"] = max(close(a, b) for a, b in zip(sparse(), dense(), strict=True))
+    if row["error"] <= 2**-6:
+        samples = interleave_graphs([dense, sparse], DEVICE, seconds=SECONDS)
+        row |= {"dense": median(samples[0]), "sparse": median(samples[1])}
+        row["ratio"] = row["dense"] / row["sparse"]
+    return [row]
+
+
+def time_select(given: argparse.Namespace, speed: float) -> list[Row]:
+    """The smallest half of up to 1e9 magnitudes over tensors of many sizes, masks included, and the memory it takes."""
+    rows: list[Row] = []
+    sizes = {"1e9 bfloat16": (10**9, torch.bfloat16), "2.5e8 float32": (25 * 10**7, torch.float32)}
+    for case, (size, dtype) in list(sizes.items())[1 if given.quick else 0 :]:
+        tensors, left = [], size
+        while left:
+            count = min(left, 16 * (1 + len(tensors) % 7) * 10**6)
+            tensors.append(torch.randn(count, device=DEVICE, dtype=dtype))
+            left -= count
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        found = select.keep_all_but(select.chunks(tensors), size // 2)
+        extra = torch.cuda.max_memory_allocated() - held
+        kept = sum(int(torch.bincount(bits, minlength=256).cpu() @ COUNTS) for bits in found)
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        samples = []
+        for _ in range(9):
+            torch.cuda.synchronize()
+            start.record()
+            select.keep_all_but(select.chunks(tensors), size // 2)
+            stop.record()
+            stop.synchronize()
+            samples.append(start.elapsed_time(stop) / 1e3)
+        row: Row = {"kernel": "select", "case": case, "shape": f"{len(tensors)} tensors", "sparse": median(samples)}
+        # Two walks over everything, and the masks.
+        row["ratio"] = size * (2 * tensors[0].element_size() + 1 / 8) / speed / row["sparse"]
+        row |= {"limit": 1.0, "error": 0.0 if kept == size - size // 2 else 1.0, "extra_bytes": extra}
+        rows.append(row)
+    return rows
+
+
+COUNTS = torch.tensor([byte.bit_count() for byte in range(256)])
+
+
+def judge(rows: Sequence[Row]) -> list[tuple[str, bool]]:
+    """Each target that was measured, in words, and whether it is met."""
+    found = []
+    for (kernel, case), wanted in TARGETS.items():
+        mine = [row for row in rows if (row["kernel"], row["case"]) == (kernel, case)]
+        if mine:
+            ratios = [row.get("ratio", 0.0) for row in mine]
+            mean = math.exp(sum(math.log(max(r, 1e-9)) for r in ratios) / len(ratios))
+            found.append((f"{kernel}, {case}: {mean:.2f}, wanted {wanted}", mean >= wanted))
+    for case, wanted in SELECT_SECONDS.items():
+        for row in rows:
+            if (row["kernel"], row["case"]) == ("select", case):
+                most = 64 << 20
+                words = f"select, {case}: {1e3 * row['sparse']:.2f} ms, wanted {1e3 * wanted:.1f}"
+                found.append((words, row["sparse"] <= wanted and not row["error"]))
+                size = 10**9 / 8 + most
+                words = f"select, {case}: {row['extra_bytes'] / 1e6:.0f} MB, wanted {size / 1e6:.0f}"
+                found.append((words, row["extra_bytes"] <= size))
+    return found
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One line a row."""
+    cells = [
+        (
+            row["kernel"],
+            row["case"],
+            row["shape"],
+            f"{1e6 * row['dense']:.1f}" if "dense" in row else "-",
+            f"{1e6 * row['sparse']:.1f}" if "sparse" in row else "-",
+            f"{row['ratio']:.2f}" if "ratio" in row else "WRONG",
+            f"{row['limit']:.2f}",
+            f"{row['error']:.1e}",
+        )
+        for row in rows
+    ]
+    headers = ("kernel", "case", "shape", "dense us", "us", "ratio", "limit", "error")
+    return tabulate(cells, headers=headers, disable_numparse=True)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=str(__doc__).splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=[], help="kernels")
+    parser.add_argument("--quick", action="store_true", help="one shape, and the smaller selection")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print and save."""
+    given = parse(argv)
+    if not torch.cuda.is_available():
+        print("no GPU is at hand: nothing was measured")
+        return 2
+    torch.manual_seed(0)
+    with torch.no_grad():
+        speed = bandwidth()
+        name = torch.cuda.get_device_name()
+        print(f"{name}: a copy moves {speed / 1e12:.2f} TB/s\n")
+        rows = time_select(given, speed) if not given.only or "select" in given.only else []
+        rows += time_streams(given, speed)
+        rows += time_linears(given)
+    print(table(rows))
+    verdicts = judge(rows)
+    for text, met in verdicts:
+        print(f"{'met   ' if met else 'MISSED'} {text}")
+    file = given.results / f"{slug(name)}.json"
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda}
+    found = {"benchmark": "gpu", "device": name, "versions": versions, "bandwidth": speed, "rows": rows}
+    file.write_text(json.dumps(found | {"targets": verdicts}, indent=1) + "\n")
+    print(f"written: {file.name}")
+    return 0 if all(met for _, met in verdicts) and not any(row["error"] > 2**-6 for row in rows) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
