@@ -52,11 +52,11 @@ def test_what_the_kernels_cannot_read_is_refused() -> None:
     for given, why in (
         ((x.half(), weight, bits), "x is torch.float16 and the weight torch.float32"),
         ((x.double(), weight.double(), bits), "x is torch.float64"),
-        ((x[:, :7], weight, bits), r"\[3, 7\] does not fit a weight \[4, 8\]"),
+        ((x[:, :7], weight, bits), r"x \[3, 7\] does not fit a weight \[4, 8\]"),
         ((x.T.contiguous().T, weight, bits), "the rows of x are not contiguous"),
-        ((x, weight.T.contiguous().T, bits), "the weight is not contiguous"),
+        ((x, weight.T.contiguous().T, bits), r"the weight \[4, 8\] is no contiguous matrix"),
         ((x, weight, bits[:3]), r"the mask is torch.uint8 \[3\], not uint8 \[4\]"),
-        ((x, weight, bits, torch.randn(3)), r"the bias is torch.float32 \[3\], not torch.float32 \[4\]"),
+        ((x, weight, bits, torch.randn(3)), r"the bias is torch.float32 \[3\] on cpu, not torch.float32 \[4\]"),
     ):
         with pytest.raises(ValueError, match=why):
             masked.forward(*given)

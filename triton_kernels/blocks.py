@@ -18,11 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import activation
+from . import activation, operands
 from .activation import activate
-from .language import WHY_NOT, constexpr, jit, tl
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from .language import constexpr, jit, tl
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,11 @@ def reference(x: Tensor, tiles: Tiles, bias: Tensor | None = None, act: str = ""
 
 def linear(x: Tensor, tiles: Tiles, bias: Tensor | None = None, act: str = "") -> Tensor:
     """x [m, i] -> y [m, o]. Raises ValueError for tensors that the kernel cannot read."""
-    _check(x, tiles, bias)
-    (m, _), (o, i), (_, h, w) = x.shape, tiles.shape, tiles.values.shape
+    (o, i), (_, h, w) = tiles.shape, tiles.values.shape
+    operands.check(x, tiles.values, (o, i), bias)
+    if h < 16 or w < 16 or h & (h - 1) or w & (w - 1):
+        raise ValueError(f"the kernel takes tiles whose sides are powers of two from 16 on, not {h}x{w}")
+    m = len(x)
     y = torch.empty(m, o, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
@@ -81,8 +82,9 @@ def linear(x: Tensor, tiles: Tiles, bias: Tensor | None = None, act: str = "") -
     kind = activation.index(act)
     _blocks[(blocks, -(-m // rows), shares)](
         x, tiles.values, tiles.columns, tiles.starts, tiles.order, x if bias is None else bias, sums, m, o, x.stride(0),
-        BIAS=bias is not None and shares == 1, KIND=kind if shares == 1 else 0, PRECISION=_precision(x), SHARES=shares,
-        ROWS=rows, H=h, W=w, num_warps=8 if rows * h >= 128 * 64 else 4, num_stages=4 if x.element_size() == 2 else 2,
+        BIAS=bias is not None and shares == 1, KIND=kind if shares == 1 else 0, PRECISION=operands.precision(x),
+        SHARES=shares, ROWS=rows, H=h, W=w, num_warps=8 if rows * h >= 128 * 64 else 4,
+        num_stages=4 if x.element_size() == 2 else 2,
     )  # fmt: skip
     if shares > 1:
         _add[(m, -(-o // 1024))](
@@ -98,28 +100,6 @@ def _shares(programs: int, longest: int, device: torch.device) -> int:
     while shares < 8 and programs * shares < 2 * units and longest > 4 * shares:
         shares *= 2
     return shares
-
-
-def _precision(x: Tensor) -> str:
-    return "tf32" if x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def _check(x: Tensor, tiles: Tiles, bias: Tensor | None) -> None:
-    if WHY_NOT:
-        raise RuntimeError(WHY_NOT)
-    (o, i), (_, h, w) = tiles.shape, tiles.values.shape
-    if h < 16 or w < 16 or h & (h - 1) or w & (w - 1):
-        raise ValueError(f"the kernel takes tiles whose sides are powers of two from 16 on, not {h}x{w}")
-    if x.dtype not in _DTYPES or x.dtype != tiles.values.dtype:
-        raise ValueError(f"x is {x.dtype} and the weight {tiles.values.dtype}; both are to be one of {_DTYPES}")
-    if x.dim() != 2 or x.shape[1] != i:
-        raise ValueError(f"x {list(x.shape)} does not fit a weight [{o}, {i}]")
-    if x.stride(1) != 1 and i > 1:
-        raise ValueError("the rows of x are not contiguous")
-    if x.device != tiles.values.device:
-        raise ValueError(f"x is on {x.device}, the weight on {tiles.values.device}")
-    if bias is not None and (bias.shape != (o,) or bias.dtype != x.dtype or bias.device != x.device):
-        raise ValueError(f"the bias is {bias.dtype} {list(bias.shape)} on {bias.device}, not {x.dtype} [{o}]")
 
 
 @jit

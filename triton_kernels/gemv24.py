@@ -13,11 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import activation, prune24
+from . import activation, operands, prune24
 from .activation import activate
-from .language import WHY_NOT, constexpr, jit, tl
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from .language import constexpr, jit, tl
 
 
 def reference(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None, act: str = "") -> Tensor:
@@ -27,8 +25,12 @@ def reference(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = Non
 
 def linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None, act: str = "") -> Tensor:
     """x [m, i] -> y [m, o]. Raises ValueError for tensors that the kernel cannot read."""
-    _check(x, values, meta, bias)
-    m, o = len(x), len(values)
+    m, o, i = len(x), len(values), 2 * values.shape[1]
+    operands.check(x, values, (o, i), bias)
+    if i % 4 or meta.dtype is not torch.int32 or meta.shape != (o, -(-i // 32)) or meta.device != x.device:
+        raise ValueError(f"meta is {meta.dtype} {list(meta.shape)} on {meta.device}, not int32 [{o}, {-(-i // 32)}]")
+    if not (values.is_contiguous() and meta.is_contiguous()):
+        raise ValueError("values and meta are not contiguous")
     y = torch.empty(m, o, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
@@ -40,24 +42,6 @@ def linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None, 
         num_warps=4, num_stages=3,
     )  # fmt: skip
     return y
-
-
-def _check(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> None:
-    if WHY_NOT:
-        raise RuntimeError(WHY_NOT)
-    if x.dtype not in _DTYPES or x.dtype != values.dtype:
-        raise ValueError(f"x is {x.dtype} and the weight {values.dtype}; both are to be one of {_DTYPES}")
-    o, i = len(values), 2 * values.shape[1]
-    if x.dim() != 2 or x.shape[1] != i or i % 4:
-        raise ValueError(f"x {list(x.shape)} does not fit a 2:4 weight [{o}, {i}]")
-    if meta.dtype is not torch.int32 or meta.shape != (o, -(-i // 32)):
-        raise ValueError(f"meta is {meta.dtype} {list(meta.shape)}, not int32 [{o}, {-(-i // 32)}]")
-    if not (values.is_contiguous() and meta.is_contiguous()) or (x.stride(1) != 1 and i > 1):
-        raise ValueError("values, meta and the rows of x are to be contiguous")
-    if not x.device == values.device == meta.device:
-        raise ValueError(f"x is on {x.device}, the weight on {values.device} and {meta.device}")
-    if bias is not None and (bias.shape != (o,) or bias.dtype != x.dtype or bias.device != x.device):
-        raise ValueError(f"the bias is {bias.dtype} {list(bias.shape)} on {bias.device}, not {x.dtype} [{o}]")
 
 
 @jit

@@ -17,9 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .language import WHY_NOT, constexpr, jit, tl
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from . import operands
+from .language import constexpr, jit, tl
 
 
 def unpack(weight: Tensor, bits: Tensor) -> Tensor:
@@ -41,23 +40,21 @@ def reference_gradients(dy: Tensor, x: Tensor, weight: Tensor, bits: Tensor) -> 
 
 def forward(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [m, i] -> y [m, o]. Raises ValueError for tensors that the kernel cannot read."""
-    _check(x, weight, bits, 1)
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype or bias.device != x.device):
-        raise ValueError(f"the bias is {bias.dtype} {list(bias.shape)}, not {x.dtype} [{len(weight)}] on {x.device}")
+    _check(x, weight, bits, bias)
     return _product(x, weight, bits, bias, weight.shape[0], turned=True)
 
 
 def gradient_input(dy: Tensor, weight: Tensor, bits: Tensor) -> Tensor:
     """dy [m, o] -> dx [m, i]. Raises ValueError for tensors that the kernel cannot read."""
-    _check(dy, weight, bits, 0)
+    _check(dy, weight, bits, turned=True)
     return _product(dy, weight, bits, None, weight.shape[1], turned=False)
 
 
 def gradient_weight(dy: Tensor, x: Tensor, bits: Tensor) -> Tensor:
     """dy [m, o], x [m, i] -> dw [o, i], +0.0 where the mask leaves out. Raises ValueError as the others do."""
     found = torch.empty(dy.shape[-1], x.shape[-1], dtype=x.dtype, device=x.device)
-    _check(dy, found, bits, 0)
-    _check(x, found, bits, 1)
+    _check(dy, found, bits, turned=True)
+    _check(x, found, bits)
     if len(dy) != len(x):
         raise ValueError(f"dy has {len(dy)} rows and x {len(x)}")
     (o, i), m = found.shape, len(x)
@@ -66,7 +63,7 @@ def gradient_weight(dy: Tensor, x: Tensor, bits: Tensor) -> Tensor:
     if found.numel():
         _gradient_weight[grid](
             dy, x, bits, found, o, i, m, dy.stride(0), x.stride(0),
-            PRECISION=_precision(x), SIDE=side, DEPTH=depth, num_warps=8 if side > 64 else 4, num_stages=3,
+            PRECISION=operands.precision(x), SIDE=side, DEPTH=depth, num_warps=8 if side > 64 else 4, num_stages=3,
         )  # fmt: skip
     return found
 
@@ -81,7 +78,7 @@ def _product(a: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, n: in
     if found.numel():
         _masked[grid](
             a, weight, bits, a if bias is None else bias, found, m, n, k, a.stride(0), weight.shape[1],
-            BIAS=bias is not None, TURNED=turned, WHOLE_BYTES=weight.shape[1] % 8 == 0, PRECISION=_precision(a),
+            BIAS=bias is not None, TURNED=turned, WHOLE_BYTES=weight.shape[1] % 8 == 0, PRECISION=operands.precision(a),
             ROWS=rows, COLUMNS=columns, DEPTH=depth, num_warps=warps, num_stages=3,
         )  # fmt: skip
     return found
@@ -92,25 +89,15 @@ def _tile(size: int, x: Tensor) -> int:
     return 32 if size <= 32 else 64 if size <= 512 or x.element_size() == 4 else 128
 
 
-def _precision(x: Tensor) -> str:
-    return "tf32" if x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def _check(x: Tensor, weight: Tensor, bits: Tensor, dim: int) -> None:
-    if WHY_NOT:
-        raise RuntimeError(WHY_NOT)
-    if x.dtype not in _DTYPES or x.dtype != weight.dtype:
-        raise ValueError(f"x is {x.dtype} and the weight {weight.dtype}; both are to be one of {_DTYPES}")
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[dim]:
-        raise ValueError(f"{list(x.shape)} does not fit a weight {list(weight.shape)}")
-    if x.stride(1) != 1 and x.shape[1] > 1:
-        raise ValueError("the rows of x are not contiguous")
-    if not weight.is_contiguous():
-        raise ValueError("the weight is not contiguous")
+def _check(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None = None, *, turned: bool = False) -> None:
+    if weight.dim() != 2 or not weight.is_contiguous():
+        raise ValueError(f"the weight {list(weight.shape)} is no contiguous matrix")
+    o, i = weight.shape
+    operands.check(x, weight, (i, o) if turned else (o, i), bias)
     if bits.dtype is not torch.uint8 or bits.numel() != -(-weight.numel() // 8) or not bits.is_contiguous():
         raise ValueError(f"the mask is {bits.dtype} {list(bits.shape)}, not uint8 [{-(-weight.numel() // 8)}]")
-    if not x.device == weight.device == bits.device:
-        raise ValueError(f"x is on {x.device}, the weight on {weight.device}, its mask on {bits.device}")
+    if bits.device != x.device:
+        raise ValueError(f"x is on {x.device}, the mask on {bits.device}")
 
 
 @jit

@@ -20,12 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import activation
+from . import activation, operands
 from .activation import activate
-from .language import WHY_NOT, constexpr, jit, tl
+from .language import constexpr, jit, tl
 
 GROUP, CHUNK, PLACES = 8, 256, 16
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def reference(x: Tensor, packed: Nonzeros, bias: Tensor | None = None, act: str 
 
 def linear(x: Tensor, packed: Nonzeros, bias: Tensor | None = None, act: str = "") -> Tensor:
     """x [m, i] -> y [m, o]. Raises ValueError for tensors that the kernel cannot read."""
-    _check(x, packed, bias)
+    operands.check(x, packed.values, packed.shape, bias)
     m, (o, _) = len(x), packed.shape
     y = torch.empty(m, o, dtype=x.dtype, device=x.device)
     if not y.numel():
@@ -112,22 +111,6 @@ def linear(x: Tensor, packed: Nonzeros, bias: Tensor | None = None, act: str = "
         num_warps=4, num_stages=3,
     )  # fmt: skip
     return y
-
-
-def _check(x: Tensor, packed: Nonzeros, bias: Tensor | None) -> None:
-    if WHY_NOT:
-        raise RuntimeError(WHY_NOT)
-    o, i = packed.shape
-    if x.dtype not in _DTYPES or x.dtype != packed.values.dtype:
-        raise ValueError(f"x is {x.dtype} and the weight {packed.values.dtype}; both are to be one of {_DTYPES}")
-    if x.dim() != 2 or x.shape[1] != i:
-        raise ValueError(f"x {list(x.shape)} does not fit a weight [{o}, {i}]")
-    if x.stride(1) != 1 and i > 1:
-        raise ValueError("the rows of x are not contiguous")
-    if x.device != packed.values.device:
-        raise ValueError(f"x is on {x.device}, the weight on {packed.values.device}")
-    if bias is not None and (bias.shape != (o,) or bias.dtype != x.dtype or bias.device != x.device):
-        raise ValueError(f"the bias is {bias.dtype} {list(bias.shape)} on {bias.device}, not {x.dtype} [{o}]")
 
 
 @jit
