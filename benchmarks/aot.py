@@ -101,7 +101,7 @@ def builds() -> Iterator[Build]:
         types |= {"found": each, "m": "i32", "o": "i32", "stride": "i32"}
         for rows, side, warps in ((128, 64, 8), (16, 64, 4), (128, 32, 4), (16, 32, 4)):
             constants = {**shared, "PRECISION": "ieee", "SHARES": 1, "ROWS": rows, "H": side, "W": side}
-            yield Build("blocks", "_blocks", types, constants, warps, 2 if kind == "fp32" else 4)
+            yield Build("blocks", "_blocks", types, constants, warps, 2 if kind == "fp32" else 7)
         types = {"sums": "*fp32", "bias": each, "y": each, "size": "i32", "o": "i32"}
         yield Build("blocks", "_add", types, {**shared, "SHARES": 8, "BLOCK": 1024})
         for tokens in (1, 4):

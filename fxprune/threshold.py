@@ -160,13 +160,14 @@ class Shard:
         if self.score is not magnitude or not self.weights:
             return False
         first = self.weights[0]
-        alike = all(
+        if first.dtype not in select.DTYPES or cannot_run_on(first.device):
+            return False
+        return all(
             (weight.dtype, weight.device) == (first.dtype, first.device)
-            and weight.is_contiguous()
-            and weight.data_ptr() % select.ALIGNED == 0
+            and type(weight) in (Tensor, torch.nn.Parameter)
+            and select.is_readable(weight)
             for weight in self.weights
         )
-        return alike and first.dtype in select.DTYPES and not cannot_run_on(first.device)
 
     def count(self, bracket: Bracket) -> Tensor:
         """Counts [2 ** width] int64, on the CPU, of the next digit among keys that begin as `bracket`."""

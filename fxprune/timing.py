@@ -59,15 +59,23 @@ def interleave_graphs(
     A graph has no launches to wait for, as in the compiled model, and between two calls of a layer a model reads more
     than the cache holds. Raises RuntimeError where a function cannot be captured.
     """
+    with torch.cuda.device(device):
+        return _interleave_graphs(functions, device, seconds, min_rounds, max_rounds)
+
+
+def _interleave_graphs(
+    functions: Sequence[Callable[[], Any]], device: torch.device, seconds: float, min_rounds: int, max_rounds: int
+) -> list[list[float]]:
     graphs = [_captured(function, device) for function in functions]
-    spoil = torch.empty(2 * max(_cache_bytes(device), 1 << 20), dtype=torch.uint8, device=device)
+    spoil = torch.zeros(max(_cache_bytes(device), 1 << 20) // 2, dtype=torch.float32, device=device)
     samples: list[list[float]] = [[] for _ in functions]
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() < end):
         for graph, into in zip(graphs, samples, strict=True):
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            spoil.zero_()
+            # Read last, so that the cache holds nothing that it would have to write back meanwhile.
+            spoil.sum()
             start.record()
             graph.replay()
             stop.record()
@@ -86,7 +94,7 @@ def _captured(function: Callable[[], Any], device: torch.device) -> torch.cuda.C
             function()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         function()
     return graph
 

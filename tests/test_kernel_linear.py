@@ -132,7 +132,7 @@ def test_what_the_kernels_cannot_read_is_refused() -> None:
         (nonzeros, (nonzeros.pack(weight),)),
         (bitmap, (bitmap.pack(weight),)),
         (blocks, (blocks.pack(weight, (16, 16)),)),
-        (gemv24, prune24.pack(weight)),
+        (gemv24, prune24.reference_pack(weight)),
     ]
     for layout, given in packed:
         for x_, bias, act, why in (

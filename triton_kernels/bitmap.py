@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import activation, operands
 from .activation import activate
-from .language import constexpr, jit, tl
+from .language import constexpr, jit, on, tl
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,13 @@ def linear(x: Tensor, packed: Bitmap, bias: Tensor | None = None, act: str = "")
         return y
     tokens = 1 if m == 1 else 2 if m == 2 else 4
     rows, words = 8, 16
-    _bitmap[(-(-o // rows), -(-m // tokens))](
-        x, packed.bits, packed.values, packed.starts, packed.ranks, x if bias is None else bias, y,
-        m, o, packed.shape[1], packed.bits.shape[1], x.stride(0),
-        BIAS=bias is not None, KIND=activation.index(act), TOKENS=tokens, ROWS=rows, WORDS=words,
-        num_warps=4, num_stages=3,
-    )  # fmt: skip
+    with on(x):
+        _bitmap[(-(-o // rows), -(-m // tokens))](
+            x, packed.bits, packed.values, packed.starts, packed.ranks, x if bias is None else bias, y,
+            m, o, packed.shape[1], packed.bits.shape[1], x.stride(0),
+            BIAS=bias is not None, KIND=activation.index(act), TOKENS=tokens, ROWS=rows, WORDS=words,
+            num_warps=4, num_stages=3,
+        )  # fmt: skip
     return y
 
 
@@ -108,7 +109,7 @@ def _bitmap(
     begin = tl.load(starts + row, mask=real, other=0)
     byte, lane = tl.arange(0, 4), tl.arange(0, 8)
     sums = tl.zeros((TOKENS, ROWS, WORDS), dtype=tl.float32)
-    for start in range(0, words, WORDS):
+    for start in tl.range(0, words, WORDS, num_stages=3):
         word = start + tl.arange(0, WORDS)
         inside = real[:, None] & (word < words)[None, :]
         at = row[:, None] * words + word[None, :]

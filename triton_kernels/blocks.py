@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import activation, operands
 from .activation import activate
-from .language import constexpr, jit, tl
+from .language import constexpr, jit, on, tl
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,27 @@ def linear(x: Tensor, tiles: Tiles, bias: Tensor | None = None, act: str = "") -
     shares = _shares(programs, i // w, x.device)
     sums = y if shares == 1 else torch.empty(shares, m, o, dtype=torch.float32, device=x.device)
     kind = activation.index(act)
-    _blocks[(blocks, -(-m // rows), shares)](
-        x, tiles.values, tiles.columns, tiles.starts, tiles.order, x if bias is None else bias, sums, m, o, x.stride(0),
-        BIAS=bias is not None and shares == 1, KIND=kind if shares == 1 else 0, PRECISION=operands.precision(x),
-        SHARES=shares, ROWS=rows, H=h, W=w, num_warps=8 if rows * h >= 128 * 64 else 4,
-        num_stages=4 if x.element_size() == 2 else 2,
-    )  # fmt: skip
+    with on(x):
+        _blocks[(blocks, -(-m // rows), shares)](
+            x, tiles.values, tiles.columns, tiles.starts, tiles.order, x if bias is None else bias, sums,
+            m, o, x.stride(0),
+            BIAS=bias is not None and shares == 1, KIND=kind if shares == 1 else 0, PRECISION=operands.precision(x),
+            SHARES=shares, ROWS=rows, H=h, W=w, num_warps=8 if rows * h >= 128 * 64 else 4,
+            num_stages=7 if x.element_size() == 2 else 2,
+        )  # fmt: skip
     if shares > 1:
-        _add[(m, -(-o // 1024))](
-            sums, x if bias is None else bias, y, m * o, o, BIAS=bias is not None, KIND=kind, SHARES=shares, BLOCK=1024
-        )
+        with on(x):
+            _add[(m, -(-o // 1024))](
+                sums,
+                x if bias is None else bias,
+                y,
+                m * o,
+                o,
+                BIAS=bias is not None,
+                KIND=kind,
+                SHARES=shares,
+                BLOCK=1024,
+            )
     return y
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import activation, operands, prune24
 from .activation import activate
-from .language import constexpr, jit, tl
+from .language import constexpr, jit, on, tl
 
 
 def reference(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None, act: str = "") -> Tensor:
@@ -36,11 +36,12 @@ def linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None, 
         return y
     tokens = 1 if m == 1 else 2 if m == 2 else 4
     rows, words = 8, 16
-    _gemv24[(-(-o // rows), -(-m // tokens))](
-        x, values, meta, x if bias is None else bias, y, m, o, values.shape[1] // 2, x.stride(0),
-        BIAS=bias is not None, KIND=activation.index(act), TOKENS=tokens, ROWS=rows, WORDS=words,
-        num_warps=4, num_stages=3,
-    )  # fmt: skip
+    with on(x):
+        _gemv24[(-(-o // rows), -(-m // tokens))](
+            x, values, meta, x if bias is None else bias, y, m, o, values.shape[1] // 2, x.stride(0),
+            BIAS=bias is not None, KIND=activation.index(act), TOKENS=tokens, ROWS=rows, WORDS=words,
+            num_warps=4, num_stages=3,
+        )  # fmt: skip
     return y
 
 
@@ -55,7 +56,7 @@ def _gemv24(
     words = (fours + 7) // 8
     sums = tl.zeros((TOKENS, ROWS, WORDS), dtype=tl.float32)
     known = (token < m)[:, None, None]
-    for start in range(0, words, WORDS):
+    for start in tl.range(0, words, WORDS, num_stages=3):
         word = start + tl.arange(0, WORDS)
         packed = tl.load(
             meta + row[:, None] * words + word[None, :], mask=(row < o)[:, None] & (word < words)[None, :], other=0

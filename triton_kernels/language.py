@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 triton: Any = None
 tl: Any = None
@@ -19,6 +23,11 @@ if TYPE_CHECKING:
     constexpr = Any
 else:
     constexpr = None if tl is None else tl.constexpr
+
+
+def on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Where to launch a kernel that reads x: Triton takes the current device, whatever its arguments lie on."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def jit(kernel: Callable[..., Any]) -> Any:

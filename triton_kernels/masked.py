@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import operands
-from .language import constexpr, jit, tl
+from .language import constexpr, jit, on, tl
 
 
 def unpack(weight: Tensor, bits: Tensor) -> Tensor:
@@ -61,10 +61,11 @@ def gradient_weight(dy: Tensor, x: Tensor, bits: Tensor) -> Tensor:
     side, depth = _tile(o, x), 32
     grid = (-(-o // side), -(-i // side))
     if found.numel():
-        _gradient_weight[grid](
-            dy, x, bits, found, o, i, m, dy.stride(0), x.stride(0),
-            PRECISION=operands.precision(x), SIDE=side, DEPTH=depth, num_warps=8 if side > 64 else 4, num_stages=3,
-        )  # fmt: skip
+        with on(x):
+            _gradient_weight[grid](
+                dy, x, bits, found, o, i, m, dy.stride(0), x.stride(0),
+                PRECISION=operands.precision(x), SIDE=side, DEPTH=depth, num_warps=8 if side > 64 else 4, num_stages=3,
+            )  # fmt: skip
     return found
 
 
@@ -76,11 +77,12 @@ def _product(a: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, n: in
     warps = 4 if rows < (128 if a.element_size() == 2 else 64) else 8
     grid = (-(-m // rows), -(-n // columns))
     if found.numel():
-        _masked[grid](
-            a, weight, bits, a if bias is None else bias, found, m, n, k, a.stride(0), weight.shape[1],
-            BIAS=bias is not None, TURNED=turned, WHOLE_BYTES=weight.shape[1] % 8 == 0, PRECISION=operands.precision(a),
-            ROWS=rows, COLUMNS=columns, DEPTH=depth, num_warps=warps, num_stages=3,
-        )  # fmt: skip
+        with on(a):
+            _masked[grid](
+                a, weight, bits, a if bias is None else bias, found, m, n, k, a.stride(0), weight.shape[1],
+                BIAS=bias is not None, TURNED=turned, WHOLE_BYTES=weight.shape[1] % 8 == 0,
+                PRECISION=operands.precision(a), ROWS=rows, COLUMNS=columns, DEPTH=depth, num_warps=warps, num_stages=3,
+            )  # fmt: skip
     return found
 
 

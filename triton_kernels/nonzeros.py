@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import activation, operands
 from .activation import activate
-from .language import constexpr, jit, tl
+from .language import constexpr, jit, on, tl
 
 GROUP, CHUNK, PLACES = 8, 256, 16
 
@@ -103,13 +103,14 @@ def linear(x: Tensor, packed: Nonzeros, bias: Tensor | None = None, act: str = "
     if not y.numel():
         return y
     tokens = 1 if m == 1 else 2 if m == 2 else 4
-    _nonzeros[(len(packed.order) // PLACES, -(-m // tokens))](
-        x, packed.values, packed.columns, packed.chunks, packed.order, packed.starts, x if bias is None else bias, y,
-        m, o, x.stride(0),
-        BIAS=bias is not None, KIND=activation.index(act), TOKENS=tokens, PLACES=PLACES, GROUPS=8,
-        GROUP=GROUP, CHUNK=CHUNK,
-        num_warps=4, num_stages=3,
-    )  # fmt: skip
+    with on(x):
+        _nonzeros[(len(packed.order) // PLACES, -(-m // tokens))](
+            x, packed.values, packed.columns, packed.chunks, packed.order, packed.starts,
+            x if bias is None else bias, y, m, o, x.stride(0),
+            BIAS=bias is not None, KIND=activation.index(act), TOKENS=tokens, PLACES=PLACES, GROUPS=8,
+            GROUP=GROUP, CHUNK=CHUNK,
+            num_warps=4, num_stages=3,
+        )  # fmt: skip
     return y
 
 
@@ -128,7 +129,7 @@ def _nonzeros(
     begin = first + place.to(tl.int64) * longest
     sums = tl.zeros((TOKENS, PLACES, GROUPS), dtype=tl.float32)
     rows = x + token.to(tl.int64)[:, None, None, None] * stride
-    for start in range(0, longest, GROUPS):
+    for start in tl.range(0, longest, GROUPS, num_stages=3):
         group = start + tl.arange(0, GROUPS)
         inside = (group < longest)[None, :]
         at = begin[:, None] + group[None, :]

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from .language import WHY_NOT, constexpr, jit, tl
+from .language import WHY_NOT, constexpr, jit, on, tl
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Elements of one channel that a program sums; more programs share a longer one.
@@ -23,7 +23,11 @@ _PIECE = 1 << 14
 
 def reference_slices(x: Tensor, p: float) -> Tensor:
     """x [a, c, b] -> norms [c] float32."""
-    return torch.linalg.vector_norm(x.float(), p, dim=(0, 2)) if x.numel() else torch.zeros(x.shape[1])
+    return (
+        torch.linalg.vector_norm(x.float(), p, dim=(0, 2))
+        if x.numel()
+        else x.new_zeros(x.shape[1], dtype=torch.float32)
+    )
 
 
 def reference_tiles(x: Tensor, shape: tuple[int, int], p: float) -> Tensor:
@@ -43,9 +47,10 @@ def slices(x: Tensor, p: float = 2.0) -> Tensor:
     sums = torch.empty(pieces, c, dtype=torch.float32, device=x.device)
     share = -(-a * b // pieces)
     each = -(-share // block_b) * block_b
-    _slices[(-(-c // block_c), pieces)](
-        x, sums, a * b, b, c, each, P=float(p), KIND=_kind(p), BLOCK_C=block_c, BLOCK_B=block_b, num_warps=4
-    )
+    with on(x):
+        _slices[(-(-c // block_c), pieces)](
+            x, sums, a * b, b, c, each, P=float(p), KIND=_kind(p), BLOCK_C=block_c, BLOCK_B=block_b, num_warps=4
+        )
     return _root(sums, p)
 
 
@@ -60,9 +65,10 @@ def tiles(x: Tensor, shape: tuple[int, int], p: float = 2.0) -> Tensor:
         wide = 1 << (w - 1).bit_length()
         high = min(1 << (h - 1).bit_length(), max(1, 4096 // wide))
         count = max(1, 4096 // (wide * high))
-        _tiles[(r // h, -(-(n // w) // count))](
-            x, sums, n, h, w, P=float(p), KIND=_kind(p), HIGH=high, WIDE=wide, COUNT=count, num_warps=4
-        )
+        with on(x):
+            _tiles[(r // h, -(-(n // w) // count))](
+                x, sums, n, h, w, P=float(p), KIND=_kind(p), HIGH=high, WIDE=wide, COUNT=count, num_warps=4
+            )
     return _root(sums.unsqueeze(0), p)
 
 

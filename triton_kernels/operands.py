@@ -32,4 +32,9 @@ def check(x: Tensor, values: Tensor, shape: tuple[int, int], bias: Tensor | None
 
 def precision(x: Tensor) -> str:
     """How products of float32 are taken: as IEEE has them, unless torch allows TF32."""
-    return "tf32" if x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if not x.is_cuda or x.dtype is not torch.float32:
+        return "ieee"
+    # Reading the older switch raises where the newer one was set.
+    matmul = torch.backends.cuda.matmul
+    allowed = getattr(matmul, "fp32_precision", None)
+    return "tf32" if allowed == "tf32" or (allowed is None and matmul.allow_tf32) else "ieee"

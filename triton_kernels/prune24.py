@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .language import WHY_NOT, constexpr, jit, tl
+from .language import WHY_NOT, constexpr, jit, on, tl
 
 _INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
@@ -61,9 +61,10 @@ def select(weight: Tensor, n: int, m: int) -> Tensor:
     lanes = 1 << (m - 1).bit_length()
     block = 1024 // lanes
     if groups:
-        _select[(-(-groups // block),)](
-            weight.view(_INTEGERS[weight.dtype]), keep, groups, n, m, LANES=lanes, BLOCK=block, num_warps=4
-        )
+        with on(weight):
+            _select[(-(-groups // block),)](
+                weight.view(_INTEGERS[weight.dtype]), keep, groups, n, m, LANES=lanes, BLOCK=block, num_warps=4
+            )
     shifts = torch.arange(8, dtype=torch.uint8, device=keep.device)
     return keep.view(-1, 8).bitwise_left_shift(shifts).sum(1, dtype=torch.uint8)
 
@@ -77,9 +78,10 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     if weight.numel():
         integer = _INTEGERS[weight.dtype]
         block = 256
-        _pack[(o, -(-i // (4 * block)))](
-            weight.view(integer), values.view(integer), meta, i // 4, meta.shape[1], BLOCK=block, num_warps=4
-        )
+        with on(weight):
+            _pack[(o, -(-i // (4 * block)))](
+                weight.view(integer), values.view(integer), meta, i // 4, meta.shape[1], BLOCK=block, num_warps=4
+            )
     return values, meta
 
 

@@ -100,6 +100,11 @@ def chunks(tensors: Sequence[Tensor], alive: Sequence[Tensor | None] | None = No
     return Chunks(tuple(tensors), tuple(alive), *columns)
 
 
+def is_readable(x: Tensor) -> bool:
+    """Whether a kernel can read x where it lies; what has no memory of its own, such as a wrapper, lies nowhere."""
+    return x.is_contiguous() and x.data_ptr() % ALIGNED == 0 and (x.data_ptr() != 0 or x.numel() == 0)
+
+
 def _check(tensors: Sequence[Tensor], alive: Sequence[Tensor | None]) -> None:
     if not tensors:
         raise ValueError("there are no tensors to select from")
@@ -109,9 +114,8 @@ def _check(tensors: Sequence[Tensor], alive: Sequence[Tensor | None]) -> None:
             raise ValueError(f"tensor {place} is {x.dtype}; the kernels read float32, float16 and bfloat16")
         if (x.dtype, x.device) != (first.dtype, first.device):
             raise ValueError(f"tensor {place} is {x.dtype} on {x.device}, the first {first.dtype} on {first.device}")
-        if not x.is_contiguous() or x.data_ptr() % ALIGNED:
-            why = "begins at no multiple of 16 bytes" if x.is_contiguous() else "is not contiguous"
-            raise ValueError(f"tensor {place} {why}")
+        if not is_readable(x):
+            raise ValueError(f"tensor {place} is not contiguous in memory, from a multiple of {ALIGNED} bytes on")
         if bits is not None and (bits.dtype is not torch.uint8 or bits.numel() != -(-x.numel() // 8)):
             raise ValueError(f"mask {place} is {bits.dtype} {list(bits.shape)}, not uint8 [{-(-x.numel() // 8)}]")
         if bits is not None and (bits.device != x.device or not bits.is_contiguous()):
@@ -240,7 +244,7 @@ def _launch(kernel: Any, chunks: Chunks, programs: int, *args: Any, **constants:
 def _keys_at(address, alive, where, length, INTEGER: constexpr):
     """Keys int32 at places of a chunk, and which of them count."""
     valid = where < length
-    begin = tl.multiple_of(address, 16).to(tl.pointer_type(INTEGER))
+    begin = tl.multiple_of(address.to(tl.pointer_type(INTEGER)), 16)
     bits = tl.load(begin + where, mask=valid, other=0)
     key = bits & (0x7FFFFFFF if tl.int32 == INTEGER else 0x7FFF)
     if alive != 0:

@@ -35,11 +35,14 @@ Solver = Callable[[Problem, Goal], tuple[Tensor, Tensor]]
 SOLVERS: dict[str, Solver] = {"wanda": wanda, "sparsegpt": sparsegpt, "refit": sparsegpt_refit, "admm": admm}
 METHODS = ("magnitude", *SOLVERS)
 
+# Least squares on r rows of n inputs err elsewhere by about n / (r - n) more than on these rows.
+_ENOUGH = 8
 _SHARED = "it is read at several places, so it was fitted on the dense model's inputs"
 _PADDED = "padding could not be told from text in its inputs, so it counts as well"
 _UNREAD = "it received no input, so it was pruned by magnitude and not fitted"
 _TOO_LARGE = "its best values are too large for its dtype, so it was pruned by magnitude and not fitted"
 _UNEVEN = "its pattern does not divide the inputs that stay, so zeros for those that leave count among its zeros"
+_FEW = "only {} rows for {} inputs: it fits these closely, and more data would hold better elsewhere"
 _ROUTED = "values decide which rows come to it, so it was fitted on the dense model's inputs"
 
 
@@ -106,7 +109,8 @@ def fit_weight(entry: Fitted, task: Task, tensors: Mapping[str, Tensor], method:
     constants = _constants(entry, found.double(), tensors, method)
     if not all(is_finite(each) for each in (found.to(whole.dtype), *constants.values())):
         return _unfitted(whole, task, weight, alive, _TOO_LARGE)
-    note = _joined(task.note, _ROUTED if entry.routed else "", _PADDED if entry.padded else "", uneven)
+    few = _few(entry.inputs.count, problem) if method != "magnitude" else ""
+    note = _joined(task.note, _ROUTED if entry.routed else "", _PADDED if entry.padded else "", uneven, few)
     fit = Fit(method, _error(entry, found.double()), entry.inputs.count, note)
     mask = _mask(whole, task, keep)
     if method == "magnitude":
@@ -129,9 +133,17 @@ def fit_shared(watched: Watched, task: Task, tensors: Mapping[str, Tensor], meth
     problem = Problem(hessian, weight, weight @ hessian, alive)
     staying = _staying(task, None)
     found, keep, uneven = _solve_within(problem, task, method, staying, whole)
-    fit = Fit(method, problem.loss(found), watched.count, _joined(task.note, _SHARED, uneven))
+    fit = Fit(
+        method, problem.loss(found), watched.count, _joined(task.note, _SHARED, uneven, _few(watched.count, problem))
+    )
     values = {task.name: _back(whole, task, found.to(whole.dtype))}
     return Outcome(values, _mask(whole, task, keep), fit, staying=staying)
+
+
+def _few(rows: int, problem: Problem) -> str:
+    """What to tell of a weight that was fitted on few rows of inputs, or nothing."""
+    inputs = problem.target.shape[-1]
+    return _FEW.format(rows, inputs) if rows < _ENOUGH * inputs else ""
 
 
 def _joined(*notes: str) -> str:

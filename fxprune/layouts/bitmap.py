@@ -21,7 +21,9 @@ class Bitmap(GpuLayout):
 
     def refuses(self, site: Site) -> str:
         """Rows too long to be ranked by 16 bits."""
-        longest = int((site.weight != 0).sum(1).max())
+        # -0.0 is stored as well.
+        integer = {2: torch.int16, 4: torch.int32}[site.weight.element_size()]
+        longest = int((site.weight.contiguous().view(integer) != 0).sum(1).max())
         return f"a row of {longest} nonzeros is too long" if longest > 65535 else ""
 
     def split(self, weight: Tensor) -> tuple[Tensor, ...]:

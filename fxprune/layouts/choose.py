@@ -12,6 +12,7 @@ from torch import Tensor
 from ..timing import interleave, interleave_graphs, median, undisturbed
 from . import LAYOUTS
 from .dense import best_dense, predict_dense
+from .gpu import GpuLayout
 from .site import Packed, Site
 
 # A sparse layout must beat dense by this factor at the geometric mean of the declared sizes, and lose at none.
@@ -67,7 +68,7 @@ class Chooser:
             return Choice("dense", few, {**refused, **dict.fromkeys(fitting, few)}, ()), None
         if not fitting:
             return Choice("dense", "no sparse layout fits", refused, ()), None
-        key = _likeness(site)
+        key = _likeness(site, fitting)
         if key in self._known:
             choice = dataclasses.replace(self._known[key], reused=True)
             return choice, LAYOUTS[choice.layout].pack(site) if choice.layout != "dense" else None
@@ -82,11 +83,16 @@ class Chooser:
         return Choice("dense", why, refused, ()), None
 
 
-def _likeness(site: Site) -> tuple[object, ...]:
+def _likeness(site: Site, fitting: list[str]) -> tuple[object, ...]:
+    """What sites alike agree on. Those that not the same layouts fit, or that differ in structure, are not alike."""
     weight = site.weight
+    layouts = [(name, LAYOUTS[name]) for name in fitting]
+    stored = [
+        (n, round(50 * f.bytes_of(weight) / weight.nbytes) if isinstance(f, GpuLayout) else 0) for n, f in layouts
+    ]
     kept = int(torch.count_nonzero(weight)) / max(1, weight.numel())
     threads = torch.get_num_threads()
-    return (*weight.shape, round(kept * 50), site.tokens, str(weight.dtype), str(weight.device), threads)
+    return (*weight.shape, round(kept * 50), site.tokens, weight.dtype, weight.device, threads, tuple(stored))
 
 
 def _measure(site: Site, fitting: list[str], refused: dict[str, str]) -> tuple[Choice, Packed | None]:

@@ -12,10 +12,14 @@ from .site import Site
 
 # Multiply-adds per second and thread that a good dense kernel reaches; only orders the report's predictions.
 _FLOPS_PER_THREAD = 7e10
+# The same of a GPU with tensor cores, and bytes a second.
+_GPU_FLOPS, _GPU_BYTES = 3e14, 2e12
 
 
 def predict_dense(site: Site, tokens: int) -> float:
-    """Seconds for x [tokens, i] by operation count."""
+    """Seconds for x [tokens, i] by operation count; on a GPU by the bytes of the weight where these take longer."""
+    if site.weight.is_cuda:
+        return max(2 * tokens * site.weight.numel() / _GPU_FLOPS, site.weight.nbytes / _GPU_BYTES)
     return 2 * tokens * site.weight.numel() / (_FLOPS_PER_THREAD * torch.get_num_threads())
 
 
