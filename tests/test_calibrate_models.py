@@ -44,7 +44,9 @@ def test_every_kind_of_model(kind: str) -> None:
             gone = found.mask[name].numel() - found.mask[name].kept()
             assert gone == round(parameter.numel() / 2) and found.asked[name] == 0.5
             assert not bool(found.values[name][~found.mask[name].unpack()].any())
-            assert found.fits[name].method == method and found.fits[name].rows > 0 and not found.fits[name].note
+            fit = found.fits[name]
+            assert fit.method == method and fit.rows > 0
+            assert not fit.note or (method != "magnitude" and fit.note.startswith(f"only {fit.rows} rows for"))
         assert all(bool(value.isfinite().all()) for value in found.values.values())
         errors[method] = off(dense, applied(dense, found), x)
     assert errors["magnitude"] < errors[""] or kind in ("no bias", "one bias")
@@ -129,10 +131,20 @@ def test_other_patterns(how: Any, kind: str) -> None:
             assert mask.kept() == by_magnitude.mask[name].kept()
             assert mask.kept() == mask.numel() // 2 or isinstance(how, Blocks)
             note = found.fits[name].note
-            assert (crossing in note) if name == "a.weight" else not note
+            assert (crossing in note) if name == "a.weight" else not note or note.startswith("only")
             weight = mask.unpack().movedim(0 if kind == "transposed" else 1, -1)
             if isinstance(how, SemiStructured):
                 assert bool((weight.reshape(-1, 4).sum(1) == 2).all())
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_few_rows_are_told(twice: bool) -> None:
+    dense = net(lambda m, x: m.a(x).relu() + m.a(-x) if twice else m.a(x).relu(), a=nn.Linear(16, 16))
+    places = 2 if twice else 1
+    for rows, word in ((8 * 16 // places - 1, "rows for 16 inputs"), (8 * 16 // places, "")):
+        note = quietly(dense, HALF, [torch.randn(rows, 16)]).fits["a.weight"].note
+        assert word in note and ("only" in note) == bool(word), note
+    assert "only" not in quietly(dense, HALF, [torch.randn(4, 16)], "magnitude").fits["a.weight"].note
 
 
 # --- weights that cannot be fitted as others ---------------------------------------------------------------------
@@ -179,7 +191,8 @@ def test_experts_without_input_and_experts_with_some() -> None:
         assert torch.equal(found.values["b.weight"], dense.b.weight.detach() * found.mask["b.weight"].unpack())
         assert "b.bias" not in found.values
         assert found.fits["a.weight"].rows + found.fits["c.weight"].rows == 60
-        assert "dense model's inputs" in found.fits["a.weight"].note and not found.fits["pre.weight"].note
+        assert "dense model's inputs" in found.fits["a.weight"].note
+        assert "dense model's inputs" not in found.fits["pre.weight"].note
 
 
 def test_weights_of_other_ops_are_pruned_by_magnitude_with_the_reason() -> None:
