@@ -84,7 +84,7 @@ class Chooser:
 
 
 def _likeness(site: Site, fitting: list[str]) -> tuple[object, ...]:
-    """What sites alike agree on. Those that not the same layouts fit, or that differ in structure, are not alike."""
+    """What sites alike agree on: also which layouts fit, and what each would store."""
     weight = site.weight
     layouts = [(name, LAYOUTS[name]) for name in fitting]
     stored = [
