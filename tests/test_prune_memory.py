@@ -22,11 +22,15 @@ def status(field):
         return next(1024 * int(line.split()[1]) for line in file if line.startswith(field))
 
 
-def reset():
+def reset(layers):
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # else what was freed is used again unseen
     if trim is not None:
         trim(0)
+    # A system that takes pages which lie idle would have them counted as new once they are read again.
+    for module in layers:
+        for tensor in (*module.parameters(), *module.buffers(), module.weight):
+            tensor.detach().sum()
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 
@@ -44,7 +48,7 @@ layers = [layer(width) for width in sizes]
 size = 4000 * sum(sizes)
 extra = []
 for round_ in range(3):
-    reset()
+    reset(layers)
     before = status("VmRSS")
     prune.global_unstructured([(each, "weight") for each in layers], prune.L1Unstructured, amount=0.5)
     state = 2 * size if round_ == 0 else 0
@@ -65,6 +69,6 @@ def measure(sizes: list[int]) -> list[float]:
 @pytest.mark.parametrize("sizes", [[4000] * 10, [40000]], ids=["ten weights", "one weight"])
 def test_the_peak_beyond_the_state_is_half_the_weights(sizes: list[int]) -> None:
     """The state is the float mask and the pruned copy, twice the weights; later rounds replace it."""
-    # What the allocator keeps by chance adds to a peak and never takes from it: the lower of two runs counts.
-    runs = [measure(sizes), measure(sizes)]
-    assert max(map(min, *runs)) < 0.5
+    # What the allocator keeps by chance adds to a peak and never takes from it: the lowest of three runs counts.
+    runs = [measure(sizes) for _ in range(3)]
+    assert max(map(min, *runs)) < 0.5, runs
