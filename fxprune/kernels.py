@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,11 +15,11 @@ if not (_root / "fxprune" / "triton_kernels").exists() and (_root / "triton_kern
     sys.modules["fxprune"].__path__.append(str(_root))
 
 if TYPE_CHECKING:
-    from triton_kernels import activation, bitmap, blocks, gemv24, language, nonzeros, prune24, select
+    from triton_kernels import activation, bitmap, blocks, gemv24, language, nonzeros, operands, prune24, select
 else:
-    from .triton_kernels import activation, bitmap, blocks, gemv24, language, nonzeros, prune24, select
+    from .triton_kernels import activation, bitmap, blocks, gemv24, language, nonzeros, operands, prune24, select
 
-__all__ = ["activation", "bitmap", "blocks", "gemv24", "language", "nonzeros", "prune24", "select"]
+__all__ = ["activation", "bitmap", "blocks", "gemv24", "language", "nonzeros", "operands", "prune24", "select"]
 
 # What torch's and Triton's tensor cores have in common begins here.
 OLDEST = (8, 0)
@@ -33,4 +34,14 @@ def cannot_run_on(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < OLDEST:
         return f"the GPU is sm_{major}{minor}, the kernel needs sm_{OLDEST[0]}{OLDEST[1]} or newer"
+    return _cannot_launch(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _cannot_launch(index: int) -> str:
+    """Why the smallest kernel does not run on a GPU: at the first launch Triton needs a C compiler."""
+    try:
+        prune24.pack(torch.zeros(1, 4, dtype=torch.float16, device=f"cuda:{index}"))
+    except Exception as error:  # Whatever it is, it is told, and the plain way is taken.
+        return f"Triton cannot launch a kernel ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
     return ""

@@ -22,7 +22,7 @@ class Settings:
     mode      torch.compile's mode, or None
     compile   False leaves the result eager
     freezing  Inductor's freezing, which the dense baseline gets too
-    layout    force this layout ("dense", "nonzeros") instead of measuring
+    layout    force this layout ("dense" or one of LAYOUTS) instead of measuring
     measure   time the whole model against dense torch.compile and emit dense where that is faster
     tune_for  sizes of dim 0 of the inputs to choose layouts for; empty: the example's
     align     widths are left at multiples of this where dead channels leave: others are slower to compute

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import Blocks, Plan, Rule, SemiStructured, Unstructured
 from fxprune.errors import InputError
-from fxprune.layouts import LAYOUTS, gpu
+from fxprune.layouts import LAYOUTS, Bitmap, Nonzeros, Nonzeros8, choose, gpu
+from fxprune.layouts.choose import Chooser
 from fxprune.layouts.gpu import GpuLayout
-from fxprune.layouts.site import Site
+from fxprune.layouts.site import Fit, Site
 from tests.kernel_case import same_bits, sparse
 from triton_kernels import activation, prune24
 
@@ -120,6 +121,44 @@ def test_the_largest_tile_that_leaves_enough_out() -> None:
             given[:, 64:96] = 0.0
             packed = layout_of("blocks").pack(site_of(given))
         assert packed.tensors["values"].shape[1:] == (side, side)
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_what_cannot_be_packed_or_timed_is_told_and_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    weight = weight_for("bitmap")
+    monkeypatch.setattr(Nonzeros, "fits", lambda self, site: Fit.no("left out"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Bitmap, "split", no_memory)
+        patch.setattr(Nonzeros8, "split", no_memory)
+        choice, packed = Chooser().choose(site_of(weight))
+    assert packed is None and choice.layout == "dense"
+    assert {choice.refused[n] for n in ("bitmap", "nonzeros8")} == {
+        "there is not enough memory on the device to pack it"
+    }
+    monkeypatch.setattr(choose, "interleave_graphs", no_memory)
+    told = choose._times([lambda: weight], torch.device("cuda"), 0.1)
+    assert told == "it could not be timed (OutOfMemoryError: CUDA out of memory.)"
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_a_choice_is_not_reused_for_a_weight_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = iter([[3.0, 1.0, 2.0, 2.0], [3.0, 2.0, 1.0]])
+    monkeypatch.setattr(Nonzeros, "fits", lambda self, site: Fit.no("left out"))
+    monkeypatch.setattr(choose, "best_dense", lambda site, x: [lambda: x])
+    monkeypatch.setattr(choose, "_times", lambda *_: next(taken))
+    chooser, two = Chooser(), weight_for("semi24", 33, 320)
+    first, _ = chooser.choose(site_of(two))
+    kept = int((two != 0).sum())
+    other = torch.zeros(two.numel())
+    other[:kept] = 1.0
+    other = other[torch.randperm(other.numel())].view_as(two)
+    second, packed = chooser.choose(site_of(other))
+    assert (first.layout, second.layout, second.reused) == ("semi24", "bitmap", False)
+    assert first.why.endswith("a call with more than 64 tokens unpacks it first")
+    assert packed is not None and same_bits(layout_of("bitmap").unpack(packed), other)
 
 
 class Attention(nn.Module):

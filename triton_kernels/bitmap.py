@@ -37,8 +37,7 @@ class Bitmap:
 def pack(weight: Tensor) -> Bitmap:
     """weight [o, i] -> its elements with any bit set. Raises ValueError for rows of more than 65535 of them."""
     o, i = weight.shape
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-    stored = weight.contiguous().view(integer) != 0
+    stored = operands.as_integers(weight) != 0
     words = -(-i // 32)
     lanes = torch.nn.functional.pad(stored, (0, words * 32 - i)).unflatten(1, (words, 32))
     # The sum of distinct bits below 2 ** 32, as the int32 of the same bits.

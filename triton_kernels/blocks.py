@@ -40,9 +40,7 @@ def pack(weight: Tensor, tile: tuple[int, int]) -> Tiles:
     if h < 1 or w < 1 or o % h or i % w:
         raise ValueError(f"tiles {h}x{w} do not divide a weight {o}x{i}")
     tiles = weight.reshape(o // h, h, i // w, w).transpose(1, 2)
-    # -0.0 is stored as well: what comes back is the weight bit for bit.
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-    stored = (tiles.contiguous().view(integer) != 0).flatten(2).any(2)
+    stored = (operands.as_integers(tiles) != 0).flatten(2).any(2)
     counts = stored.sum(1)
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
     columns = stored.nonzero()[:, 1].to(torch.int32)

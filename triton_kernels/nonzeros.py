@@ -44,9 +44,8 @@ def pack(weight: Tensor) -> Nonzeros:
     o, i = weight.shape
     if i > CHUNK * 256:
         raise ValueError(f"a weight of {i} columns is too wide for 256 chunks of {CHUNK}")
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
     chunks = -(-i // CHUNK)
-    stored = torch.nn.functional.pad(weight.contiguous().view(integer) != 0, (0, chunks * CHUNK - i))
+    stored = torch.nn.functional.pad(operands.as_integers(weight) != 0, (0, chunks * CHUNK - i))
     counts = stored.view(o, chunks, CHUNK).sum(2)
     groups = (counts + GROUP - 1) // GROUP
     lengths = torch.nn.functional.pad(groups.sum(1), (0, -o % PLACES), value=-1)
@@ -81,10 +80,8 @@ def unpack(packed: Nonzeros) -> Tensor:
     longest = (packed.starts.diff() // PLACES).repeat_interleave(PLACES, output_size=len(packed.order))
     rows = packed.order.long().repeat_interleave(longest, output_size=len(packed.chunks))
     columns = packed.chunks.long().unsqueeze(1) * CHUNK + packed.columns
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[packed.values.element_size()]
     # What fills groups up goes behind the weight. Every size is known beforehand, so that no device is waited for.
-    # As integers, since copies of a NaN may be other NaNs.
-    values = packed.values.view(integer)
+    values = operands.as_integers(packed.values)
     place = torch.where(values != 0, rows.unsqueeze(1) * i + columns, o * i)
     weight = values.new_zeros(o * i + 1).scatter_(0, place.flatten(), values.flatten())
     return weight[: o * i].view(packed.values.dtype).view(o, i)

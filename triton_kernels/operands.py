@@ -30,6 +30,11 @@ def check(x: Tensor, values: Tensor, shape: tuple[int, int], bias: Tensor | None
         raise ValueError(f"the bias is {bias.dtype} {list(bias.shape)} on {bias.device}, not {x.dtype} [{o}]")
 
 
+def as_integers(x: Tensor) -> Tensor:
+    """x -> its bits as integers of its shape: -0.0 is not 0 there, and copies of a NaN are that NaN."""
+    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
 def precision(x: Tensor) -> str:
     """How products of float32 are taken: as IEEE has them, unless torch allows TF32."""
     if not x.is_cuda or x.dtype is not torch.float32:

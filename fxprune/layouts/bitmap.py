@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels import bitmap
+from ..kernels import bitmap, operands
 from .gpu import GpuLayout
 from .site import Site
 
@@ -21,9 +21,7 @@ class Bitmap(GpuLayout):
 
     def refuses(self, site: Site) -> str:
         """Rows too long to be ranked by 16 bits."""
-        # -0.0 is stored as well.
-        integer = {2: torch.int16, 4: torch.int32}[site.weight.element_size()]
-        longest = int((site.weight.contiguous().view(integer) != 0).sum(1).max())
+        longest = int((operands.as_integers(site.weight) != 0).sum(1).max())
         return f"a row of {longest} nonzeros is too long" if longest > 65535 else ""
 
     def split(self, weight: Tensor) -> tuple[Tensor, ...]:

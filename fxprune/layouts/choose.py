@@ -96,7 +96,10 @@ def _likeness(site: Site, fitting: list[str]) -> tuple[object, ...]:
 
 
 def _measure(site: Site, fitting: list[str], refused: dict[str, str]) -> tuple[Choice, Packed | None]:
-    packed = {name: LAYOUTS[name].pack(site) for name in fitting}
+    packed, refused = _pack(site, fitting, refused)
+    fitting = list(packed)
+    if not fitting:
+        return Choice("dense", "no sparse layout could be packed", refused, ()), None
     timings: list[Timing] = []
     # A generator of its own, so that the user's random numbers go on as if nothing had been timed.
     generator = torch.Generator().manual_seed(0)
@@ -105,12 +108,9 @@ def _measure(site: Site, fitting: list[str], refused: dict[str, str]) -> tuple[C
         x = torch.randn(tokens, site.weight.shape[1], generator=generator).to(site.weight)
         dense = best_dense(site, x)
         sparse = [_bind(name, x, packed[name], site.bias) for name in fitting]
-        seconds = SECONDS_PER_SITE / len(site.tokens)
-        if x.is_cuda:
-            # A kernel's time on a GPU strays to both sides, so that medians are compared.
-            samples = [median(s) for s in interleave_graphs([*dense, *sparse], x.device, seconds=seconds)]
-        else:
-            samples = [undisturbed(s) for s in interleave([*dense, *sparse], seconds=seconds)]
+        samples = _times([*dense, *sparse], x.device, SECONDS_PER_SITE / len(site.tokens))
+        if isinstance(samples, str):
+            return Choice("dense", samples, {**refused, **dict.fromkeys(fitting, samples)}, ()), None
         baseline = min(samples[: len(dense)])
         timings.append(Timing("dense", tokens, predict_dense(site, tokens), baseline))
         for name, seconds in zip(fitting, samples[len(dense) :], strict=True):
@@ -120,12 +120,42 @@ def _measure(site: Site, fitting: list[str], refused: dict[str, str]) -> tuple[C
     best = max(means, key=lambda name: means[name])
     sizes = "/".join(map(str, site.tokens))
     if means[best] >= MARGIN and min(gains[best]) >= 1.0:
-        choice = Choice(best, f"{means[best]:.2f}x dense at {sizes} tokens", refused, tuple(timings))
+        why = f"{means[best]:.2f}x dense at {sizes} tokens{_limit(best)}"
+        choice = Choice(best, why, refused, tuple(timings))
         return choice, packed[best]
     for name in fitting:
         refused = {**refused, name: f"{means[name]:.2f}x dense at {sizes} tokens; {MARGIN:.2f}x is asked"}
     choice = Choice("dense", "no sparse layout is clearly faster", refused, tuple(timings))
     return choice, None
+
+
+def _pack(site: Site, fitting: list[str], refused: dict[str, str]) -> tuple[dict[str, Packed], dict[str, str]]:
+    """The weight in each layout that there is memory to pack it for, and what was refused."""
+    packed: dict[str, Packed] = {}
+    for name in fitting:
+        try:
+            packed[name] = LAYOUTS[name].pack(site)
+        except torch.OutOfMemoryError:
+            refused = {**refused, name: "there is not enough memory on the device to pack it"}
+    return packed, refused
+
+
+def _times(functions: list[Callable[[], Tensor]], device: torch.device, seconds: float) -> list[float] | str:
+    """Seconds of each function, or why they could not be timed."""
+    if device.type != "cuda":
+        return [undisturbed(samples) for samples in interleave(functions, seconds=seconds)]
+    try:
+        # A kernel's time on a GPU strays to both sides, so that medians are compared.
+        return [median(samples) for samples in interleave_graphs(functions, device, seconds=seconds)]
+    except RuntimeError as error:  # Among them torch.OutOfMemoryError.
+        return f"it could not be timed ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+
+
+def _limit(name: str) -> str:
+    """What to tell of a layout whose kernel is for few tokens."""
+    layout = LAYOUTS[name]
+    most = layout.most if isinstance(layout, GpuLayout) else None
+    return "" if most is None else f"; a call with more than {most} tokens unpacks it first"
 
 
 def _bind(name: str, x: Tensor, packed: Packed, bias: Tensor | None) -> Callable[[], Tensor]:

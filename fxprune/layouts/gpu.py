@@ -6,6 +6,7 @@ layout's kernel; on the CPU it unpacks and multiplies, which is right and slow, 
 
 from __future__ import annotations
 
+import abc
 import operator
 from collections.abc import Sequence
 
@@ -31,7 +32,7 @@ op = torch.ops.fxprune.packed_linear.default
 _known: dict[str, GpuLayout] = {}
 
 
-class GpuLayout:
+class GpuLayout(abc.ABC):
     """A layout with a kernel on CUDA alone. Each says how it packs, unpacks and multiplies."""
 
     name = ""
@@ -50,9 +51,9 @@ class GpuLayout:
             why = f"its kernel is for up to {self.most} tokens"
         return Fit.no(why) if why else Fit.yes()
 
+    @abc.abstractmethod
     def refuses(self, site: Site) -> str:
         """Why a weight [o, i] on CUDA cannot be stored so; nothing if it can."""
-        raise NotImplementedError
 
     def pack(self, site: Site) -> Packed:
         """The weight in this layout."""
@@ -63,19 +64,19 @@ class GpuLayout:
         """The weight [o, i], bit for bit as it was packed."""
         return self.join([packed.tensors[name] for name in self.tensors], packed.shape)
 
+    @abc.abstractmethod
     def split(self, weight: Tensor) -> tuple[Tensor, ...]:
         """weight [o, i] -> its tensors."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def join(self, tensors: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
         """Its tensors -> weight [o, i], without waiting for the device."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def launch(
         self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, shape: tuple[int, int], activation: str
     ) -> Tensor:
         """activation(x [m, i] @ W^T + bias) [m, o] by the kernel."""
-        raise NotImplementedError
 
     def predict(self, site: Site, tokens: int) -> float:
         """Seconds of one call: the bytes of the packed weight and of the activations, at a GPU's bandwidth."""
@@ -83,9 +84,9 @@ class GpuLayout:
         element = site.weight.element_size()
         return _PER_CALL + (self.bytes_of(site.weight) + tokens * (o + i) * element) / _BYTES_PER_SECOND
 
+    @abc.abstractmethod
     def bytes_of(self, weight: Tensor) -> float:
         """About how many bytes the packed weight has."""
-        raise NotImplementedError
 
     def call(self, x: Tensor, packed: Packed, bias: Tensor | None, activation: str) -> Tensor:
         """activation(x [..., i] @ W^T + bias) [..., o]."""
