@@ -80,7 +80,7 @@ def wide_problem(width: int) -> Problem:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(2 * width, width, generator=generator) * torch.arange(1, width + 1).pow(-0.5)
     turned = rows @ torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
-    hessian = damped((turned.T @ turned).unsqueeze(0))[0]
+    hessian = damped((turned.T @ turned).unsqueeze(0), len(rows))[0]
     weight = torch.randn(1, width, width, generator=generator)
     return Problem(hessian, weight, weight @ hessian)
 

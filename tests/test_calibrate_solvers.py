@@ -15,11 +15,11 @@ from fxprune.calibration.admm import admm
 from fxprune.calibration.fit import SOLVERS, sparsegpt_refit
 from fxprune.calibration.least_squares import refit
 from fxprune.calibration.obs import Units, choose_units
-from fxprune.calibration.problem import Goal, Problem, damped
+from fxprune.calibration.problem import Goal, Problem, damped, shrinkage
 from fxprune.calibration.sparsegpt import WIDTH, sparsegpt
 from fxprune.calibration.wanda import wanda
 from fxprune.project import keep_highest
-from tests.calibrate_problem import correlated, excess, normal_equations, problem_of
+from tests.calibrate_problem import MANY, correlated, excess, normal_equations, problem_of
 
 torch.set_num_threads(1)
 
@@ -320,10 +320,55 @@ def test_inputs_that_are_always_zero_leave_weights_as_they_are() -> None:
 
 def test_damping_is_a_share_of_the_mean_diagonal() -> None:
     gram = torch.diag_embed(torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]))
-    result, added = damped(gram)
-    torch.testing.assert_close(added, torch.tensor([0.02, 1.0]))
+    result, added = damped(gram, MANY)
+    torch.testing.assert_close(added, torch.tensor([[0.02] * 3, [1.0] * 3]))
     torch.testing.assert_close(result[0].diagonal(), torch.tensor([1.02, 2.02, 3.02]))
     assert torch.equal(result[1], torch.eye(3)) and float(gram[0, 0, 0]) == 1.0
+
+
+def test_few_rows_are_shrunk_to_what_many_rows_show() -> None:
+    n, draws = 48, 30
+    mixing = torch.randn(n, n, dtype=torch.float64) * torch.logspace(0, -1.5, n, dtype=torch.float64)
+    mixing *= torch.logspace(0, -1, n, dtype=torch.float64).unsqueeze(1)
+    shares: list[float] = []
+    for rows in (4, 16, 64, 512, 2**15):
+        x = torch.randn(draws, rows, n, dtype=torch.float64) @ mixing.T
+        gram = x.mT @ x / rows
+        share = shrinkage(gram, rows)[:, None, None]
+        diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        nearer = torch.lerp(gram, diagonal.diag_embed(), share)
+        off, nearer_off = ((each - mixing @ mixing.T).square().sum() for each in (gram, nearer))
+        assert nearer_off < off
+        hessian, added = damped(gram, rows)
+        assert bool((added >= 0.01 * diagonal.mean(-1, keepdim=True)).all())
+        if float((share / (1 - share)).min()) > 0.1:
+            assert bool((added >= 0.1 * diagonal).all())
+            torch.testing.assert_close((hessian * (1 - share))[:, :24, :24], nearer[:, :24, :24])
+        shares.append(float(share.mean()))
+    assert shares == sorted(shares, reverse=True) and shares[0] > 0.5 and shares[-1] < 0.01
+
+
+def test_an_input_that_hardly_varies_stays_so_however_few_the_rows() -> None:
+    x = torch.randn(1, 12, 8) * torch.tensor([1.0] * 7 + [1e-3])
+    hessian, added = damped(x.mT @ x, 12)
+    assert float(hessian[0, 7, 7]) < 0.02 * float(hessian[0, :7, :7].diagonal().min())
+    assert float(added[0, 0]) > 0.1 * float((x.mT @ x)[0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("gram", "rows", "most"),
+    [
+        (torch.eye(6).unsqueeze(0), 6, 0.5),
+        (torch.eye(6).unsqueeze(0), 600, 0.01),
+        (torch.ones(1, 1, 1), 5, 0.0),
+        (torch.zeros(2, 3, 3), 7, 0.0),
+        (torch.ones(1, 4, 4), 1, 0.8),
+    ],
+)
+def test_shrinkage_stays_within_what_so_many_inputs_may_ask(gram: Tensor, rows: int, most: float) -> None:
+    share = shrinkage(gram, rows)
+    assert share.shape == gram.shape[:1] and share.dtype is gram.dtype
+    assert bool(((share >= 0) & (share <= most * (1 + 1e-6))).all())
 
 
 def test_factors_where_rounding_took_definiteness_away() -> None:

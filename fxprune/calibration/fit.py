@@ -129,7 +129,7 @@ def fit_shared(watched: Watched, task: Task, tensors: Mapping[str, Tensor], meth
     if gram is None:
         return _unfitted(whole, task, weight, alive, _UNREAD)
     check_squares(task.name, gram)
-    hessian = damped(gram)[0].float()
+    hessian = damped(gram, watched.count)[0].float()
     problem = Problem(hessian, weight, weight @ hessian, alive)
     staying = _staying(task, None)
     found, keep, uneven = _solve_within(problem, task, method, staying, whole)
@@ -250,12 +250,12 @@ def _problem(
     entry: Fitted, weight: Tensor, alive: Tensor | None, tensors: Mapping[str, Tensor]
 ) -> tuple[Problem, Tensor]:
     """The least squares of a weight [g, r, n], and the factor [g, r, 1] that its rows were multiplied by."""
-    gram, added = damped(entry.inputs.centred_gram())
+    gram, added = damped(entry.inputs.centred_gram(), entry.inputs.count)
     cross = entry.outputs.centred_cross(entry.inputs)
     check_squares(entry.site.name, gram, cross)
     # The damping pulls towards the weight as it is, so that what the data do not tell stays.
     scale = _scale(entry.site, weight, tensors)
-    linear = (cross + added[:, None, None].to(cross.dtype) * weight.to(cross.dtype)) * scale
+    linear = (cross + added[:, None, :].to(cross.dtype) * weight.to(cross.dtype)) * scale
     target = solve(factor(gram.double()), linear.double())
     return Problem(gram.float(), target.float(), linear.float(), alive), scale
 

@@ -68,14 +68,38 @@ class Problem:
         return float((off @ self.hessian * off).sum(dtype=torch.float64)) / whole if whole > 0 else 0.0
 
 
-def damped(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
-    """gram [g, n, n] -> (with `damping` of its mean diagonal added to it, what was added [g]).
+def damped(gram: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """gram [g, n, n] of `rows` rows of inputs -> (with something added to its diagonal, what was added [g, n]).
 
-    Inputs that were always zero get a matrix that is the identity in them, so that their weights stay as they are.
+    That is DAMPING of the diagonal's mean; where the rows are so few that `shrinkage` asks for more, as much of each
+    element of the diagonal as makes the matrix a multiple of the shrunken one. Inputs that were always zero get a
+    matrix that is the identity in them, so that their weights stay as they are.
     """
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    added = damping * diagonal.mean(-1)
+    least = (DAMPING * diagonal.mean(-1, keepdim=True)).expand_as(diagonal)
+    share = shrinkage(gram, rows).unsqueeze(-1)
+    ratio = share / (1 - share)
+    added = torch.where(ratio > DAMPING, torch.maximum(ratio * diagonal, least), least)
     added = torch.where(added > 0, added, torch.ones_like(added))
     result = gram.clone()
-    result.diagonal(dim1=-2, dim2=-1).add_(added.unsqueeze(-1))
+    result.diagonal(dim1=-2, dim2=-1).add_(added)
     return result, added
+
+
+def shrinkage(gram: Tensor, rows: int) -> Tensor:
+    """The share [g] of its own diagonal that makes gram [g, n, n] of `rows` rows resemble that of ever more rows.
+
+    How much each input varies shows in few rows, what it has to do with each other only in many: what chance alone
+    puts between n inputs is taken away from what is found there. At most n / (n + rows), for inputs that have nothing
+    to do with each other would be shrunk however many rows there are. Source: the target "D" of Schäfer and Strimmer,
+    "A Shrinkage Approach to Large-Scale Covariance Matrix Estimation", 2005, with the variances that products of
+    normally distributed inputs have.
+    """
+    n = gram.shape[-1]
+    diagonal = gram.diagonal(dim1=-2, dim2=-1).double()
+    scale = torch.where(diagonal > 0, diagonal, 1).rsqrt()
+    varying = (diagonal > 0).sum(-1)
+    pairs = varying * (varying - 1)
+    squares = (gram * scale.unsqueeze(-1) * scale.unsqueeze(-2)).square().sum((-2, -1)) - varying
+    share = (pairs + squares) / (rows * squares).clamp(min=torch.finfo(torch.float64).tiny)
+    return share.clamp(0, n / (n + rows)).to(gram.dtype)
