@@ -108,7 +108,7 @@ def test_masks_hold_and_nothing_else_is_touched(make: Any) -> None:
     plan = Plan([Rule(pattern, Unstructured(0.7))])
     given = calibrate(model, plan, data, progress=False)
     before, values = snapshot(model), {name: value.clone() for name, value in given.values.items()}
-    found = recover(model, given, data, steps=80, **QUICK)
+    found = recover(model, given, data, steps=200, **QUICK)
     assert found.recovery is not None and found.recovery.after < 0.95 * found.recovery.before
     for name, mask in given.mask.items():
         assert is_plus_zero(found.values[name][~mask.unpack()])
