@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from . import compat
 from .alias import writes
+from .constant_masks import fold_constant_masks
 from .entry import EntryCheck, TensorInput, entry_check
 from .errors import CaptureError, InputError
 from .existing import fold_existing
@@ -48,16 +49,18 @@ def capture(
     dynamic_shapes: Any = None,
     *,
     static: bool = False,
+    fold_masks: bool = True,
 ) -> Capture:
     """Captures `model(*args, **kwargs)` as a graph of ATen ops.
 
     Without `dynamic_shapes`, dim 0 of every tensor input is dynamic where the model allows it; `static=True`
-    fixes every size. `dynamic_shapes` is handed to torch.export as it is. Raises CaptureError with torch's own error
-    as its cause.
+    fixes every size. `dynamic_shapes` is handed to torch.export as it is. With `fold_masks` the weights that the graph
+    multiplies by constant masks hold their zeros, and no product is left. Raises CaptureError with torch's own error as
+    its cause.
     """
     args, kwargs = tuple(args), dict(kwargs)
     if isinstance(model, ExportedProgram):
-        return _finish(model, model.module(), None, args, kwargs, {}, [])
+        return _finish(model, model.module(), None, args, kwargs, {}, [], fold_masks)
     shadow, existing = fold_existing(model)
     compat.register_foreign_outputs()
     if isinstance(dynamic_shapes, ShapesCollection):
@@ -71,7 +74,7 @@ def capture(
         try:
             exported = export_program(shadow, own_args, own_kwargs, shapes_of(own_args, own_kwargs))
             forward = type(shadow).forward.__get__(shadow)
-            return _finish(exported, exported.module(), forward, args, kwargs, existing, notes)
+            return _finish(exported, exported.module(), forward, args, kwargs, existing, notes, fold_masks)
         except InputError:
             raise
         except LookupError as error:
@@ -141,11 +144,18 @@ def _finish(
     kwargs: dict[str, Any],
     existing: dict[str, Tensor],
     notes: list[str],
+    fold_masks: bool,
 ) -> Capture:
     entry = entry_check(unlifted, exported, forward, args, kwargs)
     program = _rewrap(unlifted)
     _refuse_state(program)
     _refuse_training_ops(program)
+    if fold_masks:
+        masks = fold_constant_masks(program)
+        existing = existing | masks
+        if masks:
+            count = len({id(keep) for keep in masks.values()})
+            notes.append(f"{count} weights hold the zeros of constant masks that the model multiplies them by")
     fixed = [
         path
         for path, want in zip(entry.paths, entry.inputs, strict=True)

@@ -123,6 +123,7 @@ def capture_checked(
     report: Report,
     *,
     check: bool,
+    fold_masks: bool = True,
 ) -> tuple[Capture, Proof]:
     """Captures the model and holds the captured program against it, on the example and at a second size.
 
@@ -132,7 +133,7 @@ def capture_checked(
     example = Call("example", args, kwargs)
     runnable = model.module() if isinstance(model, ExportedProgram) else model
     with admit.untouched(runnable):
-        return _capture_checked(model, runnable, example, dynamic_shapes, report, check=check)
+        return _capture_checked(model, runnable, example, dynamic_shapes, report, check=check, fold_masks=fold_masks)
 
 
 def _capture_checked(
@@ -143,10 +144,11 @@ def _capture_checked(
     report: Report,
     *,
     check: bool,
+    fold_masks: bool,
 ) -> tuple[Capture, Proof]:
     args, kwargs = example.args, example.kwargs
     admit.run_model(runnable, *example.copy())
-    captured = capture(model, args, kwargs, dynamic_shapes)
+    captured = capture(model, args, kwargs, dynamic_shapes, fold_masks=fold_masks)
     calls = [example, second_call(example)]
     if not check:
         report.notes += [*captured.notes, "nothing was checked: check=False"]
@@ -155,7 +157,7 @@ def _capture_checked(
     first = compare("capture = your model", example, expected, outputs(captured.program, example))
     if not first.ok and dynamic_shapes is None and not isinstance(model, ExportedProgram):
         # A model that takes sizes for something else than numbers can only be captured with every size fixed.
-        captured = capture(model, args, kwargs, static=True)
+        captured = capture(model, args, kwargs, static=True, fold_masks=fold_masks)
         captured.notes.append(f"every size is fixed: with dim 0 dynamic the capture was wrong ({first.error:.1e})")
         first = compare("capture = your model", example, expected, outputs(captured.program, example))
     report.checks.append(first)
@@ -186,7 +188,7 @@ def _capture_checked(
         elif dynamic_shapes is not None or isinstance(model, ExportedProgram):
             raise refuse(row, "Leave dynamic_shapes out: the sizes are then fixed where the model needs it.")
         else:
-            captured = capture(model, args, kwargs, static=True)
+            captured = capture(model, args, kwargs, static=True, fold_masks=fold_masks)
             captured.notes.append(
                 f"every size is fixed: at the {resized.label} the capture was wrong ({row.error:.1e})"
             )

@@ -95,7 +95,9 @@ def transform(
             selection = calibrate_calls(model, plan, calls, dynamic_shapes=dynamic_shapes, progress=progress)
             plan = None
     with stages("capture"):
-        captured, proof = capture_checked(model, args, keywords, dynamic_shapes, report, check=check)
+        captured, proof = capture_checked(
+            model, args, keywords, dynamic_shapes, report, check=check, fold_masks=not trainable
+        )
         trace.write("capture", captured.program, captured.notes)
     with stages("couple"):
         blocks = choose_blocks(captured.program, plan, selection)
