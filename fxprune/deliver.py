@@ -20,7 +20,7 @@ from . import native
 from .capture import Capture, Program
 from .check import Call, CheckRow, refuse
 from .emit import PrunedModule, emit, own_storage
-from .measure import device_name
+from .measure import device_name, device_of
 from .modes import training_modes
 from .passes.edit import copy_program
 from .passes.fold import fold
@@ -29,8 +29,10 @@ from .prove import Proof
 from .report import ModelTiming, Report
 from .select import Selection
 from .settings import Settings
-from .timing import interleave, undisturbed
+from .timing import interleave, median, undisturbed
 from .trainable import TrainableModule, emit_trainable, origin_of
+
+_GRAPHS = '; mode="reduce-overhead" runs it as a CUDA graph, without launches to wait for'
 
 
 def deliver(
@@ -87,7 +89,8 @@ def deliver(
                     continue
             elif report.timing.ratio < 1.0:
                 why = f"the whole model measured slower packed ({report.timing.ratio:.2f}x)"
-                report.notes.append(f"{why}, so it was emitted dense")
+                with_graphs = _GRAPHS if settings.mode in (None, "default") and _on_gpu(proof.example) else ""
+                report.notes.append(f"{why}, so it was emitted dense{with_graphs}")
                 report.timing = None
                 lowered = _all_dense(lowered, why)
                 del result
@@ -105,13 +108,17 @@ def deliver_trainable(
     call: Call,
     dynamic_shapes: Any,
     proof: Proof,
+    settings: Settings,
     report: Report,
 ) -> TrainableModule:
     """What is left of the model as an ordinary module, in eval mode. Raises CheckError where it is not right."""
     modes, notes = training_modes(model, captured, call.args, call.kwargs, dynamic_shapes)
     report.notes += notes
     report.compiled = "eager graph that trains; torch.compile it as any module"
-    result = emit_trainable(program, captured.entry, modes, origin_of(model, captured), selection.mask)
+    origin = origin_of(model, captured)
+    result = emit_trainable(
+        program, captured.entry, modes, origin, selection.mask, masked_matmul=settings.masked_matmul
+    )
     rows = proof.hold(result, result)
     for row in rows:
         if not row.ok:
@@ -153,16 +160,23 @@ def _time(captured: Capture, result: PrunedModule, example: Call, settings: Sett
     )
     args, kwargs = example.copy()
     calls = [lambda m=m: m(*args, **kwargs) for m in (dense, result)]
-    samples = interleave(calls, seconds=1.5, min_rounds=7)
+    device = device_of(example.args, example.kwargs)
+    samples = interleave(calls, device, seconds=1.5, min_rounds=7)
+    # As the chooser compares them: a GPU's times stray to both sides.
+    typical = undisturbed if device is None else median
     timing = ModelTiming(
-        undisturbed(samples[0]),
-        undisturbed(samples[1]),
+        typical(samples[0]),
+        typical(samples[1]),
         torch.get_num_threads(),
         device_name(example.args, example.kwargs),
     )
     del dense, calls
     gc.collect()
     return timing
+
+
+def _on_gpu(example: Call) -> bool:
+    return device_of(example.args, example.kwargs) is not None
 
 
 def _all_dense(lowered: list[Lowered], why: str) -> list[Lowered]:

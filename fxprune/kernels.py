@@ -15,11 +15,44 @@ if not (_root / "fxprune" / "triton_kernels").exists() and (_root / "triton_kern
     sys.modules["fxprune"].__path__.append(str(_root))
 
 if TYPE_CHECKING:
-    from triton_kernels import activation, bitmap, blocks, gemv24, language, nonzeros, operands, prune24, select
+    from triton_kernels import (
+        activation,
+        bitmap,
+        blocks,
+        gemv24,
+        language,
+        masked,
+        nonzeros,
+        operands,
+        prune24,
+        select,
+    )
 else:
-    from .triton_kernels import activation, bitmap, blocks, gemv24, language, nonzeros, operands, prune24, select
+    from .triton_kernels import (
+        activation,
+        bitmap,
+        blocks,
+        gemv24,
+        language,
+        masked,
+        nonzeros,
+        operands,
+        prune24,
+        select,
+    )
 
-__all__ = ["activation", "bitmap", "blocks", "gemv24", "language", "nonzeros", "operands", "prune24", "select"]
+__all__ = [
+    "activation",
+    "bitmap",
+    "blocks",
+    "gemv24",
+    "language",
+    "masked",
+    "nonzeros",
+    "operands",
+    "prune24",
+    "select",
+]
 
 # What torch's and Triton's tensor cores have in common begins here.
 OLDEST = (8, 0)

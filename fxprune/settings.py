@@ -26,6 +26,8 @@ class Settings:
     measure   time the whole model against dense torch.compile and emit dense where that is faster
     tune_for  sizes of dim 0 of the inputs to choose layouts for; empty: the example's
     align     widths are left at multiples of this where dead channels leave: others are slower to compute
+    masked_matmul   with trainable=True: masks of linear layers are bits that their products apply, so that no w * m
+              takes memory; on a GPU the kernels of `triton_kernels.masked` do it
     """
 
     mode: str | None = None
@@ -35,6 +37,7 @@ class Settings:
     measure: bool = True
     tune_for: tuple[int, ...] = ()
     align: int = 8
+    masked_matmul: bool = False
 
     @staticmethod
     def read(mode: str | None, options: Mapping[str, Any] | None) -> Settings:
@@ -52,7 +55,7 @@ class Settings:
         for key, value in values.items():
             if key not in known:
                 raise _unknown("option", key, sorted(known))
-            if key in ("compile", "freezing", "measure") and not isinstance(value, bool):
+            if key in ("compile", "freezing", "measure", "masked_matmul") and not isinstance(value, bool):
                 raise InputError(f"cannot use option {key}={value!r}", why="it is not True or False")
         align = values.get("align", 1)
         if isinstance(align, bool) or not isinstance(align, int) or align < 1:

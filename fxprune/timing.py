@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 
+_Timer = Callable[[Callable[[], Any]], float]
+
 
 def interleave(
     functions: Sequence[Callable[[], Any]],
+    device: torch.device | None = None,
     *,
     seconds: float = 0.2,
     min_rounds: int = 5,
@@ -20,30 +23,18 @@ def interleave(
 ) -> list[list[float]]:
     """Times the functions in turn, round by round, so that drift of the machine hits all alike.
 
-    Returns one list of seconds per function. Rounds end after `seconds` in all, but not before `min_rounds`; functions
-    far below the clock's resolution are repeated inside a round.
+    Returns one list of seconds per function. Rounds end after `seconds` in all, but not before `min_rounds`. What runs
+    on the CPU (no `device`) and is far below the clock's resolution is repeated inside a round; what runs on a GPU is
+    timed between events there, once a round and with nothing of it left in the L2 cache, for between two calls of a
+    layer a model reads more than that holds.
     """
-    repeats = []
-    for function in functions:
-        function()
-        start = time.perf_counter()
-        function()
-        repeats.append(max(1, min(100, int(5e-5 / max(time.perf_counter() - start, 1e-9)))))
-    samples: list[list[float]] = [[] for _ in functions]
-    end = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() < end):
-        for function, repeat, into in zip(functions, repeats, samples, strict=True):
-            start = time.perf_counter()
-            for _ in range(repeat):
-                function()
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-            into.append((time.perf_counter() - start) / repeat)
-        rounds += 1
-        if on_round is not None:
-            on_round()
-    return samples
+    if device is None or device.type != "cuda":
+        return _rounds(functions, [_by_clock(f) for f in functions], seconds, min_rounds, max_rounds, on_round)
+    with torch.cuda.device(device):
+        for function in functions:
+            function()
+        timers = [_by_events(device)] * len(functions)
+        return _rounds(functions, timers, seconds, min_rounds, max_rounds, on_round)
 
 
 def interleave_graphs(
@@ -54,35 +45,69 @@ def interleave_graphs(
     min_rounds: int = 10,
     max_rounds: int = 200,
 ) -> list[list[float]]:
-    """`interleave` on a GPU: each function as a CUDA graph, between events, nothing of it left in the L2 cache.
+    """`interleave` on a GPU with each function as a CUDA graph, which has no launches to wait for.
 
-    A graph has no launches to wait for, as in the compiled model, and between two calls of a layer a model reads more
-    than the cache holds. Raises RuntimeError where a function cannot be captured.
+    Raises RuntimeError where a function cannot be captured.
     """
     with torch.cuda.device(device):
-        return _interleave_graphs(functions, device, seconds, min_rounds, max_rounds)
+        graphs = [_captured(function, device) for function in functions]
+    replays = [graph.replay for graph in graphs]
+    return interleave(replays, device, seconds=seconds, min_rounds=min_rounds, max_rounds=max_rounds)
 
 
-def _interleave_graphs(
-    functions: Sequence[Callable[[], Any]], device: torch.device, seconds: float, min_rounds: int, max_rounds: int
+def _rounds(
+    functions: Sequence[Callable[[], Any]],
+    timers: Sequence[_Timer],
+    seconds: float,
+    min_rounds: int,
+    max_rounds: int,
+    on_round: Callable[[], None] | None,
 ) -> list[list[float]]:
-    graphs = [_captured(function, device) for function in functions]
-    spoil = torch.zeros(max(_cache_bytes(device), 1 << 20) // 2, dtype=torch.float32, device=device)
     samples: list[list[float]] = [[] for _ in functions]
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() < end):
-        for graph, into in zip(graphs, samples, strict=True):
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            # Read last, so that the cache holds nothing that it would have to write back meanwhile.
-            spoil.sum()
-            start.record()
-            graph.replay()
-            stop.record()
-            stop.synchronize()
-            into.append(start.elapsed_time(stop) / 1e3)
+        for function, timer, into in zip(functions, timers, samples, strict=True):
+            into.append(timer(function))
         rounds += 1
+        if on_round is not None:
+            on_round()
     return samples
+
+
+def _by_clock(function: Callable[[], Any]) -> _Timer:
+    """Seconds of a call of `function` on the CPU, which is called twice to see how often it is to be repeated."""
+    function()
+    start = time.perf_counter()
+    function()
+    repeats = max(1, min(100, int(5e-5 / max(time.perf_counter() - start, 1e-9))))
+
+    def timer(function: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            function()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / repeats
+
+    return timer
+
+
+def _by_events(device: torch.device) -> _Timer:
+    """Seconds of a call on a GPU, from when the device is ready for it until it has done it."""
+    spoil = torch.zeros(max(_cache_bytes(device), 1 << 20) // 2, dtype=torch.float32, device=device)
+
+    def timer(function: Callable[[], Any]) -> float:
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # Read last, so that the cache holds nothing that it would have to write back meanwhile.
+        spoil.sum()
+        start.record()
+        function()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1e3
+
+    return timer
 
 
 def _captured(function: Callable[[], Any], device: torch.device) -> torch.cuda.CUDAGraph:

@@ -21,6 +21,7 @@ from .entry import EntryCheck
 from .errors import InputError
 from .graph_data import graph_data, graph_from
 from .mask import PackedMask
+from .masked_linear import masked_linear
 from .passes.edit import copy_program, owner
 from .report import Report
 from .select import Selection
@@ -131,15 +132,18 @@ def emit_trainable(
     modes: Mapping[str, ModeArguments],
     origin: Origin,
     masks: Mapping[str, PackedMask] | None = None,
+    *,
+    masked_matmul: bool = False,
 ) -> TrainableModule:
     """A TrainableModule with tensors of its own, in eval mode; the program is left as it is.
 
     `modes` of nodes that the program does not have any more are passed over. Each weight of `masks` is multiplied by a
-    buffer `<name>_mask` where it is read, so that what is zero stays zero; it is zero in the parameter too.
+    buffer `<name>_mask` where it is read, so that what is zero stays zero; it is zero in the parameter too. With
+    `masked_matmul` the weights of linear layers are not multiplied: `masked_linear` has the mask as bits.
     """
     draft = copy_program(program)
     own = _own_tensors(draft, origin)
-    masked = _mask(draft, masks or {})
+    masked = _mask(draft, masks or {}, masked_matmul)
     _switch(draft, modes, {n: own.get(id(t), t) for n, t in origin.counters.items()})
     for node in list(draft.graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
@@ -174,10 +178,14 @@ def _own_tensors(draft: Program, origin: Origin) -> dict[int, Tensor]:
     return own
 
 
-def _mask(draft: Program, masks: Mapping[str, PackedMask]) -> set[str]:
+def _mask(draft: Program, masks: Mapping[str, PackedMask], masked_matmul: bool) -> set[str]:
     """Multiplies weights by their masks where they are read; returns the names of the mask buffers."""
     canonical = names_of_parameters(draft)
-    buffers: dict[str, str] = {}
+    readers: dict[str, list[Node]] = {}
+    for node in draft.graph.nodes:
+        if node.op == "get_attr" and node.users and str(node.target) in canonical:
+            readers.setdefault(canonical[str(node.target)], []).append(node)
+    names: set[str] = set()
     for name, mask in masks.items():
         first = canonical.get(name)
         if first is None or tuple(draft.get_parameter(first).shape) != tuple(mask.shape):
@@ -190,17 +198,42 @@ def _mask(draft: Program, masks: Mapping[str, PackedMask]) -> set[str]:
         buffer = f"{leaf}_mask"
         while hasattr(module, buffer):
             buffer += "_"
-        module.register_buffer(buffer, keep)
-        buffers[first] = first.removesuffix(leaf) + buffer
-    for node in list(draft.graph.nodes):
-        buffer = buffers.get(canonical.get(str(node.target), "")) if node.op == "get_attr" else None
-        if buffer is not None and node.users:
-            with draft.graph.inserting_after(node):
-                keep = draft.graph.get_attr(buffer)
-            with draft.graph.inserting_after(keep):
-                masked = draft.graph.call_function(aten.mul.Tensor, (node, keep))
-            node.replace_all_uses_with(masked, delete_user_cb=lambda user, own=masked: user is not own)
-    return set(buffers.values())
+        reads = readers.get(first, [])
+        in_matmul = masked_matmul and parameter.is_contiguous() and all(map(_only_linears, reads))
+        module.register_buffer(buffer, mask.bits.to(parameter.device) if in_matmul else keep)
+        for read in reads:
+            (_mask_in_linears if in_matmul else _multiply)(draft.graph, read, first.removesuffix(leaf) + buffer)
+        names.add(first.removesuffix(leaf) + buffer)
+    return names
+
+
+def _only_linears(read: Node) -> bool:
+    """Whether a weight is read by linear layers alone, and as their weight."""
+    return all(
+        user.target is aten.linear.default and user.all_input_nodes.count(read) == 1 and user.args[1:2] == (read,)
+        for user in read.users
+    )
+
+
+def _mask_in_linears(graph: Graph, read: Node, buffer: str) -> None:
+    """linear(x, weight, bias) -> masked_linear(x, weight, bits, bias) wherever `read` is the weight."""
+    for linear in list(read.users):
+        x, weight, *bias = linear.args
+        bias = bias or [linear.kwargs.get("bias")]
+        with graph.inserting_before(linear):
+            bits = graph.get_attr(buffer)
+            product = graph.call_function(masked_linear, (x, weight, bits, *bias))
+        linear.replace_all_uses_with(product)
+        graph.erase_node(linear)
+
+
+def _multiply(graph: Graph, read: Node, buffer: str) -> None:
+    """weight -> weight * mask for all that reads it."""
+    with graph.inserting_after(read):
+        keep = graph.get_attr(buffer)
+    with graph.inserting_after(keep):
+        masked = graph.call_function(aten.mul.Tensor, (read, keep))
+    read.replace_all_uses_with(masked, delete_user_cb=lambda user: user is not masked)
 
 
 def _switch(draft: Program, modes: Mapping[str, ModeArguments], counters: Mapping[str, Tensor]) -> None:

@@ -125,7 +125,7 @@ def transform(
     if trainable:
         with stages("emit"):
             call = Call("example", args, keywords)
-            training = deliver_trainable(model, captured, program, left, call, dynamic_shapes, proof, report)
+            training = deliver_trainable(model, captured, program, left, call, dynamic_shapes, proof, settings, report)
         return _told(training, report, selection, stages)
     with stages("fold"):
         folded = fold(program, left)
