@@ -57,7 +57,7 @@ def builds() -> Iterator[Build]:
         sizes = {"INTEGER": integer, "SIZE": 65536, "BLOCK": 2048}
         yield Build("select", "_sample", {**table, "found": "*i32"}, {"EACH": 16, "SPACING": 4096, **sizes})
         counted = {"low": "i32", "shift": "i32"}
-        yield Build("select", "_count_few", {**table, "found": "*i32", **counted}, {"BUCKETS": 16, **sizes})
+        yield Build("select", "_count_few", {**table, "found": "*i32", **counted}, {"BUCKETS": 8, **sizes})
         yield Build("select", "_count_many", {**table, "found": "*i64", **counted}, {"BUCKETS": 65536, **sizes})
         yield Build(
             "select",
@@ -94,6 +94,13 @@ def builds() -> Iterator[Build]:
             yield Build("prune24", "_select", types, {"LANES": lanes, "BLOCK": 1024 // lanes})
         types = {"weight": each, "values": each, "meta": "*i32", "fours": "i32", "words": "i32"}
         yield Build("prune24", "_pack", types, {"BLOCK": 256})
+        yield Build("prune24", "_unpack", types, {"BLOCK": 256})
+        types = {"values": each, "columns": "*u8", "chunks": "*u8", "order": "*i32", "starts": "*i64", "weight": each}
+        places = {"PLACES": 16, "GROUPS": 8, "GROUP": 8, "CHUNK": 256}
+        yield Build("nonzeros", "_unpack", {**types, "o": "i32", "i": "i32"}, places)
+        types = {"bits": "*i32", "values": each, "starts": "*i64", "ranks": "*u16", "weight": each}
+        types |= {"o": "i32", "i": "i32", "words": "i32"}
+        yield Build("bitmap", "_unpack", types, {"ROWS": 8, "WORDS": 16})
     for kind in ("bf16", "fp16", "fp32"):
         each = f"*{kind}"
         shared = {"BIAS": True, "KIND": 2}
@@ -109,9 +116,10 @@ def builds() -> Iterator[Build]:
             types = {"x": each, "values": each, "columns": "*u8", "chunks": "*u8", "order": "*i32", "starts": "*i64"}
             types |= {"bias": each, "y": each, "m": "i32", "o": "i32", "stride": "i32"}
             yield Build("nonzeros", "_nonzeros", types, {**few, "PLACES": 16, "GROUPS": 8, "GROUP": 8, "CHUNK": 256})
-            types = {"x": each, "values": each, "meta": "*i32", "bias": each, "y": each}
+            types = {"x": "*i64", "values": each, "meta": "*i32", "bias": each, "y": each}
             types |= {"m": "i32", "o": "i32", "fours": "i32", "stride": "i32"}
-            yield Build("gemv24", "_gemv24", types, {**few, "ROWS": 8, "WORDS": 16})
+            if kind != "fp32":
+                yield Build("gemv24", "_gemv24", types, {**few, "ROWS": 8, "WORDS": 16})
             types = {"x": each, "bits": "*i32", "values": each, "starts": "*i64", "ranks": "*u16", "bias": each}
             types |= {"y": each, "m": "i32", "o": "i32", "i": "i32", "words": "i32", "stride": "i32"}
             yield Build("bitmap", "_bitmap", types, {**few, "ROWS": 8, "WORDS": 16})

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import activation, operands
 from .activation import activate
-from .language import constexpr, jit, on, tl
+from .language import WHY_NOT, constexpr, jit, on, tl
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def pack(weight: Tensor) -> Bitmap:
     return Bitmap((o, i), bits, weight[stored], starts, ranks)
 
 
-def unpack(packed: Bitmap) -> Tensor:
+def reference_unpack(packed: Bitmap) -> Tensor:
     """The weight [o, i], bit for bit as it was packed."""
     o, i = packed.shape
     lanes = packed.bits.unsqueeze(2).bitwise_right_shift(torch.arange(32, device=packed.bits.device)).bitwise_and(1)
@@ -63,9 +63,26 @@ def unpack(packed: Bitmap) -> Tensor:
     return torch.where(stored.bool(), packed.values[place.clamp(max=len(packed.values) - 1)], 0.0)
 
 
+def unpack(packed: Bitmap) -> Tensor:
+    """The weight [o, i], bit for bit as it was packed."""
+    if WHY_NOT:
+        raise RuntimeError(WHY_NOT)
+    (o, i), rows, words = packed.shape, 8, 16
+    values = operands.as_integers(packed.values)
+    weight = torch.empty(o, i, dtype=values.dtype, device=values.device)
+    if weight.numel():
+        count = packed.bits.shape[1]
+        with on(values):
+            _unpack[(-(-o // rows), -(-count // words))](
+                packed.bits, values, packed.starts, packed.ranks, weight, o, i, count,
+                ROWS=rows, WORDS=words, num_warps=4,
+            )  # fmt: skip
+    return weight.view(packed.values.dtype)
+
+
 def reference(x: Tensor, packed: Bitmap, bias: Tensor | None = None, act: str = "") -> Tensor:
     """x [m, i] -> y [m, o], the definition."""
-    return activation.reference(torch.nn.functional.linear(x, unpack(packed), bias), act)
+    return activation.reference(torch.nn.functional.linear(x, reference_unpack(packed), bias), act)
 
 
 def linear(x: Tensor, packed: Bitmap, bias: Tensor | None = None, act: str = "") -> Tensor:
@@ -88,13 +105,37 @@ def linear(x: Tensor, packed: Bitmap, bias: Tensor | None = None, act: str = "")
 
 
 @jit
-def _bytes_below(word):
-    """Word int32 -> in each byte how many bits are set in the bytes below it, at most 24; and the count of all."""
+def _counts(word):
+    """Word int32 -> the bits set in each of its bytes."""
     pairs = word - ((word >> 1) & 0x55555555)
     nibbles = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
-    counts = (nibbles + (nibbles >> 4)) & 0x0F0F0F0F
-    up_to = counts * 0x01010101
-    return up_to << 8, (up_to >> 24) & 0xFF
+    return (nibbles + (nibbles >> 4)) & 0x0F0F0F0F
+
+
+@jit
+def _decoded(bits, values, ranks, begin, row, word, real, words, ROWS: constexpr, WORDS: constexpr):
+    """Values [ROWS, WORDS, 4, 8] of words of bits, 0 where none is stored, and which are."""
+    byte, lane = tl.arange(0, 4), tl.arange(0, 8)
+    inside = real[:, None] & (word < words)[None, :]
+    at = row[:, None] * words + word[None, :]
+    packed = tl.load(bits + at, mask=inside, other=0)
+    odd = (word & 1) != 0
+    lower = tl.load(bits + at - 1, mask=inside & odd[None, :], other=0)
+    rank = tl.load(ranks + row[:, None] * ((words + 1) // 2) + (word // 2)[None, :], mask=inside, other=0)
+    # Multiplied by ones, the last byte is the sum of all, and each the sum of those up to it.
+    before = ((_counts(lower) * 0x01010101) >> 24) & 0xFF
+    below = (_counts(packed) * 0x01010101) << 8
+    first = begin[:, None] + rank.to(tl.int32) + before
+    octet = (packed[:, :, None] >> (8 * byte)[None, None, :]) & 0xFF
+    offset = first[:, :, None] + ((below[:, :, None] >> (8 * byte)[None, None, :]) & 0xFF)
+    # The same within a byte: its bits spread to nibbles, and shifted on by one, so that each has those below it.
+    spread = (octet | (octet << 12)) & 0x000F000F
+    spread = (spread | (spread << 6)) & 0x03030303
+    spread = (spread | (spread << 3)) & 0x11111111
+    lanes = (spread * 0x11111110)[:, :, :, None] >> (4 * lane)[None, None, None, :]
+    spot = offset[:, :, :, None] + (lanes & 0xF)
+    kept = ((octet[:, :, :, None] >> lane[None, None, None, :]) & 1) != 0
+    return tl.load(values + spot, mask=kept, other=0), kept
 
 
 @jit
@@ -106,38 +147,36 @@ def _bitmap(
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     real = row < o
     begin = tl.load(starts + row, mask=real, other=0)
-    byte, lane = tl.arange(0, 4), tl.arange(0, 8)
-    sums = tl.zeros((TOKENS, ROWS, WORDS), dtype=tl.float32)
+    # Added up across threads once, behind the loop.
+    sums = tl.zeros((TOKENS, ROWS, WORDS, 4), dtype=tl.float32)
     for start in tl.range(0, words, WORDS, num_stages=3):
         word = start + tl.arange(0, WORDS)
-        inside = real[:, None] & (word < words)[None, :]
-        at = row[:, None] * words + word[None, :]
-        packed = tl.load(bits + at, mask=inside, other=0)
-        odd = (word & 1) != 0
-        lower = tl.load(bits + at - 1, mask=inside & odd[None, :], other=0)
-        rank = tl.load(ranks + row[:, None] * ((words + 1) // 2) + (word // 2)[None, :], mask=inside, other=0)
-        below, _ = _bytes_below(packed)
-        _, before = _bytes_below(lower)
-        first = begin[:, None] + rank.to(tl.int32) + before
-        octet = (packed[:, :, None] >> (8 * byte)[None, None, :]) & 0xFF
-        offset = first[:, :, None] + ((below[:, :, None] >> (8 * byte)[None, None, :]) & 0xFF)
-        some = octet[:, :, :, None] & ((1 << lane) - 1)[None, None, None, :]
-        pairs = some - ((some >> 1) & 0x55)
-        nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
-        spot = offset[:, :, :, None] + ((nibbles + (nibbles >> 4)) & 0xF)
-        kept = ((octet[:, :, :, None] >> lane[None, None, None, :]) & 1) != 0
-        value = tl.reshape(tl.load(values + spot, mask=kept, other=0.0).to(tl.float32), (ROWS, WORDS, 32))
-        stays = tl.reshape(kept, (ROWS, WORDS, 32))
+        value, stays = _decoded(bits, values, ranks, begin, row, word, real, words, ROWS, WORDS)
         column = word[:, None] * 32 + tl.arange(0, 32)[None, :]
         given = tl.load(
             x + token.to(tl.int64)[:, None, None] * stride + column[None, :, :],
             mask=(token < m)[:, None, None] & (column < i)[None, :, :], other=0.0,
-        ).to(tl.float32)  # fmt: skip
-        sums += tl.sum(tl.where(stays[None, :, :, :], given[:, None, :, :] * value[None, :, :, :], 0.0), 3)
-    total = tl.sum(sums, 2)
+        )  # fmt: skip
+        given = tl.reshape(given, (TOKENS, 1, WORDS, 4, 8)).to(tl.float32)
+        terms = tl.where(stays[None, :, :, :, :], given * value.to(tl.float32)[None, :, :, :, :], 0.0)
+        sums += tl.sum(terms, 4)
+    total = tl.sum(tl.sum(sums, 3), 2)
     if BIAS:
         total += tl.load(bias + row, mask=real, other=0.0).to(tl.float32)[None, :]
     inside = (token < m)[:, None] & real[None, :]
     tl.store(
         y + token.to(tl.int64)[:, None] * o + row[None, :], activate(total, KIND).to(y.dtype.element_ty), mask=inside
     )
+
+
+@jit
+def _unpack(bits, values, starts, ranks, weight, o, i, words, ROWS: constexpr, WORDS: constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    real = row < o
+    begin = tl.load(starts + row, mask=real, other=0)
+    value, _ = _decoded(bits, values, ranks, begin, row, word, real, words, ROWS, WORDS)
+    column = word[:, None] * 32 + tl.arange(0, 32)[None, :]
+    at = row[:, None, None] * i + column[None, :, :]
+    inside = real[:, None, None] & (column < i)[None, :, :]
+    tl.store(weight + at, tl.reshape(value, (ROWS, WORDS, 32)), mask=inside)

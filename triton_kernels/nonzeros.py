@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import activation, operands
 from .activation import activate
-from .language import constexpr, jit, on, tl
+from .language import WHY_NOT, constexpr, jit, on, tl
 
 GROUP, CHUNK, PLACES = 8, 256, 16
 
@@ -56,7 +56,7 @@ def pack(weight: Tensor) -> Nonzeros:
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))[:o]
     first = starts[place // PLACES] + place % PLACES * longest[place // PLACES]
     first = first.unsqueeze(1) + groups.cumsum(1) - groups
-    row, column = stored.view(o, -1).nonzero(as_tuple=True)
+    row, column = stored.view(o, chunks * CHUNK).nonzero(as_tuple=True)
     chunk = column // CHUNK
     rank = (
         torch.arange(len(row), device=row.device)
@@ -74,7 +74,7 @@ def pack(weight: Tensor) -> Nonzeros:
     return Nonzeros((o, i), values.view(-1, GROUP), columns.view(-1, GROUP), of_group, order, starts)
 
 
-def unpack(packed: Nonzeros) -> Tensor:
+def reference_unpack(packed: Nonzeros) -> Tensor:
     """The weight [o, i], bit for bit as it was packed."""
     o, i = packed.shape
     longest = (packed.starts.diff() // PLACES).repeat_interleave(PLACES, output_size=len(packed.order))
@@ -87,9 +87,24 @@ def unpack(packed: Nonzeros) -> Tensor:
     return weight[: o * i].view(packed.values.dtype).view(o, i)
 
 
+def unpack(packed: Nonzeros) -> Tensor:
+    """The weight [o, i], bit for bit as it was packed."""
+    if WHY_NOT:
+        raise RuntimeError(WHY_NOT)
+    values = operands.as_integers(packed.values)
+    weight = values.new_zeros(packed.shape)
+    if packed.values.numel():
+        with on(values):
+            _unpack[(len(packed.order) // PLACES, 8)](
+                values, packed.columns, packed.chunks, packed.order, packed.starts, weight, *packed.shape,
+                PLACES=PLACES, GROUPS=8, GROUP=GROUP, CHUNK=CHUNK, num_warps=4,
+            )  # fmt: skip
+    return weight.view(packed.values.dtype)
+
+
 def reference(x: Tensor, packed: Nonzeros, bias: Tensor | None = None, act: str = "") -> Tensor:
     """x [m, i] -> y [m, o], the definition."""
-    return activation.reference(torch.nn.functional.linear(x, unpack(packed), bias), act)
+    return activation.reference(torch.nn.functional.linear(x, reference_unpack(packed), bias), act)
 
 
 def linear(x: Tensor, packed: Nonzeros, bias: Tensor | None = None, act: str = "") -> Tensor:
@@ -146,3 +161,25 @@ def _nonzeros(
     tl.store(
         y + token.to(tl.int64)[:, None] * o + row[None, :], activate(total, KIND).to(y.dtype.element_ty), mask=inside
     )
+
+
+@jit
+def _unpack(
+    values, columns, chunks, order, starts, weight, o, i,
+    PLACES: constexpr, GROUPS: constexpr, GROUP: constexpr, CHUNK: constexpr,
+):  # fmt: skip
+    place, lane = tl.arange(0, PLACES), tl.arange(0, GROUP)
+    first = tl.load(starts + tl.program_id(0))
+    longest = (tl.load(starts + tl.program_id(0) + 1) - first).to(tl.int32) // PLACES
+    begin = first + place.to(tl.int64) * longest
+    row = tl.load(order + tl.program_id(0) * PLACES + place)
+    for start in range(tl.program_id(1) * GROUPS, longest, tl.num_programs(1) * GROUPS):
+        group = start + tl.arange(0, GROUPS)
+        inside = (row < o)[:, None] & (group < longest)[None, :]
+        at = begin[:, None] + group[None, :]
+        chunk = tl.load(chunks + at, mask=inside, other=0).to(tl.int32)
+        slot = at[:, :, None] * GROUP + lane[None, None, :]
+        value = tl.load(values + slot, mask=inside[:, :, None], other=0)
+        column = tl.load(columns + slot, mask=inside[:, :, None], other=0).to(tl.int32) + chunk[:, :, None] * CHUNK
+        # What fills a group up is written nowhere.
+        tl.store(weight + row.to(tl.int64)[:, None, None] * i + column, value, mask=value != 0)

@@ -30,6 +30,15 @@ def check(x: Tensor, values: Tensor, shape: tuple[int, int], bias: Tensor | None
         raise ValueError(f"the bias is {bias.dtype} {list(bias.shape)} on {bias.device}, not {x.dtype} [{o}]")
 
 
+def check_meta(meta: Tensor, values: Tensor, shape: tuple[int, int]) -> None:
+    """Raises ValueError where meta is not that of the 2:4 weight [o, i] of these values."""
+    o, i = shape
+    if i % 4 or meta.dtype is not torch.int32 or meta.shape != (o, -(-i // 32)) or meta.device != values.device:
+        raise ValueError(f"meta is {meta.dtype} {list(meta.shape)} on {meta.device}, not int32 [{o}, {-(-i // 32)}]")
+    if not (values.is_contiguous() and meta.is_contiguous()):
+        raise ValueError("values and meta are not contiguous")
+
+
 def as_integers(x: Tensor) -> Tensor:
     """x -> its bits as integers of its shape: -0.0 is not 0 there, and copies of a NaN are that NaN."""
     return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import operands
 from .language import WHY_NOT, constexpr, jit, on, tl
 
 _INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
@@ -39,7 +40,7 @@ def reference_pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(values == 0, 0.0, values), words.to(torch.int32)
 
 
-def unpack(values: Tensor, meta: Tensor) -> Tensor:
+def reference_unpack(values: Tensor, meta: Tensor) -> Tensor:
     """values [o, i / 2], meta int32 [o, ceil(i / 32)] -> weight [o, i]."""
     o, i = len(values), 2 * values.shape[1]
     nibbles = meta.unsqueeze(-1).bitwise_right_shift(torch.arange(0, 32, 4, device=meta.device)).bitwise_and(15)
@@ -83,6 +84,21 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
                 weight.view(integer), values.view(integer), meta, i // 4, meta.shape[1], BLOCK=block, num_warps=4
             )
     return values, meta
+
+
+def unpack(values: Tensor, meta: Tensor) -> Tensor:
+    """values [o, i / 2], meta int32 [o, ceil(i / 32)] -> weight [o, i]. Raises ValueError for other tensors."""
+    _check(values, 2)
+    o, i = len(values), 2 * values.shape[1]
+    operands.check_meta(meta, values, (o, i))
+    weight = torch.empty(o, i, dtype=values.dtype, device=values.device)
+    if weight.numel():
+        integer, block = _INTEGERS[values.dtype], 256
+        with on(values):
+            _unpack[(o, -(-i // (4 * block)))](
+                values.view(integer), meta, weight.view(integer), i // 4, meta.shape[1], BLOCK=block, num_warps=4
+            )
+    return weight
 
 
 def _keys(weight: Tensor) -> Tensor:
@@ -145,3 +161,18 @@ def _pack(weight, values, meta, fours, words, BLOCK: constexpr):
     word = tl.sum(tl.reshape(nibble, (BLOCK // 8, 8)) << (4 * tl.arange(0, 8))[None, :], 1)
     at = tl.program_id(1) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
     tl.store(meta + row * words + at, word, mask=at < words)
+
+
+@jit
+def _unpack(values, meta, weight, fours, words, BLOCK: constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    four = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = four < fours
+    spot = (row * fours + four)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    one, other = tl.split(tl.load(values + spot, mask=inside[:, None], other=0))
+    nibble = tl.load(meta + row * words + four // 8, mask=inside, other=0) >> (4 * (four & 7))
+    place = tl.arange(0, 4)[None, :]
+    second = tl.where(place == ((nibble >> 2) & 3)[:, None], other[:, None], 0)
+    both = tl.where(place == (nibble & 3)[:, None], one[:, None], second)
+    at = (row * fours + four)[:, None] * 4 + place
+    tl.store(weight + at, both.to(weight.dtype.element_ty), mask=inside[:, None])

@@ -26,7 +26,7 @@ from .language import WHY_NOT, constexpr, jit, tl
 
 CHUNK = 1 << 16
 # Keys of one type in a bracket of this many buckets are counted in registers, for each chunk apart; others in a table.
-_FEW = 16
+_FEW = 8
 _MANY = 1 << 16
 # About so many keys are sampled; the bracket reaches over so many standard deviations of a rank in the sample.
 _SAMPLE = 1 << 18
@@ -204,7 +204,7 @@ def sample(chunks: Chunks) -> Tensor:
 
 
 def count_few(chunks: Chunks, low: int, shift: int) -> Tensor:
-    """Counts [chunks, 1 + 16] int32: keys below `low`, and in each bucket of 2 ** shift keys from there on."""
+    """Counts [chunks, 1 + 8] int32: keys below `low`, and in each bucket of 2 ** shift keys from there on."""
     found = torch.empty(len(chunks.lengths), 1 + _FEW, dtype=torch.int32, device=chunks.lengths.device)
     _launch(_count_few, chunks, chunks.programs(), found, low, shift, BUCKETS=_FEW)
     return found
@@ -241,16 +241,19 @@ def _launch(kernel: Any, chunks: Chunks, programs: int, *args: Any, **constants:
 
 
 @jit
-def _keys_at(address, alive, where, length, INTEGER: constexpr):
-    """Keys int32 at places of a chunk, and which of them count."""
-    valid = where < length
+def _keys_at(address, alive, where, length, WHOLE: constexpr, INTEGER: constexpr):
+    """Keys int32 at places of a chunk, and which of them count; WHOLE where all of them do."""
     begin = tl.multiple_of(address.to(tl.pointer_type(INTEGER)), 16)
-    bits = tl.load(begin + where, mask=valid, other=0)
-    key = bits & (0x7FFFFFFF if tl.int32 == INTEGER else 0x7FFF)
-    if alive != 0:
-        byte = tl.load(alive.to(tl.pointer_type(tl.uint8)) + (where >> 3), mask=valid, other=0)
-        valid = valid & (((byte >> (where & 7)) & 1) != 0)
-    return key.to(tl.int32), valid
+    most = 0x7FFFFFFF if tl.int32 == INTEGER else 0x7FFF
+    if WHOLE:
+        return (tl.load(begin + where) & most).to(tl.int32), where >= 0
+    else:
+        valid = where < length
+        bits = tl.load(begin + where, mask=valid, other=0)
+        if alive != 0:
+            byte = tl.load(alive.to(tl.pointer_type(tl.uint8)) + (where >> 3), mask=valid, other=0)
+            valid = valid & (((byte >> (where & 7)) & 1) != 0)
+        return (bits & most).to(tl.int32), valid
 
 
 @jit
@@ -263,8 +266,26 @@ def _sample(
     # A place within each stretch that looks like chance, so that no pattern of columns lines up with it.
     mixed = (chunk * EACH + place).to(tl.uint32) * 2654435761
     where = place * SPACING + ((mixed >> 8) % SPACING).to(tl.int32)
-    key, valid = _keys_at(tl.load(addresses + chunk), tl.load(alive + chunk), where, tl.load(lengths + chunk), INTEGER)
+    key, valid = _keys_at(
+        tl.load(addresses + chunk), tl.load(alive + chunk), where, tl.load(lengths + chunk), False, INTEGER
+    )
     tl.store(found + chunk * EACH + place, tl.where(valid, key, -1))
+
+
+@jit
+def _tally(address, alive, length, low, shift, WHOLE: constexpr, INTEGER: constexpr, SIZE: constexpr, BLOCK: constexpr):
+    """For each lane [BLOCK] int32 the keys of a chunk below `low`, and in each of eight buckets, four bytes a word."""
+    below = tl.zeros((BLOCK,), dtype=tl.int32)
+    first, second = below, below
+    for start in range(0, SIZE if WHOLE else length, BLOCK):
+        key, valid = _keys_at(address, alive, start + tl.arange(0, BLOCK), length, WHOLE, INTEGER)
+        above = key - low
+        place = above >> shift
+        one = 1 << (8 * (place & 3))
+        below += (valid & (above < 0)).to(tl.int32)
+        first += tl.where(valid & (place >> 2 == 0), one, 0)
+        second += tl.where(valid & (place >> 2 == 1), one, 0)
+    return below, first, second
 
 
 @jit
@@ -272,20 +293,19 @@ def _count_few(
     addresses, alive, lengths, chunks, found, low, shift,
     BUCKETS: constexpr, INTEGER: constexpr, SIZE: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
-    bucket = tl.arange(0, BUCKETS)
+    # A lane meets SIZE / BLOCK keys, which a byte has to hold.
+    tl.static_assert((BUCKETS == 8) & (SIZE // BLOCK < 256))
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
         address, mask, length = tl.load(addresses + chunk), tl.load(alive + chunk), tl.load(lengths + chunk)
-        below = tl.zeros((BLOCK,), dtype=tl.int32)
-        counts = tl.zeros((BUCKETS,), dtype=tl.int32)
-        for start in range(0, length, BLOCK):
-            key, valid = _keys_at(address, mask, start + tl.arange(0, BLOCK), length, INTEGER)
-            above = key - low
-            below += (valid & (above < 0)).to(tl.int32)
-            place = above >> shift
-            inside = valid & (above >= 0) & (place < BUCKETS)
-            counts += tl.histogram(tl.where(inside, place, 0), BUCKETS, mask=inside)
-        tl.store(found + chunk * (1 + BUCKETS), tl.sum(below))
-        tl.store(found + chunk * (1 + BUCKETS) + 1 + bucket, counts)
+        if (length == SIZE) & (mask == 0):
+            below, first, second = _tally(address, mask, length, low, shift, True, INTEGER, SIZE, BLOCK)
+        else:
+            below, first, second = _tally(address, mask, length, low, shift, False, INTEGER, SIZE, BLOCK)
+        at = found + chunk * (1 + BUCKETS)
+        tl.store(at, tl.sum(below))
+        for byte in tl.static_range(4):
+            tl.store(at + 1 + byte, tl.sum((first >> (8 * byte)) & 255))
+            tl.store(at + 5 + byte, tl.sum((second >> (8 * byte)) & 255))
 
 
 @jit
@@ -297,7 +317,7 @@ def _count_many(
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
         address, mask, length = tl.load(addresses + chunk), tl.load(alive + chunk), tl.load(lengths + chunk)
         for start in range(0, length, BLOCK):
-            key, valid = _keys_at(address, mask, start + tl.arange(0, BLOCK), length, INTEGER)
+            key, valid = _keys_at(address, mask, start + tl.arange(0, BLOCK), length, False, INTEGER)
             above = key - low
             below += (valid & (above < 0)).to(tl.int64)
             place = above >> shift
@@ -316,16 +336,23 @@ def _mask(
         address, mask, length = tl.load(addresses + chunk), tl.load(alive + chunk), tl.load(lengths + chunk)
         out = tl.load(outs + chunk).to(tl.pointer_type(tl.uint8))
         take, all_equal = tl.load(takes + chunk), tl.load(equals + chunk)
-        seen = take * 0
-        for start in range(0, length, BLOCK):
-            key, valid = _keys_at(address, mask, start + tl.arange(0, BLOCK), length, INTEGER)
-            equal = (valid & (key == threshold)).to(tl.int32)
-            gone = equal * (take > 0).to(tl.int32)
-            if (take > 0) & (take < all_equal):
-                # Of all chunks only one has both kinds, and only there does the order matter.
-                gone = tl.where(seen + tl.cumsum(equal) <= take, equal, 0)
-                seen += tl.sum(equal)
-            keep = (valid & (key >= threshold)).to(tl.int32) - gone
-            packed = tl.sum(tl.reshape(keep, (BLOCK // 8, 8)) << lane[None, :], 1)
-            byte = start // 8 + tl.arange(0, BLOCK // 8)
-            tl.store(out + byte, packed.to(tl.uint8), mask=byte * 8 < length)
+        # Of all chunks only one has ties of both kinds, and only there does their order matter.
+        mixed = (take > 0) & (take < all_equal)
+        limit = tl.where(take > 0, threshold, threshold - 1)
+        if (length == SIZE) & (mask == 0) & (mixed == 0):
+            for start in range(0, SIZE, BLOCK):
+                key, _ = _keys_at(address, mask, start + tl.arange(0, BLOCK), length, True, INTEGER)
+                packed = tl.sum(tl.reshape((key > limit).to(tl.int32), (BLOCK // 8, 8)) << lane[None, :], 1)
+                tl.store(out + start // 8 + tl.arange(0, BLOCK // 8), packed.to(tl.uint8))
+        else:
+            seen = take * 0
+            for start in range(0, length, BLOCK):
+                key, valid = _keys_at(address, mask, start + tl.arange(0, BLOCK), length, False, INTEGER)
+                stays = (valid & (key > limit)).to(tl.int32)
+                if mixed:
+                    equal = (valid & (key == threshold)).to(tl.int32)
+                    stays += tl.where(seen + tl.cumsum(equal) > take, equal, 0)
+                    seen += tl.sum(equal)
+                packed = tl.sum(tl.reshape(stays, (BLOCK // 8, 8)) << lane[None, :], 1)
+                byte = start // 8 + tl.arange(0, BLOCK // 8)
+                tl.store(out + byte, packed.to(tl.uint8), mask=byte * 8 < length)
