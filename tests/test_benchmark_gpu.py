@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_linears, gpu_models
 
 
 def row(kernel: str, case: str, ratio: float | None, error: float = 0.0) -> gpu.Row:
@@ -44,11 +45,52 @@ def test_without_a_gpu_nothing_is_measured(capsys: pytest.CaptureFixture[str], t
     assert "nothing was measured" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
+def test_layers_are_right_and_their_limits_those_of_their_bytes() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = list(gpu_linears.works(device, torch.float16, shapes=((128, 192),)))
+    assert {work.kernel for work in found} >= {"gemv24", "nonzeros", "bitmap", "blocks"}
+    for work in found:
+        if work.x.shape[0] <= 16:
+            assert gpu_linears.error_of(work) <= 2**-9, (work.kernel, work.case)
+            again = dataclasses.replace(work, packed=gpu_linears.copied(work.packed))
+            assert gpu_linears.error_of(again) <= 2**-9
+        assert 1.0 <= work.limit < 20
+    half = next(work for work in found if work.kernel == "gemv24")
+    wrong = dataclasses.replace(half, x=half.x * 2, weight=half.weight * 3)
+    assert gpu_linears.error_of(wrong) > 0.1 and "ratio" not in gpu_linears.measure(wrong, 0.1)
+
+
+def test_models_are_those_that_they_say() -> None:
+    widths = gpu_models.Widths(64, 128, 4, 2, 2, 50)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    decode, prefill, *_ = gpu_models.cases(widths)
+    few = {name: decode.plans[name] for name in ("90%", "half the channels")}
+    small = dataclasses.replace(decode, inputs=gpu_models.decoder_call(widths, 1, 6), plans=few)
+    rows = list(gpu_models.measure(small, device, torch.float32, mode=None, seconds=0.05))
+    assert [row["shape"] for row in rows] == list(few)
+    assert all(row["ratio"] > 0 and row["error"] <= 1e-4 for row in rows)
+    # What is decoded behind others is what is read at once.
+    model = prefill.build().eval()
+    ids = torch.randint(0, 50, (1, 7))
+    none = torch.zeros(2, 2, 1, 2, 0, 16)
+    held: list[torch.Tensor] = []
+    for layer in model.get_submodule("layers"):
+        part = layer.get_submodule("attention")
+        for name in ("k", "v"):
+            part.get_submodule(name).register_forward_hook(lambda m, x, y: held.append(y))
+    with torch.no_grad():
+        whole = model(ids, none)
+        k0, v0, k1, v1 = (y.unflatten(-1, (2, 16)).transpose(1, 2)[:, :, :6] for y in held)
+        turned = [gpu_models.turn(k, gpu_models.angles(torch.arange(6), 16)) for k in (k0, k1)]
+        past = torch.stack([torch.stack([turned[0], v0]), torch.stack([turned[1], v1])])
+        torch.testing.assert_close(model(ids[:, 6:], past), whole, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.cuda
 def test_a_short_run(tmp_path: Path) -> None:
     gpu.main(["--quick", "--results", str(tmp_path)])
     (file,) = tmp_path.iterdir()
     rows = json.loads(file.read_text())["rows"]
-    kernels = {"select", "prune24", "norms", "masked", "gemv24", "nonzeros", "bitmap", "blocks"}
+    kernels = {"select", "prune24", "norms", "masked", "gemv24", "nonzeros", "bitmap", "blocks", "model"}
     assert {r["kernel"] for r in rows} >= kernels
     assert all("ratio" in r for r in rows)

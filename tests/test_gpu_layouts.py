@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +14,10 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import Blocks, Plan, Rule, SemiStructured, Unstructured
 from fxprune.errors import InputError
-from fxprune.layouts import LAYOUTS, Bitmap, Nonzeros, Nonzeros8, choose, gpu
+from fxprune.layouts import LAYOUTS, Bitmap, Nonzeros, Nonzeros8, choose, cusparselt, gpu
 from fxprune.layouts.choose import Chooser
 from fxprune.layouts.gpu import GpuLayout
+from fxprune.layouts.remember import Memory
 from fxprune.layouts.site import Fit, Site
 from tests.kernel_case import same_bits, sparse
 from triton_kernels import activation, prune24
@@ -21,6 +25,7 @@ from triton_kernels import activation, prune24
 NAMES = ["semi24", "blocks", "nonzeros8", "bitmap"]
 PLANS = {
     "semi24": SemiStructured(2, 4),
+    "cusparselt": SemiStructured(2, 4),
     "blocks": Blocks(0.5, (16, 16)),
     "nonzeros8": Unstructured(0.9),
     "bitmap": Unstructured(0.5),
@@ -161,6 +166,33 @@ def test_a_choice_is_not_reused_for_a_weight_that_does_not_fit(monkeypatch: pyte
     assert packed is not None and same_bits(layout_of("bitmap").unpack(packed), other)
 
 
+@pytest.mark.usefixtures("anywhere")
+def test_choices_outlive_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    taken = iter([[3.0, 1.0, 2.0, 2.0], [3.0, 4.0, 4.0, 4.0]])
+    monkeypatch.setattr(Nonzeros, "fits", lambda self, site: Fit.no("left out"))
+    monkeypatch.setattr(choose, "best_dense", lambda site, x: [lambda: x])
+    monkeypatch.setattr(choose, "_times", lambda *_: next(taken))
+    file = tmp_path / "deep" / "choices.json"
+    monkeypatch.setattr(choose, "_memory", lambda weight: Memory(file))
+    weight = weight_for("semi24", 33, 320)
+    first, _ = Chooser().choose(site_of(weight))
+    again, packed = Chooser().choose(site_of(weight))
+    assert first.layout == again.layout == "semi24" and (first.reused, again.reused) == (False, True)
+    assert again.timings == first.timings and again.refused == first.refused and packed is not None
+    # What cannot be read is measured anew, and what cannot be written is not kept.
+    half = json.dumps({key: {"layout": "semi24"} for key in json.loads(file.read_text())})
+    for broken in ("{", "[]", "{}", half):
+        file.write_text(broken)
+        taken = iter([[3.0, 4.0, 4.0, 4.0]])
+        choice, packed = Chooser().choose(site_of(weight))
+        assert choice.layout == "dense" and not choice.reused and packed is None
+        assert Chooser().choose(site_of(weight))[0].reused
+    monkeypatch.setattr(choose, "_memory", lambda weight: Memory(file / "below"))
+    taken = iter([[3.0, 1.0, 2.0, 2.0]])
+    assert Chooser().choose(site_of(weight))[0].layout == "semi24"
+    assert [f.name for f in file.parent.iterdir()] == ["choices.json"]
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -189,9 +221,63 @@ def test_a_model_in_each_layout(name: str) -> None:
     torch.testing.assert_close(fast(other), plain(other), rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """cuSPARSELt as torch documents its operators, on this machine; the calls of its search are listed."""
+    searched: list[str] = []
+
+    def product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, transpose_result: bool, alg_id: int) -> Tensor:
+        assert alg_id == 3 and b.shape[1] % 8 == 0
+        y = a @ b if bias is None else a @ b + bias.unsqueeze(1)
+        return y.T.contiguous() if transpose_result else y
+
+    def search(a: Tensor, b: Tensor, bias: Tensor | None = None, *, transpose_result: bool) -> int:
+        searched.append(f"{list(a.shape)} x {list(b.shape)}")
+        return 3
+
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(cusparselt, "_compress", lambda weight: weight.clone())
+    monkeypatch.setattr(cusparselt, "_multiply", product)
+    monkeypatch.setattr(cusparselt, "_search", search)
+    monkeypatch.setattr(cusparselt, "_algorithms", {})
+    return searched
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_the_librarys_format(library: list[str]) -> None:
+    layout, weight = layout_of("cusparselt"), weight_for("semi24", 32, 64)
+    assert layout.fits(site_of(weight, (1, 4096))).ok
+    packed, bias = layout.pack(site_of(weight)), torch.randn(32)
+    given = [packed.tensors["compressed"]]
+    for m in (0, 1, 7, 8, 100, 120):
+        x = torch.randn(m, 64)
+        wanted = activation.reference(x @ weight.T + bias, "silu")
+        torch.testing.assert_close(layout.launch(x, given, bias, (32, 64), "silu"), wanted)
+    # Once for 8, once for 104 and 120, which are one power of two.
+    assert library == ["[32, 64] x [64, 8]", "[32, 64] x [64, 104]"]
+    with pytest.raises(InputError, match="only the library on a GPU knows its format"):
+        layout.unpack(packed)
+
+
+@pytest.mark.usefixtures("anywhere", "library")
+def test_what_the_librarys_format_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, weight = layout_of("cusparselt"), weight_for("semi24", 32, 64)
+    infinite = weight.clone()
+    infinite[weight != 0] = torch.inf
+    for given, why in (
+        (weight_for("semi24", 33, 64), r"\[33, 64\] are not both multiples of 16"),
+        (torch.randn(32, 64), "have more than two nonzeros"),
+        (infinite, "not finite"),
+    ):
+        assert re.search(why, layout.fits(site_of(given)).why)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    assert "without cuSPARSELt" in layout.fits(site_of(weight)).why
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "cusparselt"])
 def test_a_model_in_each_layout_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     model, x = Attention().eval().to("cuda", dtype), torch.randn(1, 5, 64, device="cuda", dtype=dtype)
     plan = Plan([Rule("*.weight", PLANS[name])])

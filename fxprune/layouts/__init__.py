@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from .bitmap import Bitmap
 from .blocks import Blocks
+from .cusparselt import CuSparseLt
 from .nonzeros import Nonzeros
 from .nonzeros8 import Nonzeros8
 from .semi24 import Semi24
 from .site import Fit, Layout, Packed, Site
 
-_ALL: tuple[Layout, ...] = (Nonzeros(), Semi24(), Blocks(), Nonzeros8(), Bitmap())
+_ALL: tuple[Layout, ...] = (Nonzeros(), Semi24(), CuSparseLt(), Blocks(), Nonzeros8(), Bitmap())
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in _ALL}
 
-__all__ = ["LAYOUTS", "Bitmap", "Blocks", "Fit", "Layout", "Nonzeros", "Nonzeros8", "Packed", "Semi24", "Site"]
+__all__ = [
+    "LAYOUTS",
+    "Bitmap",
+    "Blocks",
+    "CuSparseLt",
+    "Fit",
+    "Layout",
+    "Nonzeros",
+    "Nonzeros8",
+    "Packed",
+    "Semi24",
+    "Site",
+]

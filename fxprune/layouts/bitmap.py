@@ -31,7 +31,8 @@ class Bitmap(GpuLayout):
 
     def join(self, tensors: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
         """The weight."""
-        return bitmap.unpack(bitmap.Bitmap(shape, *tensors))
+        packed = bitmap.Bitmap(shape, *tensors)
+        return bitmap.unpack(packed) if tensors[0].is_cuda else bitmap.reference_unpack(packed)
 
     def launch(
         self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, shape: tuple[int, int], activation: str

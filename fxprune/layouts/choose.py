@@ -13,6 +13,7 @@ from ..timing import interleave, interleave_graphs, median, undisturbed
 from . import LAYOUTS
 from .dense import best_dense, predict_dense
 from .gpu import GpuLayout
+from .remember import Memory, memory_of
 from .site import Packed, Site
 
 # A sparse layout must beat dense by this factor at the geometric mean of the declared sizes, and lose at none.
@@ -44,7 +45,10 @@ class Choice:
 
 
 class Chooser:
-    """Remembers what it measured: sites alike in shape, sparsity (to 2%), sizes and device are measured once."""
+    """Remembers what it measured: sites alike in shape, sparsity (to 2%), sizes and device are measured once.
+
+    What was measured on a GPU other processes know as well (`remember`).
+    """
 
     def __init__(self, *, only: str | None = None) -> None:
         self.only = only
@@ -69,11 +73,17 @@ class Chooser:
         if not fitting:
             return Choice("dense", "no sparse layout fits", refused, ()), None
         key = _likeness(site, fitting)
-        if key in self._known:
-            choice = dataclasses.replace(self._known[key], reused=True)
-            return choice, LAYOUTS[choice.layout].pack(site) if choice.layout != "dense" else None
+        memory = _memory(site.weight)
+        known = self._known.get(key) or (None if memory is None else _recalled(memory, key, fitting))
+        if known is not None:
+            packed, refused = _pack(site, [known.layout] if known.layout != "dense" else [], refused)
+            if packed or known.layout == "dense":
+                self._known[key] = known
+                return dataclasses.replace(known, reused=True), packed.get(known.layout)
         choice, packed = _measure(site, fitting, refused)
         self._known[key] = choice
+        if memory is not None and choice.timings:
+            memory.put(str(key), choice)
         return choice, packed
 
     def _forced(self, site: Site, refused: dict[str, str], fitting: list[str]) -> tuple[Choice, Packed | None]:
@@ -81,6 +91,20 @@ class Chooser:
             return Choice(self.only, "asked for by options", refused, ()), LAYOUTS[self.only].pack(site)
         why = "asked for by options" if self.only == "dense" else f"{self.only} does not fit"
         return Choice("dense", why, refused, ()), None
+
+
+def _memory(weight: Tensor) -> Memory | None:
+    return memory_of(weight.device) if weight.is_cuda else None
+
+
+def _recalled(memory: Memory, key: tuple[object, ...], fitting: list[str]) -> Choice | None:
+    """What another process chose for a site alike; None where it chose nothing that fits this one."""
+    found = memory.get(str(key))
+    try:
+        choice = Choice(**{**found, "timings": tuple(Timing(**each) for each in found["timings"])}) if found else None
+    except (KeyError, TypeError):
+        return None
+    return choice if choice is not None and choice.layout in ("dense", *fitting) else None
 
 
 def _likeness(site: Site, fitting: list[str]) -> tuple[object, ...]:

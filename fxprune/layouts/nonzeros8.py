@@ -31,7 +31,8 @@ class Nonzeros8(GpuLayout):
 
     def join(self, tensors: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
         """The weight."""
-        return nonzeros.unpack(nonzeros.Nonzeros(shape, *tensors))
+        packed = nonzeros.Nonzeros(shape, *tensors)
+        return nonzeros.unpack(packed) if tensors[0].is_cuda else nonzeros.reference_unpack(packed)
 
     def launch(
         self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, shape: tuple[int, int], activation: str

@@ -21,14 +21,7 @@ class Semi24(GpuLayout):
 
     def refuses(self, site: Site) -> str:
         """Weights that have more than two nonzeros in some four, or -0.0, which the format does not keep."""
-        o, i = site.weight.shape
-        if i % 4:
-            return f"i={i} is not a multiple of 4"
-        over = int(((site.weight.reshape(-1, 4) != 0).sum(1) > 2).sum())
-        if over:
-            return f"{over} of {o * i // 4} fours have more than two nonzeros"
-        negative = (site.weight == 0) & torch.signbit(site.weight)
-        return "it holds -0.0, which the format does not keep" if bool(negative.any()) else ""
+        return refuse_24(site.weight)
 
     def split(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Its values and meta."""
@@ -36,7 +29,7 @@ class Semi24(GpuLayout):
 
     def join(self, tensors: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
         """The weight."""
-        return prune24.unpack(*tensors)
+        return prune24.unpack(*tensors) if tensors[0].is_cuda else prune24.reference_unpack(*tensors)
 
     def launch(
         self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, shape: tuple[int, int], activation: str
@@ -47,3 +40,15 @@ class Semi24(GpuLayout):
     def bytes_of(self, weight: Tensor) -> float:
         """Half the values and an eighth of a byte an element."""
         return weight.numel() * (weight.element_size() / 2 + 1 / 8)
+
+
+def refuse_24(weight: Tensor) -> str:
+    """Why a weight [o, i] cannot be stored by two of each four; nothing if it can."""
+    o, i = weight.shape
+    if i % 4:
+        return f"i={i} is not a multiple of 4"
+    over = int(((weight.reshape(-1, 4) != 0).sum(1) > 2).sum())
+    if over:
+        return f"{over} of {o * i // 4} fours have more than two nonzeros"
+    negative = (weight == 0) & torch.signbit(weight)
+    return "it holds -0.0, which the format does not keep" if bool(negative.any()) else ""
