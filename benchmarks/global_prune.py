@@ -1,6 +1,6 @@
 """global_unstructured over many weights: torch's and fxprune's, side by side, in time and in peak memory.
 
-    python -m benchmarks.global_prune [millions of elements, 100] [repeats, 3]
+    python -m benchmarks.global_prune [millions of elements, 200] [repeats, 3]
 
 Each library prunes the same weights twice, half of what remains each time. Peak memory is taken in a process of its own
 for each library and round; time in one process that lets the two take turns, where memory allows, on one thread. No
@@ -136,7 +136,7 @@ def available() -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
-def main(millions: str = "100", repeats: str = "3") -> None:
+def main(millions: str = "200", repeats: str = "3") -> None:
     """Measure, compare the masks, print the table and write the figures."""
     elements = int(float(millions) * 1e6)
     if available() < TORCH_PEAK * 4 * elements:
