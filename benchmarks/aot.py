@@ -91,7 +91,7 @@ def builds() -> Iterator[Build]:
         each = f"*{kind}"
         types = {"weight": each, "keep": "*u8", "groups": "i32", "n": "i32", "m": "i32"}
         for lanes in (4, 8, 16):
-            yield Build("prune24", "_select", types, {"LANES": lanes, "BLOCK": 1024 // lanes})
+            yield Build("prune24", "_select", types, {"LANES": lanes, "BLOCK": 1024 // lanes, "WHOLE": True})
         types = {"weight": each, "values": each, "meta": "*i32", "fours": "i32", "words": "i32"}
         yield Build("prune24", "_pack", types, {"BLOCK": 256})
         yield Build("prune24", "_unpack", types, {"BLOCK": 256})

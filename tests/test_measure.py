@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from fxprune.errors import InputError
-from fxprune.measure import benchmark
-from fxprune.timing import interleave
+from fxprune.measure import _ways, benchmark, device_of
+from fxprune.timing import interleave, interleave_graphs
 
 
 def test_interleave_gives_every_function_as_many_rounds() -> None:
@@ -46,3 +46,28 @@ def test_a_model_in_training_mode_is_refused() -> None:
 def test_a_bare_tensor_as_inputs_is_refused() -> None:
     with pytest.raises(InputError, match="Pass a tuple"):
         benchmark(nn.Identity(), nn.Identity(), torch.randn(1, 2), progress=False)  # pyright: ignore[reportArgumentType]
+
+
+def test_on_a_gpu_the_dense_side_may_record_cuda_graphs() -> None:
+    model = nn.Linear(2, 2).eval()
+    on_cpu = ["eager", "torch.compile", "torch.compile + freezing"]
+    assert list(_ways(model, None)) == list(_ways(model, torch.device("cpu"))) == on_cpu
+    graphs = ["torch.compile, reduce-overhead", "torch.compile, max-autotune"]
+    assert list(_ways(model, torch.device("cuda"))) == on_cpu + graphs
+
+
+def test_the_device_is_that_of_the_first_tensor_on_one() -> None:
+    assert device_of((torch.ones(1), [torch.ones(2)]), {"mask": None}) is None and device_of() is None
+
+
+@pytest.mark.cuda
+def test_what_runs_on_a_gpu_is_timed_between_events() -> None:
+    x = torch.randn(64, 64, device="cuda")
+    assert device_of(("text", [x])) == x.device
+    calls: list[int] = []
+    samples = interleave([lambda: calls.append(1), lambda: x @ x], x.device, seconds=0.0, min_rounds=4)
+    assert [len(s) for s in samples] == [4, 4] and len(calls) == 5 and min(samples[1]) > 0
+    graphs = interleave_graphs([lambda: x @ x], x.device, seconds=0.0, min_rounds=4)
+    assert len(graphs[0]) == 4 and min(graphs[0]) > 0
+    result = benchmark(nn.Linear(64, 64).eval().cuda(), lambda x: x, (x,), rounds=5, progress=False)
+    assert result.device == torch.cuda.get_device_name() and len(result.a.samples) == 5

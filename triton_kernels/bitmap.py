@@ -95,7 +95,7 @@ def linear(x: Tensor, packed: Bitmap, bias: Tensor | None = None, act: str = "")
     tokens = 1 if m == 1 else 2 if m == 2 else 4
     rows, words = 8, 16
     with on(x):
-        _bitmap[(-(-o // rows), -(-m // tokens))](
+        _bitmap[(-(-o // rows) * -(-m // tokens),)](
             x, packed.bits, packed.values, packed.starts, packed.ranks, x if bias is None else bias, y,
             m, o, packed.shape[1], packed.bits.shape[1], x.stride(0),
             BIAS=bias is not None, KIND=activation.index(act), TOKENS=tokens, ROWS=rows, WORDS=words,
@@ -143,8 +143,10 @@ def _bitmap(
     x, bits, values, starts, ranks, bias, y, m, o, i, words, stride,
     BIAS: constexpr, KIND: constexpr, TOKENS: constexpr, ROWS: constexpr, WORDS: constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    # Programs of the same rows stand together, so that these are read from memory once.
+    groups = tl.cdiv(m, TOKENS)
+    row = (tl.program_id(0) // groups).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(0) % groups * TOKENS + tl.arange(0, TOKENS)
     real = row < o
     begin = tl.load(starts + row, mask=real, other=0)
     # Added up across threads once, behind the loop.

@@ -40,7 +40,7 @@ def linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None, 
     aligned = x.stride(0) % 4 == 0 and x.storage_offset() % 4 == 0 and x.data_ptr() % 8 == 0
     fours = (x if aligned else x.clone(memory_format=torch.contiguous_format)).view(torch.int64)
     with on(x):
-        _gemv24[(-(-o // rows), -(-m // tokens))](
+        _gemv24[(-(-o // rows) * -(-m // tokens),)](
             fours, values, meta, x if bias is None else bias, y, m, o, fours.shape[1], fours.stride(0),
             BIAS=bias is not None, KIND=activation.index(act), TOKENS=tokens, ROWS=rows, WORDS=words,
             num_warps=4, num_stages=3,
@@ -53,8 +53,10 @@ def _gemv24(
     x, values, meta, bias, y, m, o, fours, stride,
     BIAS: constexpr, KIND: constexpr, TOKENS: constexpr, ROWS: constexpr, WORDS: constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    # Programs of the same rows stand together, so that these are read from memory once.
+    groups = tl.cdiv(m, TOKENS)
+    row = (tl.program_id(0) // groups).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(0) % groups * TOKENS + tl.arange(0, TOKENS)
     lane = tl.arange(0, 8)
     words = (fours + 7) // 8
     kind = values.dtype.element_ty

@@ -116,7 +116,7 @@ def linear(x: Tensor, packed: Nonzeros, bias: Tensor | None = None, act: str = "
         return y
     tokens = 1 if m == 1 else 2 if m == 2 else 4
     with on(x):
-        _nonzeros[(len(packed.order) // PLACES, -(-m // tokens))](
+        _nonzeros[(len(packed.order) // PLACES * -(-m // tokens),)](
             x, packed.values, packed.columns, packed.chunks, packed.order, packed.starts,
             x if bias is None else bias, y, m, o, x.stride(0),
             BIAS=bias is not None, KIND=activation.index(act), TOKENS=tokens, PLACES=PLACES, GROUPS=8,
@@ -132,9 +132,11 @@ def _nonzeros(
     BIAS: constexpr, KIND: constexpr, TOKENS: constexpr, PLACES: constexpr, GROUPS: constexpr,
     GROUP: constexpr, CHUNK: constexpr,
 ):  # fmt: skip
-    slice_ = tl.program_id(0)
+    # Programs of the same rows stand together, so that these are read from memory once.
+    groups = tl.cdiv(m, TOKENS)
+    slice_ = tl.program_id(0) // groups
     place = tl.arange(0, PLACES)
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    token = tl.program_id(0) % groups * TOKENS + tl.arange(0, TOKENS)
     first = tl.load(starts + slice_)
     longest = (tl.load(starts + slice_ + 1) - first).to(tl.int32) // PLACES
     lane = tl.arange(0, GROUP)

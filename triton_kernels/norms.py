@@ -19,6 +19,8 @@ from .language import WHY_NOT, constexpr, jit, on, tl
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Elements of one channel that a program sums; more programs share a longer one.
 _PIECE = 1 << 14
+# A grid has at most 65535 programs in its second dimension.
+_MOST = 1 << 15
 
 
 def reference_slices(x: Tensor, p: float) -> Tensor:
@@ -43,7 +45,7 @@ def slices(x: Tensor, p: float = 2.0) -> Tensor:
     if x.numel() == 0:
         return torch.zeros(c, dtype=torch.float32, device=x.device)
     block_c, block_b = (64, 16) if b == 1 else (4, 256)
-    pieces = max(1, -(-a * b // _PIECE))
+    pieces = max(1, min(_MOST, -(-a * b // _PIECE)))
     sums = torch.empty(pieces, c, dtype=torch.float32, device=x.device)
     share = -(-a * b // pieces)
     each = -(-share // block_b) * block_b
@@ -66,7 +68,7 @@ def tiles(x: Tensor, shape: tuple[int, int], p: float = 2.0) -> Tensor:
         high = min(1 << (h - 1).bit_length(), max(1, 4096 // wide))
         count = max(1, 4096 // (wide * high))
         with on(x):
-            _tiles[(r // h, -(-(n // w) // count))](
+            _tiles[(r // h * -(-(n // w) // count),)](
                 x, sums, n, h, w, P=float(p), KIND=_kind(p), HIGH=high, WIDE=wide, COUNT=count, num_warps=4
             )
     return _root(sums.unsqueeze(0), p)
@@ -128,15 +130,17 @@ def _slices(x, sums, length, b, c, each, P: constexpr, KIND: constexpr, BLOCK_C:
 
 @jit
 def _tiles(x, sums, n, h, w, P: constexpr, KIND: constexpr, HIGH: constexpr, WIDE: constexpr, COUNT: constexpr):
-    tile = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
-    lane = tl.arange(0, WIDE)
     many = n // w
+    each = tl.cdiv(many, COUNT)
+    band = tl.program_id(0).to(tl.int64) // each
+    tile = tl.program_id(0) % each * COUNT + tl.arange(0, COUNT)
+    lane = tl.arange(0, WIDE)
     inside = (tile < many)[:, None] & (lane < w)[None, :]
     column = tile[:, None] * w + lane[None, :]
     total = tl.zeros((HIGH, COUNT, WIDE), dtype=tl.float32)
     for start in range(0, h, HIGH):
         row = start + tl.arange(0, HIGH)
-        place = (tl.program_id(0).to(tl.int64) * h + row)[:, None, None] * n + column[None, :, :]
+        place = (band * h + row)[:, None, None] * n + column[None, :, :]
         term = _power(tl.load(x + place, mask=(row < h)[:, None, None] & inside[None, :, :], other=0.0), P, KIND)
         total = tl.maximum(total, term, propagate_nan=tl.PropagateNan.ALL) if KIND == 0 else total + term
     if KIND == 0:
@@ -144,4 +148,4 @@ def _tiles(x, sums, n, h, w, P: constexpr, KIND: constexpr, HIGH: constexpr, WID
         result = tl.max(tl.max(total, 0), 1) + tl.sum(tl.sum(unknown, 0), 1)
     else:
         result = tl.sum(tl.sum(total, 0), 1)
-    tl.store(sums + tl.program_id(0).to(tl.int64) * many + tile, result, mask=tile < many)
+    tl.store(sums + band * many + tile, result, mask=tile < many)

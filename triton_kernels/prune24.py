@@ -57,15 +57,19 @@ def select(weight: Tensor, n: int, m: int) -> Tensor:
         raise ValueError(f"the kernel selects n of up to 16 neighbours, not {n} of {m}")
     _check(weight, m)
     groups = weight.numel() // m
-    keep = torch.empty(-(-weight.numel() // 8) * 8, dtype=torch.uint8, device=weight.device)
-    keep[weight.numel() :] = 0
     lanes = 1 << (m - 1).bit_length()
-    block = 1024 // lanes
+    # Where groups fill their lanes eight neighbours are a byte; else each element is one first.
+    whole, block = m == lanes, 1024 // lanes
+    keep = torch.empty(-(-weight.numel() // 8) * (1 if whole else 8), dtype=torch.uint8, device=weight.device)
     if groups:
         with on(weight):
             _select[(-(-groups // block),)](
-                weight.view(_INTEGERS[weight.dtype]), keep, groups, n, m, LANES=lanes, BLOCK=block, num_warps=4
-            )
+                weight.view(_INTEGERS[weight.dtype]), keep, groups, n, m,
+                LANES=lanes, BLOCK=block, WHOLE=whole, num_warps=4,
+            )  # fmt: skip
+    if whole:
+        return keep
+    keep[weight.numel() :] = 0
     shifts = torch.arange(8, dtype=torch.uint8, device=keep.device)
     return keep.view(-1, 8).bitwise_left_shift(shifts).sum(1, dtype=torch.uint8)
 
@@ -116,7 +120,7 @@ def _check(weight: Tensor, m: int) -> None:
 
 
 @jit
-def _select(weight, keep, groups, n, m, LANES: constexpr, BLOCK: constexpr):
+def _select(weight, keep, groups, n, m, LANES: constexpr, BLOCK: constexpr, WHOLE: constexpr):
     group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     lane = tl.arange(0, LANES)
     inside = (group < groups)[:, None] & (lane < m)[None, :]
@@ -129,7 +133,13 @@ def _select(weight, keep, groups, n, m, LANES: constexpr, BLOCK: constexpr):
         (key[:, None, :] == key[:, :, None]) & (lane[None, None, :] > lane[None, :, None])
     )
     rank = tl.sum(before.to(tl.int32), 2)
-    tl.store(keep + place, (rank < n).to(tl.uint8), mask=inside)
+    stays = (rank < n) & inside
+    if WHOLE:
+        bits = tl.reshape(stays.to(tl.int32), (BLOCK * LANES // 8, 8)) << tl.arange(0, 8)[None, :]
+        byte = tl.program_id(0).to(tl.int64) * (BLOCK * LANES // 8) + tl.arange(0, BLOCK * LANES // 8)
+        tl.store(keep + byte, tl.sum(bits, 1).to(tl.uint8), mask=byte * 8 // m < groups)
+    else:
+        tl.store(keep + place, stays.to(tl.uint8), mask=inside)
 
 
 @jit
