@@ -21,8 +21,6 @@ import fxprune
 from benchmarks.by_hand import RESNET50, VIT_B16, ResNet, ViT
 from fxprune import Blocks, Channels, Plan, Rule, SemiStructured, Unstructured
 
-# A result of bfloat16 may differ by so much of the largest output: each of a model's sums is rounded to 2 ** -9.
-TOLERANCE = 5e-2
 Row = dict[str, Any]
 
 

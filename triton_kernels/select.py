@@ -14,7 +14,6 @@ k-selection algorithms for graphics processing units", 2012.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,17 +86,18 @@ def chunks(tensors: Sequence[Tensor], alive: Sequence[Tensor | None] | None = No
     """
     alive = [None] * len(tensors) if alive is None else alive
     _check(tensors, alive)
-    device = tensors[0].device
-    sizes = torch.tensor([x.numel() for x in tensors])
+    pointers = [0 if bits is None else bits.data_ptr() for bits in alive]
+    rows = [[x.numel() for x in tensors], [x.data_ptr() for x in tensors], pointers]
+    # One small copy; the table is made where it is read, and of a size that is known here, so that nothing waits.
+    sizes, addresses, masks = torch.tensor(rows).to(tensors[0].device, non_blocking=True)
     counts = (sizes + CHUNK - 1) // CHUNK
-    owners = torch.repeat_interleave(torch.arange(len(tensors)), counts)
-    starts = (torch.arange(len(owners)) - (counts.cumsum(0) - counts)[owners]) * CHUNK
-    addresses = torch.tensor([x.data_ptr() for x in tensors])[owners] + starts * tensors[0].element_size()
-    masks = torch.tensor([0 if bits is None else bits.data_ptr() for bits in alive])[owners]
-    masks = torch.where(masks > 0, masks + starts // 8, masks)
+    total = sum(-(-size // CHUNK) for size in rows[0])
+    owners = torch.repeat_interleave(counts, output_size=total)
+    starts = (torch.arange(total, device=owners.device) - (counts.cumsum(0) - counts)[owners]) * CHUNK
+    addresses = addresses[owners] + starts * tensors[0].element_size()
+    masks = torch.where(masks[owners] > 0, masks[owners] + starts // 8, 0)
     lengths = (sizes[owners] - starts).clamp(max=CHUNK).to(torch.int32)
-    columns = (t.to(device, non_blocking=True) for t in (addresses, masks, lengths, owners, starts))
-    return Chunks(tuple(tensors), tuple(alive), *columns)
+    return Chunks(tuple(tensors), tuple(alive), addresses, masks, lengths, owners, starts)
 
 
 def is_readable(x: Tensor) -> bool:
@@ -155,8 +155,8 @@ def keep_all_but(chunks: Chunks, k: int) -> list[Tensor]:
 
 def elements(chunks: Chunks) -> int:
     """How many elements are not masked already."""
-    if not bool(chunks.alive.any()):
-        return int(chunks.lengths.sum(dtype=torch.int64))
+    if all(bits is None for bits in chunks.kept):
+        return sum(x.numel() for x in chunks.tensors)
     return int(count_few(chunks, 0, chunks.bits).sum(dtype=torch.int64))
 
 
@@ -169,7 +169,8 @@ def threshold(chunks: Chunks, k: int, total: int) -> Threshold:
         shift = 0 if few else max(0, (stop - start - 1).bit_length() - _MANY.bit_length() + 1)
         counts = count_few(chunks, start, 0) if few else count_many(chunks, start, shift)
         reach = (counts.sum(0, dtype=torch.int64) if few else counts).cumsum(0)
-        place = int(torch.searchsorted(reach, k))
+        found = torch.searchsorted(reach, k)
+        place, before = torch.stack([found, reach[(found - 1).clamp(min=0)]]).tolist()
         if place == 0:
             high = start
         elif start + (place - 1 << shift) >= stop:
@@ -178,7 +179,7 @@ def threshold(chunks: Chunks, k: int, total: int) -> Threshold:
             low = start + (place - 1 << shift)
             high = min(low + (1 << shift), stop)
             if high - low == 1:
-                return Threshold(low, k - int(reach[place - 1]), counts[:, place] if few else None)
+                return Threshold(low, k - before, counts[:, place] if few else None)
         start, stop = low, high
 
 
@@ -186,13 +187,15 @@ def _bracket(chunks: Chunks, k: int, total: int) -> tuple[int, int]:
     """Keys between which the threshold lies almost surely: the first, and the one after the last."""
     if total < 4 * _SAMPLE:
         return 0, 1 << chunks.bits
-    found = sample(chunks).flatten()
-    found = found[found >= 0].sort().values
-    place = len(found) * k / total
-    spread = _DEVIATIONS * math.sqrt(place * (1 - k / total)) + 1
-    first, last = math.floor(place - spread), math.ceil(place + spread)
-    start = int(found[first]) if first >= 0 else 0
-    return start, int(found[last]) + 1 if last < len(found) else 1 << chunks.bits
+    # What is none comes first; how many that are, and both keys, are asked for at once.
+    found = sample(chunks).flatten().sort().values
+    none = (found < 0).sum()
+    count, share = len(found) - none, k / total
+    spread = _DEVIATIONS * (count * share * (1 - share)).sqrt() + 1
+    first, last = (count * share - spread).floor().long(), (count * share + spread).ceil().long()
+    ends = found[torch.stack([first, last]).clamp(min=0).add(none).clamp(max=len(found) - 1)].long()
+    start, stop = torch.where(torch.stack([first >= 0, last < count]), ends, -1).tolist()
+    return max(start, 0), stop + 1 if stop >= 0 else 1 << chunks.bits
 
 
 def sample(chunks: Chunks) -> Tensor:
