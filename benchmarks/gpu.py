@@ -2,21 +2,23 @@
 
     python -m benchmarks.gpu [--only select gemv24 ... model] [--quick]
 
-Needs no installation: torch, triton and tabulate, from the repository's root. Every result is held against plain torch
-in float32 before it is timed; a row that is wrong is printed as such and has no time. Dense and sparse take turns as
-CUDA graphs, each of which goes through several copies of a weight with a cold L2 cache, in bfloat16. `limit` is what
-the bytes that a kernel must move would take at the bandwidth that a copy reaches on this device, as a ratio to dense
-(or, for kernels without a dense counterpart, the share of it reached). Whole models (`model`) come last, as
-`benchmarks.gpu_models` has them. Figures go to results/<device>.json, after each part; the exit status says whether
-the targets were met.
+Needs no installation: torch, triton, tabulate and tqdm, from the repository's root. Every result is held against
+plain torch in float32 before it is timed; a row that is wrong is printed as such and has no time. Dense and sparse
+take turns as CUDA graphs, each of which goes through several copies of a weight with a cold L2 cache, in bfloat16.
+`limit` is what the bytes that a kernel must move would take at the bandwidth that a copy reaches on this device, as a
+ratio to dense (or, for kernels without a dense counterpart, the share of it reached). Whole models (`model`) come
+last, as `benchmarks.gpu_models` has them, for as long as `--minutes` lasts; `--only model` runs them alone. Figures
+go to results/<device>.json, after each row; the exit status says whether the targets were met.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,22 +68,25 @@ def bandwidth() -> float:
     return 2 * source.numel() * 4 / median(samples[0])
 
 
-def time_linears(given: argparse.Namespace) -> list[Row]:
+def time_linears(given: argparse.Namespace) -> Iterator[Row]:
     """Every sparse linear layer against cuBLAS on the same weight."""
     works = gpu_linears.works(DEVICE, DTYPE, quick=given.quick)
     chosen = (work for work in works if not given.only or work.kernel in given.only)
-    return [gpu_linears.measure(work, SECONDS) for work in tqdm(chosen, desc="linears", disable=None)]
+    for work in tqdm(chosen, desc="linears", disable=None):
+        yield gpu_linears.measure(work, SECONDS)
 
 
-def time_models(given: argparse.Namespace) -> list[Row]:
-    """Whole models as `transform` makes them, against the best of torch.compile."""
-    rows: list[Row] = []
-    chosen = list(gpu_models.cases())[: 1 if given.quick else None]
+def time_models(given: argparse.Namespace, end: float) -> Iterator[Row]:
+    """Whole models as `transform` makes them, against torch.compile, until the time is up."""
+    chosen = [gpu_models.quick_case()] if given.quick else list(gpu_models.cases())
     for case in tqdm(chosen, desc="models", disable=None):
-        rows += gpu_models.measure(case, DEVICE, DTYPE)
+        for row in gpu_models.measure(case, DEVICE, DTYPE):
+            yield row
+            if time.monotonic() > end:
+                print("the time is up: models that are left were not measured (--only model --minutes 30)")
+                return
         torch._dynamo.reset()
         torch.cuda.empty_cache()
-    return rows
 
 
 def time_streams(given: argparse.Namespace, speed: float) -> list[Row]:
@@ -239,7 +244,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=str(__doc__).splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], help="kernels")
-    parser.add_argument("--quick", action="store_true", help="one shape, and the smaller selection")
+    parser.add_argument("--quick", action="store_true", help="one shape, the smaller selection, one small model")
+    parser.add_argument("--minutes", type=float, default=8.0, help="no other model is begun after these (default: 8)")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args(argv)
 
@@ -257,25 +263,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     with torch.no_grad():
         speed = bandwidth()
     print(f"{name}: a copy moves {speed / 1e12:.2f} TB/s\n")
-    parts: list[Callable[[], list[Row]]] = [
+    end = time.monotonic() + 60 * given.minutes
+    parts: list[Callable[[], Iterable[Row]]] = [
         lambda: time_select(given, speed) if not given.only or "select" in given.only else [],
         lambda: time_streams(given, speed),
         lambda: time_linears(given),
-        lambda: time_models(given) if not given.only or "model" in given.only else [],
+        lambda: time_models(given, end) if not given.only or "model" in given.only else [],
     ]
     rows: list[Row] = []
     verdicts: list[tuple[str, bool]] = []
-    for part in parts:
-        with torch.no_grad():
-            rows += part()
-        verdicts = judge(rows)
-        found = {"benchmark": "gpu", "device": name, "versions": versions, "bandwidth": speed, "rows": rows}
-        file.write_text(json.dumps(found | {"targets": verdicts}, indent=1) + "\n")
+    with torch.no_grad():
+        for row in itertools.chain.from_iterable(part() for part in parts):
+            rows.append(row)
+            verdicts = judge(rows)
+            found = {"benchmark": "gpu", "device": name, "versions": versions, "bandwidth": speed, "rows": rows}
+            file.write_text(json.dumps(found | {"targets": verdicts}, indent=1) + "\n")
     print(table(rows))
     for text, met in verdicts:
         print(f"{'met   ' if met else 'MISSED'} {text}")
     print(f"written: {file.name}")
-    wrong = any(row["error"] > 2**-6 for row in rows if row["kernel"] != "model")
+    wrong = any(row["error"] > (2**-6 if row["kernel"] != "model" else 5e-2) for row in rows)
     return 0 if all(met for _, met in verdicts) and not wrong else 1
 
 

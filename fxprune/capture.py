@@ -150,12 +150,6 @@ def _finish(
     program = _rewrap(unlifted)
     _refuse_state(program)
     _refuse_training_ops(program)
-    if fold_masks:
-        masks = fold_constant_masks(program)
-        existing = existing | masks
-        if masks:
-            count = len({id(keep) for keep in masks.values()})
-            notes.append(f"{count} weights hold the zeros of constant masks that the model multiplies them by")
     fixed = [
         path
         for path, want in zip(entry.paths, entry.inputs, strict=True)
@@ -163,6 +157,14 @@ def _finish(
     ]
     if fixed and not notes:
         notes.append(f"dim 0 is fixed by the model in {', '.join(fixed)}")
+    if fold_masks:
+        masks = fold_constant_masks(program)
+        count = len({id(keep) for keep in masks.values()})
+        existing = existing | {
+            name: keep & existing[name] if name in existing else keep for name, keep in masks.items()
+        }
+        if masks:
+            notes.append(f"{count} weights hold the zeros of constant masks that the model multiplies them by")
     literals = exported.graph_signature.inputs_to_lifted_tensor_constants.values()
     return Capture(program, entry, existing, notes, frozenset(map(str, literals)))
 

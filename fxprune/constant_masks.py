@@ -12,33 +12,36 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from .alias import base, writes
+
 aten = torch.ops.aten
 
 
 def fold_constant_masks(program: GraphModule) -> dict[str, Tensor]:
     """Folds masks into the weights of `program`; name -> bool, True where kept, for every name of each weight.
 
-    A mask is anything computed from tensors of the program alone that is 0 or 1 everywhere and somewhere 0. A weight
-    that is also read without it, or with another one, stays as it is.
+    A mask is computed from buffers alone (or from parameters that do not train), and is 0 or 1 everywhere and somewhere
+    0. A weight stays as it is that is also read without it or with another one, and one whose product with it is
+    written to or returned.
     """
     names = _names_by_parameter(program)
     constants = _Constants(program)
-    products = [node for node in program.graph.nodes if node.target is aten.mul.Tensor]
+    own_memory = _handed_out(program)
     found: dict[str, Tensor] = {}
-    for product in products:
-        weight, mask = _weight_and_mask(product, constants)
+    for product in [node for node in program.graph.nodes if node.target is aten.mul.Tensor]:
+        weight, mask = constants.weight_and_mask(product)
         if weight is None or mask is None:
             continue
-        parameter = constants.of(weight)
+        parameter = constants.tensor(weight)
         own = names.get(id(parameter), [])
-        if parameter is None or not own or own[0] in found:
+        if not own or own[0] in found:
             continue
         reads = [n for n in program.graph.nodes if n.op == "get_attr" and str(n.target) in own]
         users = [user for read in reads for user in read.users]
-        if not all(_is_masked_alike(user, mask, reads, constants) for user in users):
+        if not all(constants.is_masked_alike(user, mask, reads) and user not in own_memory for user in users):
             continue
         keep = (mask != 0).expand_as(parameter)
-        if not bool(parameter.detach()[~keep].isfinite().all()):
+        if not bool((parameter.detach().isfinite() | keep).all()):
             continue  # Times zero these are NaN, and not zero.
         _replace(program, own, nn.Parameter(parameter.detach().masked_fill(~keep, 0), parameter.requires_grad))
         found.update(dict.fromkeys(own, keep))
@@ -56,70 +59,105 @@ def _names_by_parameter(program: GraphModule) -> dict[int, list[str]]:
     return names
 
 
+def _handed_out(program: GraphModule) -> set[Node]:
+    """Nodes whose memory is written to or returned, so that it cannot be a parameter's."""
+    return _written(program) | {base(node) for node in program.graph.output_node().all_input_nodes}
+
+
+def _written(program: GraphModule) -> set[Node]:
+    """Nodes whose memory ops write to; `detach_`, as `torch.tensor` in a forward leaves it, writes no number."""
+    return {
+        memory for node in program.graph.nodes if node.target is not aten.detach_.default for memory in writes(node)
+    }
+
+
 class _Constants:
-    """The values of nodes that depend on nothing but tensors of the program."""
+    """What nodes are that depend on nothing but tensors of the program that neither train nor are written to."""
 
     def __init__(self, program: GraphModule) -> None:
         self._program = program
-        self._known: dict[Node, Any] = {}
+        self._known: dict[Node, Tensor | None] = {}
+        self._masks: dict[Node, Tensor | None] = {}
+        written = _written(program)
         self._constant: set[Node] = set()
         for node in program.graph.nodes:
-            if node.op == "get_attr" or (_is_function(node) and self._constant.issuperset(node.all_input_nodes)):
+            if base(node) in written:
+                continue
+            if node.op == "get_attr":
+                tensor = self.tensor(node)
+                if tensor is not None and not tensor.requires_grad:
+                    self._constant.add(node)
+            elif _is_function(node) and self._constant.issuperset(node.all_input_nodes):
                 self._constant.add(node)
 
-    def of(self, node: Any) -> Any:
-        """A node's value; None where it depends on an input, or is drawn or written to."""
-        if node not in self._constant:
-            return None
-        if node not in self._known:
-            self._known[node] = self._value(node)
-        return self._known[node]
+    def __contains__(self, node: object) -> bool:
+        return node in self._constant
 
-    def _value(self, node: Node) -> Any:
+    def tensor(self, node: Node) -> Any:
+        """The tensor that a get_attr node reads; None where it reads something else."""
+        value: Any = self._program
+        for part in str(node.target).split("."):
+            value = getattr(value, part, None)
+        return value if isinstance(value, Tensor) else None
+
+    def weight_and_mask(self, product: Node) -> tuple[Node | None, Tensor | None]:
+        """The two factors of weight * mask, in either order."""
+        a, b = product.args[:2]
+        for weight, mask in ((a, b), (b, a)):
+            if not isinstance(weight, Node) or not isinstance(mask, Node) or weight.op != "get_attr":
+                continue
+            parameter = self.tensor(weight)
+            if not isinstance(parameter, nn.Parameter) or not parameter.is_floating_point() or parameter.is_meta:
+                continue
+            value = self._mask(mask)
+            if value is None or value.device != parameter.device:
+                continue
+            covered = torch.broadcast_shapes(parameter.shape, value.shape) == parameter.shape
+            if covered and torch.result_type(parameter, value) == parameter.dtype:
+                return weight, value
+        return None, None
+
+    def is_masked_alike(self, user: Node, mask: Tensor, reads: list[Node]) -> bool:
+        """Whether a reader of a weight multiplies it by this mask."""
+        if user.target is not aten.mul.Tensor:
+            return False
+        weight, other = self.weight_and_mask(user)
+        if weight not in reads or other is None:
+            return False
+        return other is mask or (other.shape == mask.shape and bool((other == mask).all()))
+
+    def _mask(self, node: Node) -> Tensor | None:
+        if node not in self._masks:
+            value = self._value(node) if node in self._constant else None
+            # A single number is a gate, which may open again.
+            is_mask = value is not None and value.dim() > 0 and not value.is_meta
+            is_mask = is_mask and bool(((value == 0) | (value == 1)).all()) and bool((value == 0).any())
+            self._masks[node] = value if is_mask else None
+        return self._masks[node]
+
+    def _value(self, node: Node) -> Tensor | None:
         if node.op == "get_attr":
-            value: Any = self._program
-            for part in str(node.target).split("."):
-                value = getattr(value, part, None)
-            return value if isinstance(value, Tensor) else None
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), self.of)  # pyright: ignore
-        with torch.no_grad():
-            return node.target(*args, **kwargs)  # pyright: ignore
+            return self.tensor(node)
+        if node not in self._known:
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), self._value)  # pyright: ignore
+            try:
+                with torch.no_grad():
+                    value = node.target(*args, **kwargs)  # pyright: ignore
+            except Exception:  # What cannot be computed here is no constant; the model computes it.
+                value = None
+            self._known[node] = value if isinstance(value, Tensor) else None
+        return self._known[node]
 
 
 def _is_function(node: Node) -> bool:
     target = node.target
     return (
         isinstance(target, torch._ops.OpOverload)
-        and not target._schema.is_mutable
+        and (not target._schema.is_mutable or target is aten.detach_.default)
         and torch.Tag.nondeterministic_seeded not in target.tags
         and len(target._schema.returns) == 1
+        and "empty" not in target.name()
     )
-
-
-def _weight_and_mask(product: Node, constants: _Constants) -> tuple[Node | None, Tensor | None]:
-    """The two factors of weight * mask, in either order."""
-    a, b = product.args[:2]
-    for weight, mask in ((a, b), (b, a)):
-        if not isinstance(weight, Node) or not isinstance(mask, Node) or weight.op != "get_attr":
-            continue
-        parameter, value = constants.of(weight), constants.of(mask)
-        if not isinstance(parameter, nn.Parameter) or not parameter.is_floating_point() or not _is_mask(value):
-            continue
-        product_of = torch.broadcast_shapes(parameter.shape, value.shape)
-        if product_of == parameter.shape and torch.result_type(parameter, value) == parameter.dtype:
-            return weight, value
-    return None, None
-
-
-def _is_mask(value: Any) -> bool:
-    return isinstance(value, Tensor) and bool(((value == 0) | (value == 1)).all()) and bool((value == 0).any())
-
-
-def _is_masked_alike(user: Node, mask: Tensor, reads: list[Node], constants: _Constants) -> bool:
-    if user.target is not aten.mul.Tensor:
-        return False
-    weight, other = _weight_and_mask(user, constants)
-    return weight in reads and other is not None and other.shape == mask.shape and bool((other == mask).all())
 
 
 def _replace(program: GraphModule, names: list[str], value: nn.Parameter) -> None:
@@ -129,16 +167,18 @@ def _replace(program: GraphModule, names: list[str], value: nn.Parameter) -> Non
 
 
 def _drop_unused(program: GraphModule, constants: _Constants) -> None:
-    """Takes out what only the masks were computed from."""
+    """Takes out what only the masks were computed from, and the products."""
     graph = program.graph
     for node in list(graph.nodes):
         # Export asserts what it saw of constants too.
-        if node.target is aten._assert_tensor_metadata.default and constants.of(node.args[0]) is not None:
+        if node.target is aten._assert_tensor_metadata.default and node.args[0] in constants:
             graph.erase_node(node)
     buffers = dict(program.named_buffers(remove_duplicate=False))
     for node in reversed(list(graph.nodes)):
         is_buffer = node.op == "get_attr" and str(node.target) in buffers
-        if not node.users and (is_buffer or (node.op == "call_function" and constants.of(node) is not None)):
+        if not node.users and (
+            is_buffer or node.target is aten.mul.Tensor or (_is_function(node) and node in constants)
+        ):
             graph.erase_node(node)
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     for name in buffers.keys() - read:

@@ -29,7 +29,8 @@ _weight_gradient = torch.ops.fxprune.masked_linear_weight.default
 def masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., i], weight [o, i], bits uint8 [ceil(o * i / 8)] (as of PackedMask), bias [o] -> y [..., o].
 
-    An export sees the product that it stands for, so that a trained model is captured as any other.
+    An export sees the product that it stands for, so that a trained model is captured as any other. torch.func does not
+    go through it.
     """
     if torch.compiler.is_exporting():
         return F.linear(x, weight * masked.unpack(weight, bits), bias)
@@ -37,14 +38,14 @@ def masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None =
 
 
 def _forward(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
-    if _has_kernel(x, weight):
+    if _reads(x, weight):
         y = masked.forward(_rows(x), weight, bits, bias)
         return y.view(*x.shape[:-1], weight.shape[0])
     return F.linear(x, _product(weight, bits), bias)
 
 
 def _gradient_of_input(dy: Tensor, weight: Tensor, bits: Tensor) -> Tensor:
-    if _has_kernel(dy, weight):
+    if _reads(dy, weight):
         return masked.gradient_input(_rows(dy), weight, bits).view(*dy.shape[:-1], weight.shape[1])
     return dy @ _product(weight, bits)
 
@@ -61,11 +62,16 @@ def _product(weight: Tensor, bits: Tensor) -> Tensor:
 
 def _rows(x: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    # What has no elements is contiguous to torch whatever its strides, so it is cloned.
+    return rows if rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format)
 
 
 def _has_kernel(a: Tensor, b: Tensor) -> bool:
     return a.is_cuda and a.dtype in _operands.DTYPES and a.dtype == b.dtype and not cannot_run_on(a.device)
+
+
+def _reads(x: Tensor, weight: Tensor) -> bool:
+    return _has_kernel(x, weight) and weight.is_contiguous()
 
 
 def _like_forward(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
@@ -97,11 +103,29 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
+def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _input_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    """Of dx = dy @ (w * m)."""
+    dy, weight, bits = ctx.saved_tensors
+    for_dy, for_weight, _ = ctx.needs_input_grad
+    return op(g, weight, bits, None) if for_dy else None, _weight_gradient(dy, g, bits) if for_weight else None, None
+
+
+def _weight_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    """Of dw = (dy^T @ x) * m."""
+    dy, x, bits = ctx.saved_tensors
+    for_dy, for_x, _ = ctx.needs_input_grad
+    return op(x, g, bits, None) if for_dy else None, _input_gradient(dy, g, bits) if for_x else None, None
+
+
 def _cast(device: str) -> Any:
     """Under torch.autocast all is cast as for torch's own linear, and the casts pass gradients."""
 
     def cast(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
-        dtype = torch.get_autocast_dtype(device)
+        dtype = torch.get_autocast_dtype(device) if x.dtype is not torch.float64 else x.dtype
         with torch.autocast(device, enabled=False):
             return op(x.to(dtype), weight.to(dtype), bits, None if bias is None else bias.to(dtype))
 
@@ -116,5 +140,7 @@ for _name, _kernel, _fake in (
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fxprune::{_name}", _fake, lib=_library)
 torch.library.register_autograd("fxprune::masked_linear", _backward, setup_context=_save, lib=_library)
+for _name, _gradient in (("masked_linear_input", _input_backward), ("masked_linear_weight", _weight_backward)):
+    torch.library.register_autograd(f"fxprune::{_name}", _gradient, setup_context=_save_gradient, lib=_library)
 _library.impl("masked_linear", _cast("cpu"), "AutocastCPU")
 _library.impl("masked_linear", _cast("cuda"), "AutocastCUDA")

@@ -210,7 +210,7 @@ def _mask(draft: Program, masks: Mapping[str, PackedMask], masked_matmul: bool) 
 def _only_linears(read: Node) -> bool:
     """Whether a weight is read by linear layers alone, and as their weight."""
     return all(
-        user.target is aten.linear.default and user.all_input_nodes.count(read) == 1 and user.args[1:2] == (read,)
+        user.target is aten.linear.default and user.args[1] is read and read not in (user.args[0], *user.args[2:])
         for user in read.users
     )
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import fxprune
 from fxprune import Existing, Plan, Rule, Unstructured
@@ -41,14 +42,46 @@ FOLDED: dict[str, tuple[Callable[[Any], Tensor], Tensor | None]] = {
     "rows": (lambda m: m.weight * m.mask, ROWS),
     "two masks": (lambda m: m.weight * (m.mask & m.other), None),
     "made in place": (lambda m: m.weight * (torch.arange(8) % 3 == 0), None),
+    "written out": (lambda m: m.weight * torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 0]), None),
     "nothing kept": (lambda m: m.weight * m.mask, torch.zeros(6, 8)),
 }
+
+
+def written_in_place(m: Any) -> Tensor:
+    product = m.weight * m.mask
+    product.mul_(2.0)
+    return product
+
+
+def written_through_a_view(m: Any) -> Tensor:
+    product = m.weight * m.mask
+    product[0] = product[0] * 2
+    return product
+
+
+def mask_written_later(m: Any) -> Tensor:
+    mask = torch.zeros(6, 8)
+    mask[:, 4:] = 1
+    return m.weight * mask
+
+
+def copy_written_later(m: Any) -> Tensor:
+    mask = m.mask.float().clone()
+    mask[0] = 1
+    return m.weight * mask
+
+
 LEFT: dict[str, tuple[Callable[[Any], Tensor], Tensor | None]] = {
     "no zeros": (lambda m: m.weight * m.mask, torch.ones(6, 8)),
     "other factors": (lambda m: m.weight * m.mask, torch.full((6, 8), 0.5)),
     "read without it": (lambda m: m.weight * m.mask + 0.1 * m.weight, None),
     "another mask": (lambda m: m.weight * m.mask + m.weight * m.other, None),
     "wider": (lambda m: m.weight.sum(0) * m.mask, None),
+    "a gate": (lambda m: m.weight * m.mask, torch.zeros(())),
+    "written in place": (written_in_place, None),
+    "written through a view": (written_through_a_view, None),
+    "mask written later": (mask_written_later, None),
+    "copy written later": (copy_written_later, None),
     "double": (lambda m: (m.weight * m.mask).float(), (torch.arange(48).view(6, 8) % 2).double()),
 }
 
@@ -93,6 +126,53 @@ def test_what_is_no_mask_or_not_only_one_is_left(case: str) -> None:
     assert captured.existing == {} and captured.program.get_parameter("weight") is model.weight
     fast = fxprune.transform(model, None, (x,), options={"compile": False}, progress=False)
     torch.testing.assert_close(fast(x), model(x).detach())
+
+
+def test_a_weight_that_is_handed_out_is_left() -> None:
+    class Handing(Masked):
+        def forward(self, x: Tensor) -> Any:
+            product = self.product(self)
+            return self.head(F.linear(x, product)), product.T
+
+    model = Handing(*FOLDED["bool"]).eval()
+    assert capture(model, (x,), {}).existing == {}
+    fast = fxprune.transform(model, None, (x,), options={"compile": False}, progress=False)
+    first, handed = fast(x)
+    handed.mul_(0)
+    assert torch.equal(fast(x)[0], first)
+
+
+def test_a_mask_that_trains_is_left() -> None:
+    model = Masked(lambda m: m.weight * m.gate).eval()
+    model.gate = nn.Parameter(torch.cat([torch.zeros(3, 8), torch.ones(3, 8)]))
+    assert capture(model, (x,), {}).existing == {}
+    model.gate.requires_grad_(False)
+    assert capture(model, (x,), {}).existing.keys() == {"weight"}
+
+
+def test_zeros_of_a_hook_and_of_a_mask_are_both_there() -> None:
+    model = Masked(*FOLDED["bool"]).eval()
+    prune.l1_unstructured(model, "weight", 0.5)
+    both = (model.weight_mask != 0) & model.mask
+    captured = capture(model, (x,), {})
+    assert torch.equal(captured.existing["weight"], both)
+    assert torch.equal(captured.program.get_parameter("weight") != 0, both)
+
+
+def test_a_model_without_values_is_analysed() -> None:
+    with torch.device("meta"):
+        model = Masked(*FOLDED["bool"]).eval()
+        assert fxprune.analyze(model, (torch.empty(3, 8),))
+
+
+def test_a_fixed_size_is_still_told() -> None:
+    class Fixed(Masked):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.reshape(3, 8))
+
+    model = Fixed(*FOLDED["bool"]).eval()
+    notes = capture(model, (x,), {}).notes
+    assert any("constant masks" in note for note in notes) and any("dim 0" in note for note in notes)
 
 
 def test_a_mask_that_hides_no_number_is_left() -> None:

@@ -143,6 +143,7 @@ def test_what_cannot_be_packed_or_timed_is_told_and_stays_dense(monkeypatch: pyt
     assert {choice.refused[n] for n in ("bitmap", "nonzeros8")} == {
         "there is not enough memory on the device to pack it"
     }
+    assert not Chooser().choose(site_of(weight))[0].reused
     monkeypatch.setattr(choose, "interleave_graphs", no_memory)
     told = choose._times([lambda: weight], torch.device("cuda"), 0.1)
     assert told == "it could not be timed (OutOfMemoryError: CUDA out of memory.)"
@@ -222,40 +223,44 @@ def test_a_model_in_each_layout(name: str) -> None:
 
 
 @pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """cuSPARSELt as torch documents its operators, on this machine; the calls of its search are listed."""
-    searched: list[str] = []
+def library(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """cuSPARSELt as torch documents its operators, on this machine; tokens and algorithm of each product are listed.
+
+    It has three algorithms; the second takes no operands of these sizes, and the third is the fastest.
+    """
+    seen: list[tuple[int, int]] = []
 
     def product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, transpose_result: bool, alg_id: int) -> Tensor:
-        assert alg_id == 3 and b.shape[1] % 8 == 0
+        seen.append((b.shape[1], alg_id))
+        assert b.shape[1] % 8 == 0 and b.T.is_contiguous()
+        if alg_id == 1:
+            raise RuntimeError("operation not supported")
         y = a @ b if bias is None else a @ b + bias.unsqueeze(1)
         return y.T.contiguous() if transpose_result else y
 
-    def search(a: Tensor, b: Tensor, bias: Tensor | None = None, *, transpose_result: bool) -> int:
-        searched.append(f"{list(a.shape)} x {list(b.shape)}")
-        return 3
-
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cusparselt, "get_max_alg_id", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(cusparselt, "_compress", lambda weight: weight.clone())
     monkeypatch.setattr(cusparselt, "_multiply", product)
-    monkeypatch.setattr(cusparselt, "_search", search)
+    monkeypatch.setattr(cusparselt, "interleave", lambda calls, *_, **__: [[2.0], [1.0]][: len(calls)])
     monkeypatch.setattr(cusparselt, "_algorithms", {})
-    return searched
+    return seen
 
 
 @pytest.mark.usefixtures("anywhere")
-def test_the_librarys_format(library: list[str]) -> None:
+def test_the_librarys_format(library: list[tuple[int, int]]) -> None:
     layout, weight = layout_of("cusparselt"), weight_for("semi24", 32, 64)
     assert layout.fits(site_of(weight, (1, 4096))).ok
     packed, bias = layout.pack(site_of(weight)), torch.randn(32)
     given = [packed.tensors["compressed"]]
-    for m in (0, 1, 7, 8, 100, 120):
-        x = torch.randn(m, 64)
+    for x in (torch.randn(m, 64) for m in (0, 1, 7, 8, 100, 120)):
         wanted = activation.reference(x @ weight.T + bias, "silu")
         torch.testing.assert_close(layout.launch(x, given, bias, (32, 64), "silu"), wanted)
-    # Once for 8, once for 104 and 120, which are one power of two.
-    assert library == ["[32, 64] x [64, 8]", "[32, 64] x [64, 104]"]
+    # Each power of two of tokens is searched once: all algorithms, then the fastest that there is.
+    assert library == [(8, 0), (8, 1), (8, 2), *[(8, 2)] * 3, (104, 0), (104, 1), (104, 2), (104, 2), (120, 2)]
+    wide = torch.randn(16, 80)[:, 3:67]
+    torch.testing.assert_close(layout.launch(wide, given, None, (32, 64), ""), wide @ weight.T)
     with pytest.raises(InputError, match="only the library on a GPU knows its format"):
         layout.unpack(packed)
 

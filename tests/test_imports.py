@@ -73,7 +73,7 @@ BENEATH = {
     "threshold": "mask kernels",
     "weights": "capture",
     "capture": "alias entry existing constant_masks",
-    "constant_masks": "",
+    "constant_masks": "alias",
     "entry": "compat errors",
     "existing": "errors",
     "mask": "",

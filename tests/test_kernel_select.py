@@ -91,6 +91,7 @@ def test_a_sample_that_misleads_costs_a_walk_and_no_more(device: str, monkeypatc
         (key - 1000, key + 70_000),
         (key, key + 1),
         (0, 1 << 31),
+        *((key - (1 << 18) + off, key) for off in (1, 2, 3)),
     ):
         monkeypatch.setattr(select, "_bracket", lambda *_, bracket=bracket: bracket)
         check([x], k)

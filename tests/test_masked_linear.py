@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
-from fxprune import Plan, Rule, Unstructured
+from fxprune import Plan, Rule, Unstructured, admit
+from fxprune.capture import capture
 from fxprune.errors import InputError
 from fxprune.mask import PackedMask
 from fxprune.masked_linear import masked_linear, op
+from fxprune.trainable import emit_trainable, origin_of
 from tests.kernel_case import CPU
-from tests.trainable_models import assert_same, trainable
+from tests.trainable_models import assert_same
 
 DEVICES = [CPU, pytest.param("cuda", marks=pytest.mark.cuda)]
 
@@ -42,6 +44,41 @@ def test_values_and_gradients_are_those_of_the_product(leading: tuple[int, ...])
         assert torch.autograd.gradcheck(lambda x, w: op(x, w, bits, None), (x, weight))
     op(x, weight, bits, bias).sum().backward()
     assert weight.grad is not None and not weight.grad[~keep].any()
+
+
+def test_gradients_of_gradients() -> None:
+    x, weight, bits, bias, _ = operands(3)
+    for tensor in (x, weight, bias):
+        tensor.requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x, w, b: op(x, w, bits, b), (x, weight, bias))
+
+
+def test_a_batch_without_rows_and_doubles_under_autocast() -> None:
+    x, weight, bits, bias, keep = operands(0)
+    op(x.requires_grad_(), weight.requires_grad_(), bits, bias).sum().backward()
+    assert weight.grad is not None and not weight.grad.any()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert op(x, weight, bits, bias).dtype == F.linear(x, weight * keep, bias).dtype == torch.float64
+
+
+def test_a_weight_that_is_also_the_input_is_multiplied() -> None:
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ F.linear(self.weight, self.weight)
+
+    model, given = Square(), torch.randn(2, 6)
+    mask = PackedMask.pack(torch.rand(6, 6) < 0.5)
+    with admit.untouched(model):
+        captured = capture(model, (given,), {})
+    origin = origin_of(model, captured)
+    fast = emit_trainable(captured.program, captured.entry, {}, origin, {"weight": mask}, masked_matmul=True)
+    assert not any(node.target is masked_linear for node in fast.graph.nodes)
+    fast(given).square().sum().backward()
+    assert not fast.get_parameter("weight").grad[~mask.unpack()].any()
 
 
 def test_the_op_is_whole() -> None:
@@ -171,9 +208,12 @@ def test_what_was_trained_is_captured_with_its_zeros(masked_matmul: bool) -> Non
 def test_weights_that_are_not_contiguous_are_multiplied() -> None:
     model = nn.Sequential(nn.Linear(6, 4))
     model[0].weight = nn.Parameter(torch.randn(6, 4).T)
-    mask = PackedMask.pack(torch.rand(4, 6) < 0.5)
-    fast = trainable(model, torch.randn(2, 6), masks={"0.weight": mask})
-    assert fast.get_buffer("0.weight_mask").dtype is torch.bool
+    plan = Plan([Rule("0.weight", Unstructured(0.5))])
+    given = (torch.randn(2, 6),)
+    options = {"masked_matmul": True}
+    fast = fxprune.transform(model.eval(), plan, given, trainable=True, options=options, progress=False)
+    contiguous = fast.get_parameter("0.weight").is_contiguous()
+    assert (fast.get_buffer("0.weight_mask").dtype is torch.uint8) == contiguous
 
 
 def test_the_option_is_read() -> None:

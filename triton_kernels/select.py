@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .language import WHY_NOT, constexpr, jit, tl
+from .language import WHY_NOT, constexpr, jit, on, tl
 
 CHUNK = 1 << 16
 # Keys of one type in a bracket of this many buckets are counted in registers, for each chunk apart; others in a table.
@@ -177,7 +177,7 @@ def threshold(chunks: Chunks, k: int, total: int) -> Threshold:
             low = stop
         else:
             low = start + (place - 1 << shift)
-            high = min(low + (1 << shift), stop)
+            high = min(low + (1 << shift), high)
             if high - low == 1:
                 return Threshold(low, k - before, counts[:, place] if few else None)
         start, stop = low, high
@@ -240,7 +240,9 @@ def _launch(kernel: Any, chunks: Chunks, programs: int, *args: Any, **constants:
         return
     wide = chunks.tensors[0].element_size() == 4
     table = chunks.addresses, chunks.alive, chunks.lengths, len(chunks.lengths)
-    kernel[(programs,)](*table, *args, INTEGER=tl.int32 if wide else tl.int16, SIZE=CHUNK, BLOCK=2048, **constants)
+    integer = tl.int32 if wide else tl.int16
+    with on(chunks.lengths):
+        kernel[(programs,)](*table, *args, INTEGER=integer, SIZE=CHUNK, BLOCK=2048, **constants)
 
 
 @jit

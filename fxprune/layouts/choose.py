@@ -21,6 +21,7 @@ MARGIN = 1.05
 SECONDS_PER_SITE = 0.12
 # With fewer zeros than this no sparse kernel can win: it saves fewer multiply-adds than its indices cost.
 LEAST_ZEROS = 0.2
+_NO_MEMORY = "there is not enough memory on the device to pack it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,8 @@ class Chooser:
                 self._known[key] = known
                 return dataclasses.replace(known, reused=True), packed.get(known.layout)
         choice, packed = _measure(site, fitting, refused)
+        if _NO_MEMORY in choice.refused.values():
+            return choice, packed  # There may be enough for the next.
         self._known[key] = choice
         if memory is not None and choice.timings:
             memory.put(str(key), choice)
@@ -104,7 +107,8 @@ def _recalled(memory: Memory, key: tuple[object, ...], fitting: list[str]) -> Ch
         choice = Choice(**{**found, "timings": tuple(Timing(**each) for each in found["timings"])}) if found else None
     except (KeyError, TypeError):
         return None
-    return choice if choice is not None and choice.layout in ("dense", *fitting) else None
+    is_whole = choice is not None and isinstance(choice.refused, dict) and choice.layout in ("dense", *fitting)
+    return choice if is_whole else None
 
 
 def _likeness(site: Site, fitting: list[str]) -> tuple[object, ...]:
@@ -160,7 +164,7 @@ def _pack(site: Site, fitting: list[str], refused: dict[str, str]) -> tuple[dict
         try:
             packed[name] = LAYOUTS[name].pack(site)
         except torch.OutOfMemoryError:
-            refused = {**refused, name: "there is not enough memory on the device to pack it"}
+            refused = {**refused, name: _NO_MEMORY}
     return packed, refused
 
 

@@ -6,7 +6,7 @@ default one can be slower than dense, so it is searched for each shape and power
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..kernels import activation as activations
+from ..timing import interleave, median
 from .gpu import GpuLayout
 from .semi24 import refuse_24
 from .site import Site
@@ -22,7 +23,6 @@ from .site import Site
 _SIDE, _ROWS = 16, 8
 _compress = torch.ops.aten._cslt_compress.default
 _multiply = torch.ops.aten._cslt_sparse_mm.default
-_search = torch.ops.aten._cslt_sparse_mm_search.default
 _algorithms: dict[tuple[object, ...], int] = {}
 
 
@@ -67,7 +67,8 @@ class CuSparseLt(GpuLayout):
         (compressed,), m = tensors, len(x)
         if not m:
             return x.new_empty(0, shape[0])
-        given = F.pad(x, (0, 0, 0, -m % _ROWS)).t()
+        # The library takes for contiguous what is not, so rows that lie apart are moved.
+        given = (x if m % _ROWS == 0 and x.is_contiguous() else F.pad(x, (0, 0, 0, -m % _ROWS)).contiguous()).t()
         algorithm = _algorithm(compressed, given, bias, shape)
         y = _multiply(compressed, given, bias=bias, transpose_result=True, alg_id=algorithm)
         return activations.reference(y[:m].contiguous(), activation)
@@ -84,5 +85,22 @@ def _algorithm(compressed: Tensor, given: Tensor, bias: Tensor | None, shape: tu
     if key not in _algorithms:
         if torch.cuda.is_current_stream_capturing():
             return 0
-        _algorithms[key] = int(_search(compressed, given, bias=bias, transpose_result=True))
+        _algorithms[key] = _search(compressed, given, bias)
     return _algorithms[key]
+
+
+def _search(compressed: Tensor, given: Tensor, bias: Tensor | None) -> int:
+    """The fastest of all algorithms that take these operands, timed in turns.
+
+    torch's own search may answer with one that is only fast when the work is split in a way that it does not tell.
+    """
+    most = torch.backends.cusparselt.get_max_alg_id()
+    calls: dict[int, Callable[[], Tensor]] = {}
+    for number in range(1 if most is None else most + 1):
+        calls[number] = lambda n=number: _multiply(compressed, given, bias=bias, transpose_result=True, alg_id=n)
+        try:
+            calls[number]()
+        except RuntimeError:  # The library has no such algorithm for these sizes.
+            del calls[number]
+    samples = interleave(list(calls.values()), given.device, seconds=0.02)
+    return min(zip(calls, samples, strict=True), key=lambda pair: median(pair[1]))[0] if calls else 0

@@ -137,7 +137,7 @@ def _multiply(
     kind = _known[layout]
     rows = x.reshape(-1, i)
     if rows.stride(1) != 1 and i > 1:
-        rows = rows.contiguous()
+        rows = rows.clone(memory_format=torch.contiguous_format)
     if x.device.type == "cuda" and (kind.most is None or len(rows) <= kind.most):
         y = kind.launch(rows, packed, bias, (o, i), activation)
     else:

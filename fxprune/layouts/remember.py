@@ -65,6 +65,8 @@ def memory_of(device: torch.device) -> Memory:
     triton = getattr(kernels.language.triton, "__version__", "")
     for part in (torch.cuda.get_device_name(device), torch.__version__, torch.version.cuda, triton):
         digest.update(str(part).encode() + b"\0")
-    for source in sorted([*Path(kernels.language.__file__).parent.glob("*.py"), *Path(__file__).parent.glob("*.py")]):
+    here = Path(__file__).parent
+    sources = [*Path(kernels.language.__file__).parent.glob("*.py"), *here.glob("*.py"), here.parent / "timing.py"]
+    for source in sorted(sources):
         digest.update(source.read_bytes())
     return Memory(cache_dir() / f"choices-{digest.hexdigest()[:24]}.json")
