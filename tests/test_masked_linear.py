@@ -171,8 +171,9 @@ def test_a_trainable_result_takes_the_same_steps(device: str) -> None:
     assert targets.count(masked_linear) == 2
     # What a convolution or an embedding reads is multiplied, once where it is tied.
     assert targets.count(torch.ops.aten.mul.Tensor) == 2 and fast.one.weight_mask.dtype is torch.uint8
-    assert_same(fast(ids.to(device)), plain(ids.to(device)))
-    assert steps(fast, device) == pytest.approx(steps(plain, device), rel=1e-4)
+    # Sums of up to 24 products in another order; Adam divides by the roots of small squares, which magnifies that.
+    torch.testing.assert_close(fast(ids.to(device)), plain(ids.to(device)), rtol=4e-6, atol=4e-6)
+    assert steps(fast, device) == pytest.approx(steps(plain, device), rel=1e-4 if device == "cpu" else 1e-3)
     zeros = fast.selection.mask["one.weight"].unpack().logical_not().to(device)
     assert not fast.one.weight.detach()[zeros].any() and fast.one.weight.detach()[~zeros].all()
 
