@@ -164,7 +164,7 @@ def _finish(
             name: keep & existing[name] if name in existing else keep for name, keep in masks.items()
         }
         if masks:
-            notes.append(f"{count} weights hold the zeros of constant masks that the model multiplies them by")
+            notes.append(f"weights that hold the zeros of constant masks in the model: {count}")
     literals = exported.graph_signature.inputs_to_lifted_tensor_constants.values()
     return Capture(program, entry, existing, notes, frozenset(map(str, literals)))
 

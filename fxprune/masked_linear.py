@@ -2,8 +2,8 @@
 
 Multiplying a weight by its mask before the product makes another weight, and autograd keeps it, and the mask as bools,
 until the backward pass. This op keeps x, the weight and one bit an element. On CUDA `triton_kernels.masked` applies
-the mask inside the three products; elsewhere, and for dtypes that it does not take, the product with the mask is made
-and dropped in each of them.
+the mask inside the three products; elsewhere, for dtypes that it does not take and for weights that are not contiguous,
+the product with the mask is made and dropped in each of them.
 """
 
 from __future__ import annotations

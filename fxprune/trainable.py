@@ -199,7 +199,7 @@ def _mask(draft: Program, masks: Mapping[str, PackedMask], masked_matmul: bool) 
         while hasattr(module, buffer):
             buffer += "_"
         reads = readers.get(first, [])
-        in_matmul = masked_matmul and parameter.is_contiguous() and all(map(_only_linears, reads))
+        in_matmul = masked_matmul and all(map(_only_linears, reads))
         module.register_buffer(buffer, mask.bits.to(parameter.device) if in_matmul else keep)
         for read in reads:
             (_mask_in_linears if in_matmul else _multiply)(draft.graph, read, first.removesuffix(leaf) + buffer)
