@@ -12,12 +12,12 @@ from torch import nn
 from benchmarks.accuracy_case import Batch, Case
 from fxprune.calibration.batches import capture_for, read_calls
 from fxprune.capture import Capture
-from fxprune.couple import couple
-from fxprune.coupling import Coupling
+from fxprune.couple.couple import couple
+from fxprune.couple.coupling import Coupling
+from fxprune.couple.removal import removal
 from fxprune.decide import choose_selection
-from fxprune.patterns import Channels
-from fxprune.plan import Plan
-from fxprune.removal import removal
+from fxprune.plan.patterns import Channels
+from fxprune.plan.plan import Plan
 from fxprune.report import Report
 from fxprune.select import Selection
 

@@ -16,8 +16,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from fxprune.demo_data import MissingPackageError
-from fxprune.plan import Plan
+from fxprune.cli.demo_data import MissingPackageError
+from fxprune.plan.plan import Plan
 
 Batch = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 Plans = Mapping[str, Callable[[], Plan]]

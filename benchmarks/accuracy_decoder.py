@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from benchmarks.accuracy_case import Batch, Plans, check_count, check_split, endless, shuffled, trained
 from benchmarks.accuracy_text import Stories, split_stories
-from fxprune.demo_data import Document, Tokenizer, load_documents, load_minilm, mean_cosine
-from fxprune.patterns import Unstructured
-from fxprune.plan import Plan, Rule
+from fxprune.cli.demo_data import Document, Tokenizer, load_documents, load_minilm, mean_cosine
+from fxprune.plan.patterns import Unstructured
+from fxprune.plan.plan import Plan, Rule
 
 UNKNOWN = 0
 

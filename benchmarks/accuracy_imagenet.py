@@ -29,8 +29,8 @@ from benchmarks.accuracy_case import (
     shuffled,
 )
 from benchmarks.accuracy_mobile import EFFICIENTNET_LITE0, IMAGE, MOBILENET_V2, Shape, efficientnet_lite0, mobilenet_v2
-from fxprune.patterns import Channels, Unstructured
-from fxprune.plan import Plan, Rule
+from fxprune.plan.patterns import Channels, Unstructured
+from fxprune.plan.plan import Plan, Rule
 
 ROWS = 16
 VIEWS = 16  # of each photograph that is scored

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy_case import Batch, Plans, call, check_count, check_split, endless, shuffled
 from benchmarks.accuracy_text import Stories, split_stories
-from fxprune.demo_data import (
+from fxprune.cli.demo_data import (
     BODY_TOKENS,
     TITLE_TOKENS,
     Document,
@@ -26,8 +26,8 @@ from fxprune.demo_data import (
     mean_cosine,
     recall_at_1,
 )
-from fxprune.patterns import Channels, Unstructured
-from fxprune.plan import Plan, Rule
+from fxprune.plan.patterns import Channels, Unstructured
+from fxprune.plan.plan import Plan, Rule
 
 ROWS = 32
 SHORT_ROWS = 64  # short texts in a batch of `recovery`, beside WINDOW_ROWS windows
@@ -44,7 +44,7 @@ def unstructured(amount: float) -> Callable[[], Plan]:
 
 def two_of_four() -> Plan:
     """Each of the 36 linear layers keeps two of every four weights along its inputs."""
-    from fxprune.patterns import SemiStructured
+    from fxprune.plan.patterns import SemiStructured
 
     return Plan([Rule("encoder.*.weight", SemiStructured(2, 4))])
 

@@ -29,9 +29,9 @@ from benchmarks.accuracy_case import (
     shuffled,
     trained,
 )
-from fxprune.demo_data import mean_cosine
-from fxprune.patterns import Channels, Unstructured
-from fxprune.plan import Plan, Rule
+from fxprune.cli.demo_data import mean_cosine
+from fxprune.plan.patterns import Channels, Unstructured
+from fxprune.plan.plan import Plan, Rule
 
 RATE = 0.02
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.accuracy_case import shuffled
-from fxprune.demo_data import EVALUATION_DOCUMENTS, Document, far_from
+from fxprune.cli.demo_data import EVALUATION_DOCUMENTS, Document, far_from
 
 DEVELOPMENT_DOCUMENTS = 400
 

@@ -18,7 +18,7 @@ from tabulate import tabulate
 
 from benchmarks.machine import describe_machine, slug
 from fxprune.capture import capture
-from fxprune.couple import couple
+from fxprune.couple.couple import couple
 
 # layers, width, FFN width
 SHAPES = ((4, 2048, 8192), (8, 2048, 8192), (16, 2048, 8192), (32, 4096, 14336))

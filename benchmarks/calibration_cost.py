@@ -29,8 +29,8 @@ from benchmarks.machine import describe_machine, slug
 from fxprune.calibration.calibrate import calibrate
 from fxprune.calibration.fit import SOLVERS
 from fxprune.calibration.problem import Goal, Problem, damped
-from fxprune.patterns import Unstructured
-from fxprune.plan import Plan, Rule
+from fxprune.plan.patterns import Unstructured
+from fxprune.plan.plan import Plan, Rule
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SAMPLES, TOKENS = 64, 128

@@ -38,9 +38,9 @@ from benchmarks.machine import describe_machine, slug
 from benchmarks.zoo_randomise import randomise
 from benchmarks.zoo_vision import define_operators
 from fxprune import prune
-from fxprune.axis import atoms
-from fxprune.coupling import Coupling
-from fxprune.indices import positions
+from fxprune.couple.axis import atoms
+from fxprune.couple.coupling import Coupling
+from fxprune.couple.indices import positions
 from fxprune.passes.dead import Dead
 
 RESULTS = Path(__file__).resolve().parent / "results"

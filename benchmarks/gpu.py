@@ -31,7 +31,7 @@ from tqdm import tqdm
 from benchmarks import gpu_linears, gpu_models
 from benchmarks.gpu_linears import SHAPES, close
 from benchmarks.machine import slug
-from fxprune.timing import interleave_graphs, median
+from fxprune.measure.timing import interleave_graphs, median
 from triton_kernels import masked, norms, prune24, select
 
 RESULTS = Path(__file__).resolve().parent / "results"

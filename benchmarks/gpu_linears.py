@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fxprune.layouts import CuSparseLt
-from fxprune.timing import interleave_graphs, median
+from fxprune.measure.timing import interleave_graphs, median
 from triton_kernels import bitmap, blocks, gemv24, nonzeros, prune24
 
 # [o, i] of the linear layers of Llama 2 7B, in the order of their bytes.

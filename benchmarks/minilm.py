@@ -28,18 +28,10 @@ from torch import nn
 
 from benchmarks.machine import describe_machine, slug
 from benchmarks.onnx_session import onnx_session
-from fxprune import demo_data
-from fxprune.demo import (
-    Batch,
-    Model,
-    example_batches,
-    largest_difference,
-    pruned_eager,
-    pruning_plan,
-    stored_bytes,
-)
+from fxprune.cli import demo_data
+from fxprune.cli.demo import Batch, Model, example_batches, largest_difference, pruned_eager, pruning_plan, stored_bytes
 from fxprune.errors import CheckError, FxPruneError
-from fxprune.measure import benchmark
+from fxprune.measure.benchmark import benchmark
 from fxprune.transform import transform
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -49,9 +49,9 @@ from benchmarks.by_hand import (
 from benchmarks.machine import describe_machine, slug
 from benchmarks.zoo_randomise import randomise
 from fxprune.errors import CheckError, FxPruneError
-from fxprune.measure import Benchmark, benchmark
-from fxprune.patterns import Channels
-from fxprune.plan import Plan, Rule
+from fxprune.measure.benchmark import Benchmark, benchmark
+from fxprune.plan.patterns import Channels
+from fxprune.plan.plan import Plan, Rule
 from fxprune.transform import transform
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from fxprune.calibration.calibrate import calibrate
+from fxprune.calibration.recover import recover
+from fxprune.measure.benchmark import benchmark
+from fxprune.plan.patterns import Blocks, Channels, Existing, SemiStructured, Unstructured
+from fxprune.plan.plan import Drop, Plan, Rule
+
 from . import gradient_score, prune
 from .analyze import analyze
-from .calibration.calibrate import calibrate
-from .calibration.recover import recover
 from .errors import FxPruneError
-from .measure import benchmark
-from .patterns import Blocks, Channels, Existing, SemiStructured, Unstructured
-from .plan import Drop, Plan, Rule
 from .report import Report
 from .transform import transform
 

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from .capture import Program
-from .coupling import Coupling
+from fxprune.couple.coupling import Coupling
+from fxprune.graph.program import Program, names_of_parameters
+from fxprune.graph.weights import Use, uses
+from fxprune.plan.plan import Candidate
+
 from .errors import InputError
 from .existing import mask_hooks
-from .plan import Candidate
-from .weights import Use, names_of_parameters, uses
 
 aten = torch.ops.aten
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from fxprune.couple.couple import couple
+from fxprune.couple.coupling import Coupling
+
 from . import admit
 from .capture import capture
 from .check import Call
-from .couple import couple
-from .coupling import Coupling
 from .errors import CaptureError, InputError
 
 

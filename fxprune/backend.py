@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 
-from .capture import Capture, Program
+from fxprune.graph.program import Program
+from fxprune.layouts.choose import Chooser
+from fxprune.passes.constants import fold_constants
+from fxprune.passes.fold import fold_masks
+from fxprune.passes.lower import Lowered, lower
+
+from .capture import Capture
 from .decide import choose_selection
 from .errors import InputError
 from .from_dynamo import Traced
-from .layouts.choose import Chooser
-from .passes.constants import fold_constants
-from .passes.fold import fold_masks
-from .passes.lower import Lowered, lower
 from .report import Report
 from .settings import Settings
 

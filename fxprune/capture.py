@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
-from . import compat
-from .alias import writes
+from fxprune.graph.memory import writes
+from fxprune.graph.program import Program
+
 from .constant_masks import fold_constant_masks
 from .entry import EntryCheck, TensorInput, entry_check
 from .errors import CaptureError, InputError
 from .existing import fold_existing
-
-Program = torch.fx.GraphModule
+from .graph import compat
 
 
 @dataclasses.dataclass

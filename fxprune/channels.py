@@ -8,14 +8,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .axis import Axis, atoms
-from .coupling import Coupling, Group
+from fxprune.couple.axis import Axis, atoms
+from fxprune.couple.coupling import Coupling, Group
+from fxprune.couple.indices import positions
+from fxprune.couple.rules import Dims
+from fxprune.plan.patterns import Channels
+from fxprune.plan.plan import Binding, Plan
+from fxprune.plan.scores import Scores
+
 from .errors import PlanError
-from .indices import positions
-from .patterns import Channels
-from .plan import Binding, Plan
-from .rules import Dims
-from .score import Scores
 from .unit_score import RELATIVE, Slices, has_scales, score_units
 
 

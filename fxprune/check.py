@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .capture import Capture, Program
+from fxprune.couple.removal import Removal, named_arguments
+from fxprune.graph.program import Program, names_of_parameters
+
+from .capture import Capture
 from .entry import TensorInput
 from .errors import CheckError, InputError
-from .removal import Removal, named_arguments
 from .select import Selection
-from .weights import names_of_parameters
 
 # max|a - b| / max|b| per output tensor, end to end over a whole model. A half type loses about one unit in the last
 # place at every rounding that a compiler moves; over tens of layers that adds up to these.

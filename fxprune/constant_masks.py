@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from .alias import base, writes
+from fxprune.graph.memory import base, writes
 
 aten = torch.ops.aten
 

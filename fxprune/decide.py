@@ -10,19 +10,20 @@ import sympy
 import torch
 from torch import Tensor
 
+from fxprune.couple.couple import couple
+from fxprune.couple.coupling import Coupling
+from fxprune.graph.program import Program, names_of_parameters
+from fxprune.passes.blocks import module_paths
+from fxprune.plan.patterns import Channels
+from fxprune.plan.plan import Plan
+
 from .admit import candidates
-from .capture import Capture, Program
+from .capture import Capture
 from .channels import keep_channels
-from .couple import couple
-from .coupling import Coupling
 from .errors import InputError
 from .mask import PackedMask, chunks
-from .passes.blocks import module_paths
-from .patterns import Channels
-from .plan import Plan
 from .report import Report
 from .select import Selection, select
-from .weights import names_of_parameters
 
 # A weight with fewer zeros than this, and no mask, was not pruned: an embedding's padding row is no pruning.
 PRUNED_FROM = 0.01

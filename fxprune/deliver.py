@@ -16,20 +16,21 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from . import native
-from .capture import Capture, Program
+from fxprune.graph.program import Program, copy_program
+from fxprune.measure.benchmark import device_name, device_of
+from fxprune.measure.timing import interleave, median, undisturbed
+from fxprune.passes.fold import fold
+from fxprune.passes.lower import Lowered
+
+from .capture import Capture
 from .check import Call, CheckRow, refuse
 from .emit import PrunedModule, emit, own_storage
-from .measure import device_name, device_of
+from .kernels import native
 from .modes import training_modes
-from .passes.edit import copy_program
-from .passes.fold import fold
-from .passes.lower import Lowered
 from .prove import Proof
 from .report import ModelTiming, Report
 from .select import Selection
 from .settings import Settings
-from .timing import interleave, median, undisturbed
 from .trainable import TrainableModule, emit_trainable, origin_of
 
 _GRAPHS = '; mode="reduce-overhead" runs it as a CUDA graph, without launches to wait for'

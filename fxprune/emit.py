@@ -11,7 +11,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .capture import Program
+from fxprune.graph.program import Program
+
 from .entry import EntryCheck
 from .errors import FxPruneError
 from .report import Report

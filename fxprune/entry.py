@@ -19,8 +19,8 @@ from torch.fx import _pytree as fx_pytree
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
-from . import compat
 from .errors import InputError
+from .graph import compat
 
 
 @dataclasses.dataclass(frozen=True)

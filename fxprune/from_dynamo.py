@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .capture import Capture, Program
+from fxprune.graph.program import Program
+
+from .capture import Capture
 from .entry import EntryCheck
 
 

@@ -27,10 +27,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fxprune.plan.scores import Scores
+
 from .admit import untouched
 from .errors import InputError
 from .existing import fold_existing
-from .score import Scores
 
 Loss = Callable[[Any, Any], Tensor]
 

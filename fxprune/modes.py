@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram, ShapesCollection
 from torch.fx import Node
 
+from fxprune.graph.program import Program
+
 from . import admit
 from .align import Mismatch, ModeArguments, Walk
-from .capture import Capture, Program, apart, attempts, export_program
+from .capture import Capture, apart, attempts, export_program
 from .check import Call, resized_call
 from .entry import TensorInput
 from .existing import fold_existing

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxprune.plan.plan import Plan
+
 from . import admit
 from .emit import PrunedModule
 from .errors import FxPruneError
-from .plan import Plan
 from .report import Report
 from .select import Selection
 

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from fxprune.plan.patterns import Blocks, SemiStructured, Unstructured
+
 from .errors import InputError, PlanError
-from .patterns import Blocks, SemiStructured, Unstructured
 
 # Elements looked at together: what they need besides stays in the processor's cache.
 _PIECE = 1 << 18

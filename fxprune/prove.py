@@ -9,8 +9,11 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
+from fxprune.couple.removal import Removal
+from fxprune.graph.program import Program
+
 from . import admit
-from .capture import Capture, Program, capture
+from .capture import Capture, capture
 from .check import (
     HALF,
     Call,
@@ -26,7 +29,6 @@ from .check import (
     turned_call,
 )
 from .errors import CaptureError, InputError
-from .removal import Removal
 from .report import Report
 from .select import Selection
 

@@ -9,13 +9,14 @@ from collections.abc import Collection, Mapping
 
 from tabulate import tabulate
 
-from .capture import Program
+from fxprune.couple.coupling import Coupling
+from fxprune.couple.removal import Cuts, removal
+from fxprune.graph.program import Program
+from fxprune.passes.dead import ROUTES, Dead
+from fxprune.passes.lower import Lowered
+
 from .check import CheckRow
-from .coupling import Coupling
 from .fits import Fit, Recovery
-from .passes.dead import ROUTES, Dead
-from .passes.lower import Lowered
-from .removal import Cuts, removal
 from .select import Selection
 
 

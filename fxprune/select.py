@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fxprune.plan.matrix import from_matrix, to_matrix
+from fxprune.plan.patterns import Blocks, Existing, SemiStructured, Unstructured
+from fxprune.plan.plan import Binding, Plan
+from fxprune.plan.scores import Score, Scores
+
 from .errors import InputError
 from .fits import Fit, Recovery
 from .mask import PackedMask, chunks
-from .matrix import from_matrix, to_matrix
-from .patterns import Blocks, Existing, SemiStructured, Unstructured
-from .plan import Binding, Plan
 from .project import keep_highest, project, score_tiles, spread_tiles
-from .score import PIECEWISE, SCORES, Score, Scores, check_weight, scores
+from .score import PIECEWISE, SCORES, check_weight, scores
 from .threshold import Shard
 
 
@@ -83,7 +85,7 @@ def select(
     """Weights by name and the masks they already have (packed, or bool of the weight's shape) -> Selection.
 
     `inputs` names the dimension of a weight that products sum over, where it is not 1: its rows, groups and tiles are
-    those of `fxprune.matrix`.
+    those of `fxprune.plan.matrix`.
 
     Masked elements are never revived: they are the first to count towards an amount, whatever stands there.
     Among equal scores the lowest flat index goes first (with rows, groups or tiles: in the weight's matrix), and in a

@@ -8,18 +8,19 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import Tensor
 
-from .capture import Program
+from fxprune.couple.couple import couple
+from fxprune.couple.coupling import Coupling
+from fxprune.couple.removal import Cuts, removal
+from fxprune.graph.program import Program
+from fxprune.passes.blocks import find_blocks
+from fxprune.passes.dead import Dead, find_dead
+from fxprune.passes.drop import Bypassing, drop_blocks
+from fxprune.passes.shrink import shrink, slice_tensor
+from fxprune.passes.zero_slices import may_be_dead
+
 from .check import Call, CheckRow, compare, outputs, refuse, run_flat
-from .couple import couple
-from .coupling import Coupling
 from .mask import PackedMask
-from .passes.blocks import find_blocks
-from .passes.dead import Dead, find_dead
-from .passes.drop import Bypassing, drop_blocks
-from .passes.shrink import shrink, slice_tensor
-from .passes.zero_slices import may_be_dead
 from .prove import Proof
-from .removal import Cuts, removal
 from .report import Report
 from .select import Selection
 

@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .kernels import cannot_run_on, select
+from fxprune.kernels.triton import cannot_run_on, select
+
 from .mask import PackedMask, chunks
 
 # 16 bits settle fp16 and bf16 in one walk over the scores and fp32 in two; the counts (512 KB) still fit the

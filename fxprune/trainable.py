@@ -15,17 +15,17 @@ from torch.fx import Graph, Node
 from torch.fx.node import has_side_effect
 from torch.nn.utils import parametrize
 
+from fxprune.graph.program import Program, copy_program, names_of_parameters, owner
+from fxprune.kernels.masked_linear import masked_linear
+
 from .align import Inserted, ModeArguments
-from .capture import Capture, Program
+from .capture import Capture
 from .entry import EntryCheck
 from .errors import InputError
 from .graph_data import graph_data, graph_from
 from .mask import PackedMask
-from .masked_linear import masked_linear
-from .passes.edit import copy_program, owner
 from .report import Report
 from .select import Selection
-from .weights import names_of_parameters
 
 aten = torch.ops.aten
 

@@ -11,27 +11,29 @@ from torch import nn
 from torch.export import ExportedProgram
 from tqdm import tqdm
 
-from . import admit, compat
-from .calibration.batches import read_calls
-from .calibration.calibrate import calibrate_calls
+from fxprune.calibration.batches import read_calls
+from fxprune.calibration.calibrate import calibrate_calls
+from fxprune.graph.program import count_elements
+from fxprune.graph.trace import Trace
+from fxprune.layouts.choose import Chooser
+from fxprune.passes.fold import fold
+from fxprune.passes.lower import lower
+from fxprune.passes.values import put_values
+from fxprune.plan.plan import Plan
+
+from . import admit
 from .check import Call
 from .decide import batches, check_values, choose_blocks, choose_selection, couple_if_needed
 from .deliver import deliver, deliver_trainable
 from .emit import PrunedModule
 from .errors import InputError
-from .layouts.choose import Chooser
-from .passes.edit import count_elements
-from .passes.fold import fold
-from .passes.lower import lower
-from .passes.values import put_values
+from .graph import compat
 from .pending import pending
-from .plan import Plan
 from .prove import capture_checked
 from .report import Report, weight_reports
 from .select import Selection
 from .settings import Settings
 from .structure import drop_proved, shrink_or_keep
-from .trace import Trace
 from .trainable import TrainableModule
 
 

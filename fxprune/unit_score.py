@@ -10,7 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .score import Score, Scores, scores, shares_of_the_rest
+from fxprune.plan.scores import Score, Scores
+
+from .score import scores, shares_of_the_rest
 
 
 class UnitScore(Protocol):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fxprune import Plan, Rule, Unstructured
 from fxprune.capture import capture
 from fxprune.check import Call, outputs
-from fxprune.couple import couple
+from fxprune.couple.couple import couple
 from fxprune.passes.shrink import shrink
 from fxprune.passes.values import put_values
 from fxprune.select import Selection

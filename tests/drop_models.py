@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from fxprune.capture import Program, capture
+from fxprune.capture import capture
 from fxprune.errors import PlanError
+from fxprune.graph.program import Program
 from fxprune.passes.blocks import Block, find_blocks
 from fxprune.passes.drop import Bypassing, drop_blocks
 

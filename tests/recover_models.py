@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fxprune.calibration.batches import capture_for, read_calls
-from fxprune.couple import couple
+from fxprune.couple.couple import couple
 from fxprune.decide import choose_selection
-from fxprune.patterns import Channels
-from fxprune.plan import Plan
+from fxprune.plan.patterns import Channels
+from fxprune.plan.plan import Plan
 from fxprune.report import Report
 from fxprune.select import Selection
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fxprune.rules
+import fxprune.couple.rules
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Case:
     @property
     def op(self) -> str:
         """The key of its rule."""
-        return fxprune.rules.packet_name(self.target)
+        return fxprune.couple.rules.packet_name(self.target)
 
     def __str__(self) -> str:
         def show(value: Any) -> str:

@@ -9,9 +9,9 @@ import torch
 from rule_case import Case, Given
 from torch import Tensor
 
-from fxprune.axis import Axis, Conflict, Size, atoms, concat, cut, divide
-from fxprune.indices import kept_indices
-from fxprune.rules import RULES, Dims, Here, Relation, Resize
+from fxprune.couple.axis import Axis, Conflict, Size, atoms, concat, cut, divide
+from fxprune.couple.indices import kept_indices
+from fxprune.couple.rules import RULES, Dims, Here, Relation, Resize
 
 # The axis of one dimension, from its size and its place among all dimensions of the arguments.
 Shape = Callable[[int, int], Axis]

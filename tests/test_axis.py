@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from fxprune.axis import (
+from fxprune.couple.axis import (
     ONE,
     SYMBOLIC,
     Axis,
@@ -30,7 +30,7 @@ from fxprune.axis import (
     product,
     tie,
 )
-from fxprune.indices import kept_indices, positions, shrunk_size
+from fxprune.couple.indices import kept_indices, positions, shrunk_size
 
 SIZES = st.sampled_from([0, 1, 2, 3, 4, 6, 8, 12, 24])
 

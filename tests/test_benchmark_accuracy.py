@@ -28,8 +28,8 @@ from benchmarks import (
 from benchmarks.accuracy_case import Case, call
 from benchmarks.accuracy_mobile import EFFICIENTNET_LITE0, MOBILENET_V2, MobileNet, SamePadding, load_in_order
 from benchmarks.accuracy_text import far_from, split_stories
-from fxprune import demo_data
-from fxprune.demo_data import Document, MissingPackageError
+from fxprune.cli import demo_data
+from fxprune.cli.demo_data import Document, MissingPackageError
 
 WORDS = 60
 PHOTOGRAPHS = {"evaluation": 4, "development": 2}

@@ -17,8 +17,8 @@ from fxprune.calibration.matching import Distance
 from fxprune.calibration.padding import Layout, counting, find_layouts, hides_padding, positions
 from fxprune.calibration.site import input_of
 from fxprune.check import outputs
+from fxprune.graph.weights import uses
 from fxprune.select import Selection
-from fxprune.weights import uses
 
 HALF = Plan([Rule("*.weight", Unstructured(0.5))], exclude=("table.weight",))
 

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 from fxprune import Blocks, Drop, Existing, Plan, Rule, Unstructured
 from fxprune.calibration.calibrate import calibrate
 from fxprune.calibration.fit import METHODS
-from fxprune.score import Scores
+from fxprune.plan.scores import Scores
 from fxprune.select import Selection
 from tests.calibrate_case import HALF, applied, chain, model, off, tensors_of
 from tests.structured_oracle import net

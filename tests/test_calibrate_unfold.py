@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fxprune.calibration.moments import Inputs, Outputs
 from fxprune.calibration.unfold import Windows, windows_of
-from fxprune.matrix import to_matrix
+from fxprune.plan.matrix import to_matrix
 
 torch.set_num_threads(1)
 aten = torch.ops.aten

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxprune import cli, demo, demo_data
+from fxprune.cli import demo, demo_data
+from fxprune.cli import main as cli
 from fxprune.mask import PackedMask
 from fxprune.select import Selection
 

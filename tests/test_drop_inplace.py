@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.capture import Program
 from fxprune.errors import PlanError
+from fxprune.graph.program import Program
 from fxprune.passes.drop import drop_blocks
 from tests.drop_models import Apply, Between, D, Pre, dropped, find_block, program_of, refused, replaced, run
 from tests.oracle import assert_close

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxprune.capture import Program
+from fxprune.graph.program import Program
 from fxprune.passes import blocks, drop, needs
 from fxprune.passes.blocks import find_blocks
 from fxprune.passes.drop import drop_blocks

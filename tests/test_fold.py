@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxprune.capture import Program, capture
+from fxprune.capture import capture
+from fxprune.graph.program import Program
 from fxprune.mask import PackedMask
 from fxprune.passes.fold import fold_batch_norm, fold_masks
 from fxprune.select import Selection

@@ -19,7 +19,7 @@ from torch.export import Dim
 from torch.nn import functional as F
 
 import fxprune
-from fxprune import axis
+from fxprune.couple import axis
 from tests.structured_oracle import kept, randomised, right
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -1,6 +1,7 @@
-"""Imports go down only: each part of fxprune may import what stands beneath it, and no other part.
+"""The plan of the house, read off the code: rooms import what the table puts directly beneath them, and nothing else.
 
-A part is a module of fxprune (`plan`), a folder of it (`layouts`, all its files alike) or `triton_kernels`.
+A room is a file at the top of fxprune (`transform`), a folder there with all that is in it (`lower`), or
+`triton_kernels`. The package's own `__init__` lists the public names, so it stands above all rooms.
 """
 
 from __future__ import annotations
@@ -16,91 +17,66 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "fxprune"
 KERNELS = "triton_kernels"
+TOP = "__init__"
+MOST_NAMES = 50
+MOST_FLOORS = 11
 
-# part -> the parts directly beneath it; what those may import, it may import too.
+# room -> what it imports, from the highest floor down.
 BENEATH = {
-    "cli": "demo",
-    "demo": "demo_data transform",
-    "demo_data": "errors",
-    "backend": "transform from_dynamo",
-    "from_dynamo": "capture",
-    "prune": "plan threshold",
-    "analyze": "admit check",
-    "transform": "structure deliver pending trace calibration",
-    "calibration": "decide",
-    "structure": "decide prove",
-    "deliver": "emit prove measure settings trainable",
-    "decide": "admit channels report",
-    "pending": "admit emit",
-    "prove": "admit report",
-    "settings": "layouts",
-    "emit": "report",
-    "trainable": "modes report graph_data masked_linear",
-    "masked_linear": "kernels",
-    "modes": "admit check align",
+    "cli": "transform select measure plan errors",
+    "transform": (
+        "calibration deliver pending structure decide emit prove trainable report check passes "
+        "select settings admit layouts plan errors graph"
+    ),
+    "backend": "decide report passes from_dynamo settings capture layouts errors graph",
+    "calibration": (
+        "decide report channels check passes select admit capture project couple plan errors fits graph mask"
+    ),
+    "deliver": "emit prove trainable modes report check passes select settings capture kernels measure graph",
+    "pending": "emit report select admit plan errors",
+    "structure": "prove report check passes select couple graph mask",
+    "decide": "report channels passes select admit capture couple plan errors graph mask",
+    "emit": "report select entry errors graph",
+    "prove": "report check select admit capture couple errors graph",
+    "trainable": "report select capture align entry kernels errors graph graph_data mask",
+    "analyze": "check admit capture couple errors",
+    "modes": "check admit capture align entry existing graph regions",
+    "report": "check passes select couple fits graph",
+    "channels": "unit_score couple plan errors",
+    "check": "select capture couple entry errors graph",
+    "passes": "select layouts couple plan errors graph",
+    "select": "score project threshold plan errors fits mask",
+    "unit_score": "score plan",
+    "from_dynamo": "capture entry graph",
+    "gradient_score": "admit existing plan errors",
+    "prune": "threshold plan errors mask",
+    "score": "threshold plan errors mask",
+    "settings": "layouts errors",
+    "admit": "couple existing plan errors graph",
+    "capture": "constant_masks entry existing errors graph",
+    "layouts": "kernels measure errors",
+    "project": "plan errors",
+    "threshold": "kernels mask",
     "align": "regions",
-    "regions": "",
-    "graph_data": "",
-    "report": "check passes",
-    "check": "select weights removal",
-    "measure": "timing compat errors",
-    "trace": "capture",
-    "admit": "plan weights couple",
-    "passes": "layouts select weights removal",
-    "layouts": "native kernels timing errors",
-    "native": "errors",
-    "channels": "coupling plan score",
-    "removal": "coupling",
-    "couple": "coupling weights",
-    "alias": "",
-    "coupling": "rules capture",
-    "rules": "indices",
-    "indices": "axis",
-    "axis": "",
-    "select": "plan project score threshold fits",
-    "fits": "",
-    "project": "patterns",
-    "plan": "binding names",
-    "binding": "patterns",
-    "names": "",
-    "patterns": "channel_pattern matrix",
-    "channel_pattern": "pattern_values unit_score",
-    "pattern_values": "score",
-    "matrix": "",
-    "gradient_score": "admit",
-    "unit_score": "score",
-    "score": "threshold errors",
-    "threshold": "mask kernels",
-    "weights": "capture",
-    "capture": "alias entry existing constant_masks",
-    "constant_masks": "alias",
-    "entry": "compat errors",
+    "constant_masks": "graph",
+    "couple": "errors graph",
+    "entry": "errors graph",
     "existing": "errors",
-    "mask": "",
-    "kernels": "triton_kernels",
-    "timing": "",
-    "compat": "",
+    "kernels": "errors triton_kernels",
+    "measure": "errors graph",
+    "plan": "errors",
     "errors": "",
+    "fits": "",
+    "graph": "",
+    "graph_data": "",
+    "mask": "",
+    "regions": "",
     "triton_kernels": "",
 }
-# The package's own __init__ lists the public names, so it stands above everything and nothing may import it.
-TOP = "__init__"
 
 
-def beneath(part: str) -> set[str]:
-    """Return every part that `part` may import."""
-    found: set[str] = set()
-    waiting = BENEATH[part].split()
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            waiting += BENEATH[name].split()
-    return found
-
-
-def part_of(module: str) -> str:
-    """`fxprune.layouts.site` -> `layouts`, `fxprune` -> TOP."""
+def room_of(module: str) -> str:
+    """`fxprune.lower.layouts.site` -> `lower`, `fxprune` -> TOP."""
     _, _, rest = module.partition(".")
     return rest.split(".")[0] or TOP
 
@@ -111,19 +87,16 @@ def sources() -> dict[str, Path]:
     for folder, prefix in ((ROOT / PACKAGE, PACKAGE), (ROOT / KERNELS, f"{PACKAGE}.{KERNELS}")):
         for path in sorted(folder.rglob("*.py")):
             names = path.relative_to(folder).with_suffix("").parts
-            found[".".join((prefix, *names))] = path
+            found[".".join((prefix, *(names[:-1] if names[-1] == TOP else names)))] = path
     return found
 
 
 SOURCES = sources()
 
 
-def is_module(name: str) -> bool:
-    return name in SOURCES or f"{name}.__init__" in SOURCES
-
-
 def imported(module: str, path: Path) -> Iterator[tuple[str, int]]:
     """Yield every module that a file imports, also inside functions and for types only, with the line."""
+    package = module.split(".") if path.name == f"{TOP}.py" else module.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -131,61 +104,105 @@ def imported(module: str, path: Path) -> Iterator[tuple[str, int]]:
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                # One dot is the file's own package, which is its name without the last part.
-                package = module.split(".")[: -node.level]
-                base = ".".join([*package, base] if base else package)
+                above = package[: len(package) - node.level + 1]
+                base = ".".join([*above, base] if base else above)
             for alias in node.names:
                 full = f"{base}.{alias.name}"
-                yield (full if is_module(full) else base), node.lineno
+                yield (full if full in SOURCES else base), node.lineno
 
 
 def edges(module: str, path: Path) -> Iterator[tuple[str, int]]:
-    """Yield the parts of fxprune that a file imports, with the line."""
+    """Yield the modules of the project that a file imports, with the line."""
     for name, line in imported(module, path):
         top = name.split(".")[0]
-        if top == PACKAGE:
-            yield part_of(name), line
-        elif top == KERNELS:
-            yield KERNELS, line
+        if top in (PACKAGE, KERNELS):
+            yield (name if top == PACKAGE else f"{PACKAGE}.{name}"), line
 
 
-def test_the_table_has_no_cycle() -> None:
-    for part in BENEATH:
-        assert part not in beneath(part), f"{part} stands beneath itself"
+def floors(beneath: dict[str, set[str]]) -> dict[str, int]:
+    """Return the length of the longest chain of imports that begins at each name; raises on a circle."""
+    found: dict[str, int] = {}
+
+    def floor(name: str, chain: tuple[str, ...]) -> int:
+        assert name not in chain, f"a circle: {' -> '.join((*chain[chain.index(name) :], name))}"
+        if name not in found:
+            found[name] = 1 + max((floor(other, (*chain, name)) for other in sorted(beneath[name])), default=0)
+        return found[name]
+
+    for name in beneath:
+        floor(name, ())
+    return found
 
 
-@pytest.mark.parametrize("module", [name for name in SOURCES if part_of(name) != TOP])
-def test_imports_go_down(module: str) -> None:
-    part = part_of(module)
-    assert part in BENEATH, f"{part} is new: give it a row in BENEATH that says what it may import"
-    allowed = beneath(part) | {part}
+def between_rooms() -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {room_of(module): set() for module in SOURCES}
+    for module, path in SOURCES.items():
+        found[room_of(module)] |= {room_of(name) for name, _ in edges(module, path)} - {room_of(module)}
+    return found
+
+
+def test_few_names_stand_at_the_top() -> None:
+    names = {p.stem for p in (ROOT / PACKAGE).iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert len(names) <= MOST_NAMES, sorted(names)
+
+
+def test_rooms_stand_on_few_floors_and_in_no_circle() -> None:
+    found = floors(between_rooms())
+    assert max(found.values()) <= MOST_FLOORS, sorted(found.items(), key=lambda item: -item[1])
+
+
+def test_files_stand_in_no_circle() -> None:
+    """Also none inside a room. A package's `__init__` counts where its names are imported from it."""
+    beneath: dict[str, set[str]] = {
+        module: {name for name, _ in edges(module, path) if name in SOURCES and name != module}
+        for module, path in SOURCES.items()
+    }
+    floors(beneath)
+
+
+@pytest.mark.parametrize("module", [name for name in SOURCES if room_of(name) != TOP])
+def test_rooms_import_what_is_beneath_them(module: str) -> None:
+    room = room_of(module)
+    assert room in BENEATH, f"{room} is new: give it a row in BENEATH that says what it imports"
+    allowed = {room, *BENEATH[room].split()}
     wrong = [
-        f"{SOURCES[module].relative_to(ROOT)}:{line} imports {target}"
-        for target, line in edges(module, SOURCES[module])
-        if target not in allowed
+        f"{SOURCES[module].relative_to(ROOT)}:{line} imports {name}"
+        for name, line in edges(module, SOURCES[module])
+        if room_of(name) not in allowed
     ]
-    assert not wrong, f"{part} may import {sorted(allowed)}: {wrong}"
+    assert not wrong, f"{room} imports from {sorted(allowed)} only: {wrong}"
+
+
+def test_the_table_says_nothing_that_is_not_so() -> None:
+    found = between_rooms()
+    del found[TOP]
+    assert {room: set(names.split()) for room, names in BENEATH.items()} == found
 
 
 def test_the_reader_sees_every_kind_of_import(tmp_path: Path) -> None:
     path = tmp_path / "sample.py"
     path.write_text(
-        "import fxprune.plan\n"
+        "import fxprune.plan.plan\n"
         "from fxprune import errors, Plan\n"
-        "from . import site\n"
-        "from .. import compat\n"
-        "from ..plan import Rule\n"
+        "from . import dense\n"
+        "from .. import fold\n"
+        "from ...plan.plan import Rule\n"
         "def f():\n    from fxprune.triton_kernels import x\n"
     )
-    found = [part for part, _ in edges("fxprune.layouts.sample", path)]
-    wanted = ["plan", "errors", TOP, "layouts", "compat", "plan", KERNELS]
-    assert sorted(found) == sorted(wanted)
+    found = [room_of(name) for name, _ in edges("fxprune.lower.layouts.sample", path)]
+    assert sorted(found) == sorted(["plan", "errors", TOP, "lower", "lower", "plan", KERNELS])
+
+
+def test_floors_are_counted_and_circles_found() -> None:
+    assert floors({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == {"a": 3, "b": 2, "c": 1}
+    with pytest.raises(AssertionError, match="a -> b -> a"):
+        floors({"a": {"b"}, "b": {"a"}})
 
 
 def test_kernels_import_torch_and_triton_only() -> None:
     allowed = {"torch", "triton", KERNELS} | sys.stdlib_module_names
     for module, path in SOURCES.items():
-        if part_of(module) != KERNELS:
+        if room_of(module) != KERNELS:
             continue
         for name, line in imported(module, path):
             inside = name.startswith(f"{PACKAGE}.{KERNELS}")

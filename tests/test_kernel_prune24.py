@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fxprune.patterns import SemiStructured
+from fxprune.plan.patterns import SemiStructured
 from fxprune.project import project
 from tests.kernel_case import ARITHMETIC, DEVICES, FLOATS, bits_of, normal, poisoned, same_bits
 from triton_kernels import norms, prune24

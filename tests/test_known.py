@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 from torch.nn import functional as F
 
-from fxprune.capture import Program, capture
+from fxprune.capture import capture
+from fxprune.graph.program import Program
 from fxprune.passes.known import Known
 from fxprune.passes.propagate import Propagation
 

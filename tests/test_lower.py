@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from fxprune.capture import capture
 from fxprune.decide import batches
-from fxprune.layouts.choose import Choice, Chooser
-from fxprune.layouts.site import Packed, Site
+from fxprune.layouts.choose import Chooser
+from fxprune.layouts.site import Choice, Packed, Site
 from fxprune.passes.lower import lower
 from tests.oracle import assert_close
 

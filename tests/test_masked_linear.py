@@ -15,8 +15,8 @@ import fxprune
 from fxprune import Plan, Rule, Unstructured, admit
 from fxprune.capture import capture
 from fxprune.errors import InputError
+from fxprune.kernels.masked_linear import masked_linear, op
 from fxprune.mask import PackedMask
-from fxprune.masked_linear import masked_linear, op
 from fxprune.trainable import emit_trainable, origin_of
 from tests.kernel_case import CPU
 from tests.trainable_models import assert_same

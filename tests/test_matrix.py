@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.matrix import from_matrix, matrix_shape, to_matrix
+from fxprune.plan.matrix import from_matrix, matrix_shape, to_matrix
 
 shapes = st.lists(st.integers(0, 4), min_size=2, max_size=5)
 

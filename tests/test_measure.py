@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from fxprune.errors import InputError
-from fxprune.measure import _ways, benchmark, device_of
-from fxprune.timing import interleave, interleave_graphs
+from fxprune.measure.benchmark import _ways, benchmark, device_of
+from fxprune.measure.timing import interleave, interleave_graphs
 
 
 def test_interleave_gives_every_function_as_many_rounds() -> None:

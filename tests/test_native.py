@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from fxprune import native
 from fxprune.errors import BuildError
-from fxprune.native import build
+from fxprune.kernels import native
+from fxprune.kernels.native import build
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # Packs a weight, multiplies at several sizes, and prints the state and the largest relative error.
 PROGRAM = """
 import torch
-from fxprune import native
+from fxprune.kernels import native
 from fxprune.layouts.nonzeros import Nonzeros
 from fxprune.layouts.site import Site
 torch.manual_seed(0)

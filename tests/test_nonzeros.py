@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxprune import native
+from fxprune.kernels import native
 from fxprune.layouts.nonzeros import Nonzeros
 from fxprune.layouts.site import Packed, Site
 

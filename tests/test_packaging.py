@@ -55,8 +55,8 @@ def test_every_package_has_an_init() -> None:
 def test_data_files_are_listed(project: dict[str, Any]) -> None:
     data = project["tool"]["setuptools"]["package-data"]
     assert "py.typed" in data["fxprune"] and (ROOT / "fxprune" / "py.typed").exists()
-    native = ROOT / "fxprune" / "native"
-    listed = {path for pattern in data["fxprune.native"] for path in native.glob(pattern)}
+    native = ROOT / "fxprune" / "kernels" / "native"
+    listed = {path for pattern in data["fxprune.kernels.native"] for path in native.glob(pattern)}
     others = {path for path in native.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert listed == others
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import Blocks, Plan, Rule, SemiStructured, Unstructured
 from fxprune.errors import PlanError
-from fxprune.matrix import to_matrix
-from fxprune.plan import Sparsity
+from fxprune.plan.matrix import to_matrix
+from fxprune.plan.plan import Sparsity
 from tests.oracle import assert_close, snapshot, zeroed
 from tests.pattern_case import random, refused
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fxprune.errors import InputError
 from fxprune.mask import PackedMask
-from fxprune.matrix import to_matrix
-from fxprune.patterns import Blocks, SemiStructured, Unstructured
-from fxprune.plan import Candidate, Plan, Rule, Sparsity
-from fxprune.score import Scores
+from fxprune.plan.matrix import to_matrix
+from fxprune.plan.patterns import Blocks, SemiStructured, Unstructured
+from fxprune.plan.plan import Candidate, Plan, Rule, Sparsity
+from fxprune.plan.scores import Scores
 from fxprune.select import Selection, select
 from tests.pattern_case import random, refused
 

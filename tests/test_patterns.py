@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxprune.errors import PlanError
-from fxprune.patterns import SPARSITIES, Blocks, Channels, Existing, SemiStructured, Sparsity, Unstructured
+from fxprune.plan.patterns import SPARSITIES, Blocks, Channels, Existing, SemiStructured, Sparsity, Unstructured
 
 sizes = st.integers(0, 5000)
 multiples = st.integers(1, 70)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fxprune.errors import PlanError
-from fxprune.plan import (
+from fxprune.plan.plan import (
     Blocks,
     Candidate,
     Channels,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxprune import project as module
 from fxprune.errors import InputError, PlanError
-from fxprune.patterns import Blocks, SemiStructured, Unstructured
+from fxprune.plan.patterns import Blocks, SemiStructured, Unstructured
 from fxprune.project import keep_highest, project, score_tiles
 from tests.pattern_case import refused
 

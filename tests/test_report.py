@@ -10,8 +10,8 @@ from torch import nn
 
 import fxprune
 from fxprune import Channels, Plan, Rule, Unstructured
-from fxprune.capture import Program
 from fxprune.errors import CheckError
+from fxprune.graph.program import Program
 from fxprune.passes import lower
 from tests.oracle import HALF, QUICK, quick
 

@@ -20,8 +20,8 @@ from rule_case import CASES, Case
 from rule_run import Call, Shape, atom_of, flat, permuted, removed, shapes
 from torch import Tensor
 
-from fxprune.axis import Axis
-from fxprune.rules import RULES, Dims
+from fxprune.couple.axis import Axis
+from fxprune.couple.rules import RULES, Dims
 
 GOLDEN = Path(__file__).parent / "golden" / "rules.txt"
 OPS = list(RULES)

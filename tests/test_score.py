@@ -15,9 +15,10 @@ from torch.nn.utils import prune as torch_prune
 from fxprune import mask as mask_module
 from fxprune.errors import InputError
 from fxprune.mask import PackedMask, chunks
-from fxprune.patterns import Unstructured
-from fxprune.plan import Candidate, Plan, Rule
-from fxprune.score import PIECEWISE, SCORES, Scores, check_weight, lamp, magnitude, score_name, scores
+from fxprune.plan.patterns import Unstructured
+from fxprune.plan.plan import Candidate, Plan, Rule
+from fxprune.plan.scores import Scores, score_name
+from fxprune.score import PIECEWISE, SCORES, check_weight, lamp, magnitude, scores
 from fxprune.select import Selection, select
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]

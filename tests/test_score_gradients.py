@@ -16,7 +16,7 @@ from torch.nn.utils import prune as torch_prune
 
 from fxprune.errors import InputError
 from fxprune.gradient_score import fisher, snip, taylor
-from fxprune.score import Scores
+from fxprune.plan.scores import Scores
 from tests.oracle import snapshot
 
 METHODS = [taylor, snip, fisher]

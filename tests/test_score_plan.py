@@ -14,7 +14,8 @@ import fxprune
 from fxprune import Channels, Plan, Rule, Unstructured
 from fxprune.errors import FxPruneError, InputError, PlanError
 from fxprune.gradient_score import fisher, snip, taylor
-from fxprune.score import Scores, lamp
+from fxprune.plan.scores import Scores
+from fxprune.score import lamp
 from tests.oracle import snapshot
 from tests.structured_oracle import EAGER, assert_shrunk, randomised, removed
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxprune.errors import InputError, PlanError
-from fxprune.patterns import Channels
-from fxprune.plan import Plan, Rule
-from fxprune.score import Scores, magnitude
+from fxprune.plan.patterns import Channels
+from fxprune.plan.plan import Plan, Rule
+from fxprune.plan.scores import Scores
+from fxprune.score import magnitude
 from fxprune.unit_score import UNIT_SCORES, Slices, has_scales, score_units
 
 NORMS = [0.1, 0.5, 1.0, 1.5, 2.0, 3.0, math.inf]

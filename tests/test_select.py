@@ -18,7 +18,7 @@ from torch.nn.utils import prune as torch_prune
 from fxprune import mask as mask_module
 from fxprune.errors import InputError
 from fxprune.mask import PackedMask
-from fxprune.plan import Candidate, Existing, Plan, Rule, Sparsity, Unstructured
+from fxprune.plan.plan import Candidate, Existing, Plan, Rule, Sparsity, Unstructured
 from fxprune.select import Selection, select
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -310,7 +310,7 @@ def test_a_mask_for_an_unknown_weight() -> None:
 
 MEASURE = """
 import resource, sys, torch
-from fxprune.plan import Candidate, Plan, Rule, Unstructured
+from fxprune.plan.plan import Candidate, Plan, Rule, Unstructured
 from fxprune.select import select
 
 def peak():

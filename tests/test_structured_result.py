@@ -17,7 +17,7 @@ from torch.nn.utils import prune as torch_prune
 
 from fxprune import Channels, Plan, Rule, Unstructured
 from fxprune.backend import fxprune as backend
-from fxprune.rules import RULES
+from fxprune.couple.rules import RULES
 from tests.oracle import assert_close, snapshot
 from tests.structured_oracle import (
     EAGER,

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from fxprune.capture import Program
-from fxprune.passes.edit import copy_program
+from fxprune.graph.program import Program, copy_program
 from tests.one_thread import one_thread as one_thread
 from tests.oracle import snapshot
 from tests.trainable_models import Forward, Net, assert_same, assert_same_state, emitted, images, net, seeded, trainable

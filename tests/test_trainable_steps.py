@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxprune.capture import Program
-from fxprune.couple import couple
+from fxprune.couple.couple import couple
+from fxprune.graph.program import Program
 from fxprune.passes.shrink import shrink
 from tests.one_thread import one_thread as one_thread
 from tests.oracle import snapshot

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fxprune import admit
-from fxprune.capture import Program, capture
+from fxprune.capture import capture
+from fxprune.graph.program import Program
 from fxprune.mask import PackedMask
 from fxprune.modes import training_modes
 from fxprune.trainable import emit_trainable, origin_of

@@ -7,20 +7,22 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from ..admit import candidates
-from ..capture import Capture, Program
-from ..channels import keep_channels
-from ..coupling import Coupling, Group
-from ..decide import choose_selection
-from ..mask import PackedMask
-from ..matrix import from_matrix, to_matrix
-from ..patterns import Blocks, Channels, SemiStructured, Unstructured
-from ..plan import Plan, Rule
-from ..project import score_tiles
-from ..report import Report
-from ..score import Scores
-from ..select import Selection
-from ..weights import Use, names_of_parameters, uses
+from fxprune.admit import candidates
+from fxprune.capture import Capture
+from fxprune.channels import keep_channels
+from fxprune.couple.coupling import Coupling, Group
+from fxprune.decide import choose_selection
+from fxprune.graph.program import Program, names_of_parameters
+from fxprune.graph.weights import Use, uses
+from fxprune.mask import PackedMask
+from fxprune.plan.matrix import from_matrix, to_matrix
+from fxprune.plan.patterns import Blocks, Channels, SemiStructured, Unstructured
+from fxprune.plan.plan import Plan, Rule
+from fxprune.plan.scores import Scores
+from fxprune.project import score_tiles
+from fxprune.report import Report
+from fxprune.select import Selection
+
 from .batches import Batch
 from .fit import Task
 from .measure_inputs import Watched, measure_inputs

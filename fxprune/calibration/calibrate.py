@@ -11,22 +11,23 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from tqdm import tqdm
 
-from .. import admit
-from ..capture import Program
-from ..check import Call
-from ..couple import couple
-from ..decide import choose_blocks
-from ..errors import InputError
-from ..fits import Fit
-from ..mask import PackedMask
-from ..passes.blocks import find_blocks
-from ..passes.drop import drop_blocks
-from ..patterns import Channels
-from ..plan import Plan
-from ..removal import removal
-from ..report import Report
-from ..select import Selection
-from ..weights import uses
+from fxprune import admit
+from fxprune.check import Call
+from fxprune.couple.couple import couple
+from fxprune.couple.removal import removal
+from fxprune.decide import choose_blocks
+from fxprune.errors import InputError
+from fxprune.fits import Fit
+from fxprune.graph.program import Program
+from fxprune.graph.weights import uses
+from fxprune.mask import PackedMask
+from fxprune.passes.blocks import find_blocks
+from fxprune.passes.drop import drop_blocks
+from fxprune.plan.patterns import Channels
+from fxprune.plan.plan import Plan
+from fxprune.report import Report
+from fxprune.select import Selection
+
 from .arithmetic import plain
 from .asked import Asked, read_plan
 from .batches import capture_for, read_calls

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError
+from fxprune.errors import InputError
 
 _FORMAT = 1
 

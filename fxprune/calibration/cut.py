@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..capture import Capture
-from ..check import Call, compare, outputs
-from ..compat import symbol_hint
-from ..errors import InputError
+from fxprune.capture import Capture
+from fxprune.check import Call, compare, outputs
+from fxprune.errors import InputError
+from fxprune.graph.compat import symbol_hint
+
 from .batches import Batch, batch_of, has_samples, map_tensors, samples_of
 
 # A batch is cut so that the largest tensor of the graph has about as many numbers as this.

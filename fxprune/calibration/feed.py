@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..check import Call
-from ..errors import InputError
+from fxprune.check import Call
+from fxprune.errors import InputError
+
 from .batches import read_call, refuse_no_series, samples_of
 
 # A share of the data measures how training goes; measuring must stay short beside training.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.fx import Node
 
-from ..errors import InputError
+from fxprune.errors import InputError
+
 from .batches import Batch
 
 

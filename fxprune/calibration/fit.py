@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ..fits import Fit
-from ..matrix import from_matrix, to_matrix
-from ..patterns import SemiStructured, Unstructured
-from ..project import keep_highest
+from fxprune.fits import Fit
+from fxprune.plan.matrix import from_matrix, to_matrix
+from fxprune.plan.patterns import SemiStructured, Unstructured
+from fxprune.project import keep_highest
+
 from .admm import admm
 from .cholesky import factor, solve
 from .finite import check_squares, is_finite

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from ..capture import Program
-from ..check import HALF
-from ..errors import InputError
-from ..weights import uses
+from fxprune.check import HALF
+from fxprune.errors import InputError
+from fxprune.graph.program import Program
+from fxprune.graph.weights import uses
+
 from .batches import Batch
 from .padding import Layout, counting, find_layouts
 from .site import find_sites

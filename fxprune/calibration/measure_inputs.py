@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..capture import Program
-from ..weights import Use
+from fxprune.graph.program import Program
+from fxprune.graph.weights import Use
+
 from .batches import Batch
 from .finite import is_finite, refuse_activations
 from .moments import Inputs

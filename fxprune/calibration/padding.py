@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..capture import Program
+from fxprune.graph.program import Program
+
 from .batches import Batch
 
 # A row has changed where random projections of it moved by more than this share of their size in all rows: far above

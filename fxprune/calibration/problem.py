@@ -7,8 +7,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..patterns import Blocks, SemiStructured, Unstructured
-from ..project import project
+from fxprune.plan.patterns import Blocks, SemiStructured, Unstructured
+from fxprune.project import project
+
 from .cholesky import factor, solve
 
 Masking = Unstructured | SemiStructured | Blocks

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..fits import Fit
+from fxprune.fits import Fit
+
 from .batches import Batch
 from .checkpoint import Checkpoint
 from .fit import Outcome

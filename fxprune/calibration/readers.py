@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..capture import Program
-from ..coupling import Coupling
-from ..indices import positions
-from ..matrix import to_matrix
-from ..weights import Use
+from fxprune.couple.coupling import Coupling
+from fxprune.couple.indices import positions
+from fxprune.graph.program import Program
+from fxprune.graph.weights import Use
+from fxprune.plan.matrix import to_matrix
+
 from .measure_inputs import Watched
 from .site import is_weight
 from .unfold import windows_of_use

@@ -12,21 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .. import admit
-from ..capture import Capture, Program
-from ..check import Call, Oracle, compare, refuse, run_flat
-from ..couple import couple
-from ..coupling import Coupling
-from ..decide import check_values, choose_selection
-from ..errors import InputError
-from ..fits import Recovery
-from ..passes.blocks import find_blocks
-from ..passes.drop import drop_blocks
-from ..passes.values import put_values
-from ..removal import removal
-from ..report import Report
-from ..select import Selection
-from ..weights import names_of_parameters
+from fxprune import admit
+from fxprune.capture import Capture
+from fxprune.check import Call, Oracle, compare, refuse, run_flat
+from fxprune.couple.couple import couple
+from fxprune.couple.coupling import Coupling
+from fxprune.couple.removal import removal
+from fxprune.decide import check_values, choose_selection
+from fxprune.errors import InputError
+from fxprune.fits import Recovery
+from fxprune.graph.program import Program, names_of_parameters
+from fxprune.passes.blocks import find_blocks
+from fxprune.passes.drop import drop_blocks
+from fxprune.passes.values import put_values
+from fxprune.report import Report
+from fxprune.select import Selection
+
 from .arithmetic import plain
 from .batches import Batch, batch_of, capture_for
 from .checkpoint import Checkpoint

@@ -13,10 +13,10 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-from ..alias import DROPOUTS, written
-from ..capture import Program
-from ..removal import named_arguments
-from ..weights import Use, names_of_parameters, uses
+from fxprune.couple.removal import named_arguments
+from fxprune.graph.memory import DROPOUTS, written
+from fxprune.graph.program import Program, names_of_parameters
+from fxprune.graph.weights import Use, uses
 
 aten = torch.ops.aten
 

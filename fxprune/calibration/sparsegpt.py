@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..patterns import Blocks, SemiStructured, Unstructured
-from ..project import project
+from fxprune.plan.patterns import Blocks, SemiStructured, Unstructured
+from fxprune.project import project
+
 from .by_row import even_quotas, keep_rows, spread
 from .cholesky import factor
 from .problem import Goal, Problem

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping
 
 from torch.fx import Node
 
-from ..alias import base, written
-from ..capture import Program
+from fxprune.graph.memory import base, written
+from fxprune.graph.program import Program
+
 from .site import Branch, Site
 
 

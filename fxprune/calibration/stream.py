@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..capture import Program
-from ..check import HALF, Oracle
-from ..removal import Removal
-from ..select import Selection
+from fxprune.check import HALF, Oracle
+from fxprune.couple.removal import Removal
+from fxprune.graph.program import Program
+from fxprune.select import Selection
+
 from .batches import Batch
 from .finite import is_finite, refuse_activations
 from .moments import Inputs, Outputs

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..capture import Program
-from ..check import HALF, Oracle
-from ..coupling import Coupling
-from ..errors import InputError
-from ..passes.shrink import shrink, slice_tensor
-from ..removal import Cuts
-from ..select import Selection
-from ..weights import names_of_parameters
+from fxprune.check import HALF, Oracle
+from fxprune.couple.coupling import Coupling
+from fxprune.couple.removal import Cuts
+from fxprune.errors import InputError
+from fxprune.graph.program import Program, names_of_parameters
+from fxprune.passes.shrink import shrink, slice_tensor
+from fxprune.select import Selection
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..capture import Capture
-from ..check import Call
-from ..errors import InputError
+from fxprune.capture import Capture
+from fxprune.check import Call
+from fxprune.errors import InputError
+
 from .batches import Batch, batch_of, check_call
 from .checkpoint import Checkpoint
 from .feed import Feed

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from ..capture import Program
-from ..removal import named_arguments
-from ..weights import Use
+from fxprune.couple.removal import named_arguments
+from fxprune.graph.program import Program
+from fxprune.graph.weights import Use
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..patterns import Unstructured
+from fxprune.plan.patterns import Unstructured
+
 from .by_row import keep_rows, spread
 from .problem import Goal, Problem
 

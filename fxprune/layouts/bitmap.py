@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels import bitmap, operands
+from fxprune.kernels.triton import bitmap, operands
+
 from .gpu import GpuLayout
 from .site import Site
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..kernels import blocks
+from fxprune.kernels.triton import blocks
+
 from .gpu import GpuLayout
 from .site import Site
 

@@ -9,12 +9,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..timing import interleave, interleave_graphs, median, undisturbed
+from fxprune.measure.timing import interleave, interleave_graphs, median, undisturbed
+
 from . import LAYOUTS
 from .dense import best_dense, predict_dense
 from .gpu import GpuLayout
 from .remember import Memory, memory_of
-from .site import Packed, Site
+from .site import Choice, Packed, Site, Timing
 
 # A sparse layout must beat dense by this factor at the geometric mean of the declared sizes, and lose at none.
 MARGIN = 1.05
@@ -22,27 +23,6 @@ SECONDS_PER_SITE = 0.12
 # With fewer zeros than this no sparse kernel can win: it saves fewer multiply-adds than its indices cost.
 LEAST_ZEROS = 0.2
 _NO_MEMORY = "there is not enough memory on the device to pack it"
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Predicted and measured seconds of one layout at one number of tokens."""
-
-    layout: str
-    tokens: int
-    predicted: float
-    measured: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """What was taken for a site, what was refused and why, and the figures behind it."""
-
-    layout: str
-    why: str
-    refused: dict[str, str]
-    timings: tuple[Timing, ...]
-    reused: bool = False
 
 
 class Chooser:

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import InputError
-from ..kernels import activation as activations
-from ..timing import interleave, median
+from fxprune.errors import InputError
+from fxprune.kernels.triton import activation as activations
+from fxprune.measure.timing import interleave, median
+
 from .gpu import GpuLayout
 from .semi24 import refuse_24
 from .site import Site

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from ..errors import InputError
-from ..kernels import activation as activations
-from ..kernels import cannot_run_on
+from fxprune.errors import InputError
+from fxprune.kernels.triton import activation as activations
+from fxprune.kernels.triton import cannot_run_on
+
 from .site import Fit, Packed, Site
 
 FLOATS = (torch.float16, torch.bfloat16)

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fxprune import native
-from fxprune.layouts.site import Fit, Packed, Site
+from fxprune.kernels import native
+
+from .site import Fit, Packed, Site
 
 # Seconds of `predict` on one thread: per nonzero and 8 tokens, per nonzero and tile of up to 64 tokens, per
 # nonzero for a single token, per element of x and y transposed, and per call. Fitted on an AVX-512 server.

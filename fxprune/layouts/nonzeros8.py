@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels import nonzeros
+from fxprune.kernels.triton import nonzeros
+
 from .gpu import GpuLayout
 from .site import Site
 

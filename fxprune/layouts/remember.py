@@ -13,15 +13,15 @@ import os
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from .. import kernels
-from ..native.build import cache_dir
+from fxprune.kernels.native.build import cache_dir
+from fxprune.kernels.triton import language
+from fxprune.measure import timing
 
-if TYPE_CHECKING:
-    from .choose import Choice
+from .site import Choice
 
 
 class Memory:
@@ -62,11 +62,11 @@ class Memory:
 def memory_of(device: torch.device) -> Memory:
     """The memory of a GPU's choices."""
     digest = hashlib.sha256()
-    triton = getattr(kernels.language.triton, "__version__", "")
+    triton = getattr(language.triton, "__version__", "")
     for part in (torch.cuda.get_device_name(device), torch.__version__, torch.version.cuda, triton):
         digest.update(str(part).encode() + b"\0")
-    here = Path(__file__).parent
-    sources = [*Path(kernels.language.__file__).parent.glob("*.py"), *here.glob("*.py"), here.parent / "timing.py"]
+    folders = (Path(language.__file__).parent, Path(__file__).parent)
+    sources = [*(file for folder in folders for file in folder.glob("*.py")), Path(timing.__file__)]
     for source in sorted(sources):
         digest.update(source.read_bytes())
     return Memory(cache_dir() / f"choices-{digest.hexdigest()[:24]}.json")

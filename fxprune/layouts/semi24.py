@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels import gemv24, prune24
+from fxprune.kernels.triton import gemv24, prune24
+
 from .gpu import GpuLayout
 from .site import Site
 

@@ -85,3 +85,24 @@ class Layout(Protocol):
         activation: str,
         out_features: tuple[int, ...],
     ) -> list[Node]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Predicted and measured seconds of one layout at one number of tokens."""
+
+    layout: str
+    tokens: int
+    predicted: float
+    measured: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What was taken for a site, what was refused and why, and the figures behind it."""
+
+    layout: str
+    why: str
+    refused: dict[str, str]
+    timings: tuple[Timing, ...]
+    reused: bool = False

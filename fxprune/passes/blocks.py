@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from ..capture import Program
-from ..errors import PlanError
-from ..plan import near
-from ..weights import names_of_parameters
-from .edit import fetch
+from fxprune.errors import PlanError
+from fxprune.graph.program import Program, fetch, names_of_parameters
+from fxprune.plan.plan import near
+
 from .needs import Memory, Needs
 from .residual import Ways, alike, source, varying_tensors, ways_back
 

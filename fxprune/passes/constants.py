@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..capture import Program
-from .edit import copy_program, drop_unused
+from fxprune.graph.program import Program, copy_program, drop_unused
 
 # Ops that hand a weight on as a view stay in the graph: folding them would hide the weight's name from the plan.
 _VIEWS = {

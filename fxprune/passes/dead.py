@@ -15,14 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..axis import Axis, atoms
-from ..capture import Program
-from ..coupling import Coupling
-from ..indices import positions
-from ..removal import Removal, removal
-from ..select import Selection
-from ..weights import names_of_parameters
-from .edit import fetch, owner
+from fxprune.couple.axis import Axis, atoms
+from fxprune.couple.coupling import Coupling
+from fxprune.couple.indices import positions
+from fxprune.couple.removal import Removal, removal
+from fxprune.graph.program import Program, fetch, names_of_parameters, owner
+from fxprune.select import Selection
+
 from .known import node_of
 from .propagate import Propagation
 from .readers import Reader, constant, read_instead, readers

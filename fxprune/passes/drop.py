@@ -15,11 +15,11 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from ..alias import live
-from ..capture import Program
-from ..errors import PlanError
+from fxprune.errors import PlanError
+from fxprune.graph.memory import live
+from fxprune.graph.program import Program, copy_program, drop_unused
+
 from .blocks import Block, Bypass, calls_by_module
-from .edit import copy_program, drop_unused
 from .needs import Memory
 from .residual import sizes
 

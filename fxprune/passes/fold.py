@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..capture import Program
-from ..select import Selection
-from ..weights import names_of_parameters
-from .edit import copy_program, drop_unused, owner, replace_parameter
+from fxprune.graph.program import Program, copy_program, drop_unused, names_of_parameters, owner, replace_parameter
+from fxprune.select import Selection
 
 aten = torch.ops.aten
 _CONVS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}

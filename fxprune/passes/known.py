@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..compat import symbol_hint
+from fxprune.graph.compat import symbol_hint
 
 # The least that a symbolic size stands at: at one, broadcasting could not be told from a batch.
 _LEAST = 2

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..rules import packet_name
+from fxprune.couple.rules import packet_name
+
 from .known import (
     HALF,
     Known,

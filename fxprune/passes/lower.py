@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from ..capture import Program
-from ..compat import symbol_hint
-from ..layouts import LAYOUTS, Packed, Site
-from ..layouts.choose import Choice, Chooser
-from ..weights import Use, uses
-from .edit import copy_program, drop_unused, fetch, owner
+from fxprune.graph.compat import symbol_hint
+from fxprune.graph.program import Program, copy_program, drop_unused, fetch, owner
+from fxprune.graph.weights import Use, uses
+from fxprune.layouts import LAYOUTS, Packed, Site
+from fxprune.layouts.choose import Chooser
+from fxprune.layouts.site import Choice
+
 from .share import Chosen, groups, merge
 
 aten = torch.ops.aten

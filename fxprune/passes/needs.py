@@ -9,7 +9,7 @@ from itertools import accumulate
 
 from torch.fx import Graph, Node
 
-from ..alias import aliased, checks_inputs, written
+from fxprune.graph.memory import aliased, checks_inputs, written
 
 
 class Memory:

@@ -9,17 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .known import (
-    Known,
-    arguments,
-    blank,
-    by_channel,
-    even_along_symbols,
-    filled,
-    has_argument,
-    is_symbolic,
-    node_of,
-)
+from .known import Known, arguments, blank, by_channel, even_along_symbols, filled, has_argument, is_symbolic, node_of
 
 CONVS = {f"conv{n}d" for n in (1, 2, 3)} | {f"conv_transpose{n}d" for n in (1, 2, 3)}
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..alias import written
-from ..capture import Program
-from ..rules import packet_name
+from fxprune.couple.rules import packet_name
+from fxprune.graph.memory import written
+from fxprune.graph.program import Program
+
 from .known import Known, State, arguments, holds_tensors, size_of, widened
 from .known_ops import follow
 from .needs import Memory

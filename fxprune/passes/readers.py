@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..axis import Axis, atoms
-from ..coupling import Call
-from ..rules import Dims, packet_name
+from fxprune.couple.axis import Axis, atoms
+from fxprune.couple.coupling import Call
+from fxprune.couple.rules import Dims, packet_name
+
 from .known import HALF, ROUNDING, Known, arguments, even_along_symbols, is_even, node_of
 from .products import CONVS, OPERANDS, pads, product, sizes_show
 

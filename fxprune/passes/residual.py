@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from ..alias import DROPOUTS
+from fxprune.graph.memory import DROPOUTS
 
 aten = torch.ops.aten
 

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from ..capture import Program
-from ..layouts import LAYOUTS, Packed, Site
-from ..weights import Use
-from .edit import fetch
+from fxprune.graph.program import Program, fetch
+from fxprune.graph.weights import Use
+from fxprune.layouts import LAYOUTS, Packed, Site
 
 
 @dataclasses.dataclass(frozen=True)

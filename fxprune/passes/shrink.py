@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from ..axis import Axis, atoms
-from ..capture import Program
-from ..coupling import Coupling
-from ..indices import kept_indices
-from ..rules import Dims, Resize
-from .edit import copy_program, fetch, owner, replace_parameter, set_argument
+from fxprune.couple.axis import Axis, atoms
+from fxprune.couple.coupling import Coupling
+from fxprune.couple.indices import kept_indices
+from fxprune.couple.rules import Dims, Resize
+from fxprune.graph.program import Program, copy_program, fetch, owner, replace_parameter, set_argument
+
 from .stand_in import add_constants
 
 aten = torch.ops.aten

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from ..capture import Program
-from ..rules import packet_name
-from .edit import fetch, owner, set_argument
+from fxprune.couple.rules import packet_name
+from fxprune.graph.program import Program, fetch, owner, set_argument
+
 from .known import arguments
 from .products import CONVS
 

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..capture import Program
-from ..weights import names_of_parameters
-from .edit import copy_program, owner, replace_parameter
+from fxprune.graph.program import Program, copy_program, names_of_parameters, owner, replace_parameter
 
 
 def put_values(program: Program, values: Mapping[str, Tensor]) -> Program:

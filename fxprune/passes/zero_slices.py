@@ -7,9 +7,10 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from ..capture import Program
-from ..rules import packet_name
-from ..select import Selection
+from fxprune.couple.rules import packet_name
+from fxprune.graph.program import Program
+from fxprune.select import Selection
+
 from .known import arguments
 from .known_ops import NORMS
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from .combine import check_scores, combined
+from .copying import Home
 from .errors import WrongMaskError, WrongTypeError
-from .home import Home
 from .out_proj import read_anew
 from .place import Place, hooks, start_mask
 from .undo import unchanged_on_failure

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from ..mask import PackedMask
-from ..threshold import Shard
-from ..threshold import magnitude as plain_magnitude
+from fxprune.mask import PackedMask
+from fxprune.threshold import Shard
+from fxprune.threshold import magnitude as plain_magnitude
+
 from .amount import _validate_pruning_amount_init, to_prune
 from .errors import MissingError, WrongShapeError, WrongTypeError
 from .masked import is_byte_float, masked, packed, unpacked_like, zeroed

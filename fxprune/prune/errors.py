@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..errors import FxPruneError, InputError
+from fxprune.errors import FxPruneError, InputError
 
 
 class WrongTypeError(FxPruneError, TypeError):

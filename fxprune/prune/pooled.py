@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from ..mask import PackedMask, chunks
-from ..threshold import Shard
+from fxprune.mask import PackedMask, chunks
+from fxprune.threshold import Shard
+
 from .amount import to_prune
 from .attach import Method, write
 from .combine import check_scores, combined

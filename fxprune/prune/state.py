@@ -15,8 +15,9 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune as torch_prune
 
-from ..errors import InputError
-from ..plan import near
+from fxprune.errors import InputError
+from fxprune.plan.plan import near
+
 from .functions import custom_from_mask
 from .place import Place, hooks
 from .undo import unchanged_on_failure

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from ..mask import PackedMask
+from fxprune.mask import PackedMask
+
 from .masked import masked, packed, unpacked_like
 from .place import Place
 

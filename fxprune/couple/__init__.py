@@ -1,0 +1,1 @@
+"""Which axes are the same axis: the groups that shrink together, and what is frozen and why."""

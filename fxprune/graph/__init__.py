@@ -1,0 +1,1 @@
+"""What any captured graph is: its nodes, its weights, its memory, its trace."""

@@ -1,0 +1,85 @@
+"""What passes share: copying a program and replacing its tensors without touching the original."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+Program = torch.fx.GraphModule
+
+
+def copy_program(program: Program) -> Program:
+    """A program with its own graph and module containers; the tensors are shared."""
+    graph = torch.fx.Graph()
+    copied: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in program.graph.nodes:
+        copied[node] = graph.node_copy(node, lambda n: copied[n])
+    graph._codegen = program.graph._codegen
+    result = torch.fx.GraphModule(program, graph, class_name="Program")
+    result._tracer_cls = None
+    result.meta = dict(program.meta)
+    result.eval()
+    return result
+
+
+def owner(program: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds the parameter `name`, and the parameter's last name."""
+    path, _, leaf = name.rpartition(".")
+    return program.get_submodule(path), leaf
+
+
+def fetch(program: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer `name`, without its gradient."""
+    module, leaf = owner(program, name)
+    return getattr(module, leaf).detach()
+
+
+def count_elements(program: Program) -> int:
+    """The elements of all parameters, tied ones counted once."""
+    return sum(p.numel() for p in program.parameters())
+
+
+def replace_parameter(program: Program, names: list[str], value: Tensor) -> None:
+    """Puts one new parameter under all of its names."""
+    parameter = nn.Parameter(value, requires_grad=False)
+    for name in names:
+        module, leaf = owner(program, name)
+        module._parameters[leaf] = parameter
+
+
+def set_argument(node: Node, name: str, value: Any) -> None:
+    """Set an argument of an op by its schema name, where it stands or as a keyword."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = [argument.name for argument in node.target._schema.arguments]
+    index = names.index(name)
+    if index < len(node.args):
+        node.update_arg(index, value)
+    elif node.target._schema.arguments[index].kwarg_only or index > len(node.args):
+        node.update_kwarg(name, value)
+    else:
+        node.args = (*node.args, value)
+
+
+def drop_unused(program: Program) -> None:
+    """Removes parameters and buffers that nothing uses any more. A tied tensor that is used keeps all its names."""
+    reads = {n: getattr(*owner(program, str(n.target))) for n in program.graph.nodes if n.op == "get_attr"}
+    used = {id(value) for node, value in reads.items() if node.users}
+    for node, value in reads.items():
+        if id(value) not in used:
+            program.graph.erase_node(node)
+    read = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
+    for path, module in program.named_modules():
+        for table in (module._parameters, module._buffers):
+            for leaf in [k for k in table if f"{path}.{k}".lstrip(".") not in read]:
+                del table[leaf]
+
+
+def names_of_parameters(program: Program) -> dict[str, str]:
+    """Every parameter name -> the first name of the same tensor, so that tied weights have one identity."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(tensor), name) for name, tensor in program.named_parameters(remove_duplicate=False)
+    }

@@ -1,0 +1,131 @@
+"""Which parameters of a program are weights, and where each is used."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, cast
+
+import torch
+from torch.fx import Node
+
+from .program import Program, names_of_parameters
+
+aten = torch.ops.aten
+
+# Ops that hand a weight on unchanged or transposed, before it is multiplied.
+_SAME = {aten.detach.default, aten.alias.default, aten.contiguous.default, aten.clone.default}
+_TRANSPOSE = {aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default}
+
+# op -> (kind, position of the weight, position of the activations, position of the bias)
+_LINEAR: dict[Any, tuple[int, int, int | None]] = {
+    aten.linear.default: (1, 0, 2),
+    aten.addmm.default: (2, 1, 0),
+    aten.mm.default: (1, 0, None),
+    aten.matmul.default: (1, 0, None),
+}
+_OTHER = {
+    "conv": {
+        aten.conv1d.default,
+        aten.conv2d.default,
+        aten.conv3d.default,
+        aten.conv1d.padding,
+        aten.conv2d.padding,
+        aten.conv3d.padding,
+        aten.convolution.default,
+        aten.conv_transpose1d.default,
+        aten.conv_transpose2d.input,
+        aten.conv_transpose3d.input,
+    },
+    "embedding": {aten.embedding.default},
+    "matmul": {
+        aten.bmm.default,
+        aten.baddbmm.default,
+        aten.einsum.default,
+        aten.matmul.default,
+        aten.mm.default,
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One place where a weight is used. `kind` is linear, conv, embedding, matmul, or "" for anything else.
+
+    For kind linear, `x` and `bias` are the op's other operands as they are now, and `transposed` says that the weight
+    arrives as [i, o].
+    """
+
+    node: Node
+    kind: str
+    transposed: bool = False
+
+    @property
+    def x(self) -> Node:
+        """The activations of a linear [..., i]."""
+        return cast(Node, self.node.args[_LINEAR[self.node.target][1]])
+
+    @property
+    def bias(self) -> Node | None:
+        """The bias of a linear [o], if it has one."""
+        position = _LINEAR[self.node.target][2]
+        if position is None or len(self.node.args) <= position:
+            return None
+        return cast("Node | None", self.node.args[position])
+
+
+def uses(program: Program) -> dict[str, list[Use]]:
+    """Where each parameter that the graph reads is used, under its first name."""
+    canonical = names_of_parameters(program)
+    found: dict[str, list[Use]] = {}
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and str(node.target) in canonical:
+            found.setdefault(canonical[str(node.target)], []).extend(_follow(node, transposed=False))
+    return found
+
+
+def _follow(node: Node, *, transposed: bool) -> list[Use]:
+    result: list[Use] = []
+    for user in node.users:
+        if user.target in _SAME:
+            result += _follow(user, transposed=transposed)
+        elif user.target in _TRANSPOSE and _swaps_last_two(user):
+            result += _follow(user, transposed=not transposed)
+        else:
+            result.append(_use(user, node, transposed))
+    return result
+
+
+def _swaps_last_two(node: Node) -> bool:
+    value = node.args[0].meta.get("val") if isinstance(node.args[0], Node) else None
+    if value is None or value.dim() != 2:
+        return False
+    if node.target is aten.transpose.int:
+        return {int(str(d)) % 2 for d in node.args[1:3]} == {0, 1}
+    if node.target is aten.permute.default:
+        return [d % 2 for d in node.args[1]] == [1, 0]  # pyright: ignore
+    return True
+
+
+def _use(user: Node, weight: Node, transposed: bool) -> Use:
+    if user.target in _LINEAR:
+        position, x_position, bias_position = _LINEAR[user.target]
+        value = weight.meta.get("val")
+        x = user.args[x_position] if len(user.args) > x_position else None
+        bias = user.args[bias_position] if bias_position is not None and len(user.args) > bias_position else None
+        plain = not user.kwargs and user.args[position] is weight and x is not weight and isinstance(x, Node)
+        # linear takes [o, i]; the other three multiply by [i, o].
+        swapped = user.target is not aten.linear.default
+        if plain and value is not None and value.dim() == 2:
+            if bias is None or _is_bias(bias, value.shape[1 if swapped else 0]):
+                return Use(user, "linear", transposed != swapped)
+        return Use(user, "matmul" if weight in (user.args[position], x) else "")
+    for kind, ops in _OTHER.items():
+        if user.target in ops:
+            return Use(user, kind)
+    return Use(user, "")
+
+
+def _is_bias(bias: Any, size: int) -> bool:
+    """Whether this is a plain vector [size], as kernels take it: not a scalar to broadcast, and not expanded."""
+    value = bias.meta.get("val") if isinstance(bias, Node) else None
+    return isinstance(value, torch.Tensor) and list(value.shape) == [size] and value.stride() == (1,)

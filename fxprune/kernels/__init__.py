@@ -1,0 +1,1 @@
+"""Kernels: Triton's for GPUs, C++ for CPUs, and where each can run."""

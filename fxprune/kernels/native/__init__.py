@@ -1,0 +1,148 @@
+"""The CPU ops fxprune::nonzeros_linear and nonzeros_linear_split: schemas, shape rules, plain-torch kernels, loading.
+
+The ops exist as soon as this module is imported. Their C++ kernels are compiled and loaded at the first call (or by
+`load`); where that cannot be, the plain-torch kernels below answer: right, but slow.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxprune.errors import BuildError, InputError
+
+from . import build
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether the C++ kernels run on this machine, and with which vector instructions; if not, why."""
+
+    available: bool
+    detail: str
+    isa: str = ""
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda y: y,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "silu": F.silu,
+}
+ACTIVATIONS = tuple(_ACTIVATIONS)
+
+_library = torch.library.Library("fxprune", "FRAGMENT")
+_PACKED = "Tensor values, Tensor columns, Tensor order, Tensor counts, Tensor blocks, Tensor? bias"
+for _schema in (
+    f"nonzeros_linear(Tensor x, {_PACKED}, int out_features, str activation) -> Tensor",
+    f"nonzeros_linear_split(Tensor x, {_PACKED}, int[] out_features, str activation) -> Tensor[]",
+):
+    _library.define(_schema, tags=(torch.Tag.needs_fixed_stride_order,))
+_lock = threading.Lock()
+_status: Status | None = None
+
+
+def load() -> Status:
+    """Build and load the C++ kernels, once per process; never raises. FXPRUNE_NATIVE=0 leaves them out."""
+    global _status
+    if _status is None:
+        with _lock:
+            if _status is None:
+                _status = _load()
+    return _status
+
+
+status = load
+
+
+def _load() -> Status:
+    if os.environ.get("FXPRUNE_NATIVE", "1") == "0":
+        return Status(False, "switched off by FXPRUNE_NATIVE=0")
+    try:
+        path = build.build()
+        torch.ops.load_library(path)
+        name = ctypes.CDLL(str(path)).fxprune_isa
+        name.restype = ctypes.c_char_p
+        isa = name().decode()
+    except (BuildError, OSError, RuntimeError) as error:
+        return Status(False, f"{error} {error.__cause__ or ''}".strip())
+    return Status(True, f"C++ kernels with {isa}", isa)
+
+
+def to_dense(values: Tensor, columns: Tensor, order: Tensor, counts: Tensor, blocks: Tensor) -> Tensor:
+    """The weight [o, i] that the tensors of the nonzeros layout store, bit for bit."""
+    o, i, row_block, k_block = blocks[:4].tolist()
+    k_blocks = -(-i // k_block)
+    segment = torch.arange(order.numel(), device=order.device)
+    # Segments stand by row block, then K-block, then sorted row; the last row block may have fewer rows.
+    block = segment // (row_block * k_blocks)
+    rows = (o - block * row_block).clamp(max=row_block)
+    k = (segment - block * row_block * k_blocks) // rows
+    base = (block * row_block + order) * i + k * k_block
+    at = base.repeat_interleave(counts.long(), output_size=values.numel()) + columns
+    return values.new_zeros(o * i).index_copy_(0, at, values).view(o, i)
+
+
+def nonzeros_linear_reference(
+    x: Tensor, values: Tensor, columns: Tensor, order: Tensor, counts: Tensor, blocks: Tensor,
+    bias: Tensor | None, out_features: int, activation: str,
+) -> Tensor:  # fmt: skip
+    """activation(x [..., i] @ W^T + bias) [..., o] in plain torch: the definition, and the fallback."""
+    if x.dtype != torch.float32:
+        raise InputError("nonzeros_linear takes float32 only", why=f"x is {x.dtype}")
+    if activation not in _ACTIVATIONS:
+        raise InputError(f"unknown activation {activation!r}", do=f"Use one of {ACTIVATIONS}.")
+    if blocks[:2].tolist() != [out_features, *x.shape[-1:]]:
+        why = f"the packed weight is {blocks[:2].tolist()}, the call wants {[out_features, *x.shape[-1:]]}"
+        raise InputError("nonzeros_linear got a weight of another shape", why=why)
+    y = F.linear(x, to_dense(values, columns, order, counts, blocks), bias)
+    return _ACTIVATIONS[activation](y).contiguous()
+
+
+def nonzeros_linear_split_reference(
+    x: Tensor, values: Tensor, columns: Tensor, order: Tensor, counts: Tensor, blocks: Tensor,
+    bias: Tensor | None, out_features: Sequence[int], activation: str,
+) -> list[Tensor]:  # fmt: skip
+    """nonzeros_linear with the rows of W dealt out in order: one tensor [..., out_features[j]] for each part."""
+    if min(out_features, default=0) < 0:
+        raise InputError("nonzeros_linear_split cannot deal out the rows", why=f"the parts have {out_features}")
+    y = nonzeros_linear_reference(x, values, columns, order, counts, blocks, bias, sum(out_features), activation)
+    return [part.clone(memory_format=torch.contiguous_format) for part in y.split(list(out_features), -1)]
+
+
+def _register(name: str, reference: Callable[..., Any], shape: Callable[..., Any]) -> None:
+    def first_call(x: Tensor, *rest: object) -> Any:
+        # Registered below the CPU key: once the C++ kernel is loaded, the dispatcher never comes here again.
+        if x.device.type == "cpu" and load().available:
+            return getattr(torch.ops.fxprune, name).default(x, *rest)
+        return reference(x, *rest)
+
+    _library.impl(name, first_call, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fxprune::{name}", shape, lib=_library)
+
+
+def _shape(
+    x: Tensor, values: Tensor, columns: Tensor, order: Tensor, counts: Tensor, blocks: Tensor,
+    bias: Tensor | None, out_features: int, activation: str,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _shapes(
+    x: Tensor, values: Tensor, columns: Tensor, order: Tensor, counts: Tensor, blocks: Tensor,
+    bias: Tensor | None, out_features: Sequence[int], activation: str,
+) -> list[Tensor]:  # fmt: skip
+    return [x.new_empty(*x.shape[:-1], rows) for rows in out_features]
+
+
+_register("nonzeros_linear", nonzeros_linear_reference, _shape)
+_register("nonzeros_linear_split", nonzeros_linear_split_reference, _shapes)

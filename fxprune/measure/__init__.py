@@ -1,0 +1,1 @@
+"""Times: interleaved timing, and two models side by side."""
