@@ -46,7 +46,7 @@ from fxprune.calibration.calibrate import calibrate
 from fxprune.calibration.fit import METHODS
 from fxprune.calibration.recover import recover
 from fxprune.errors import CheckError, FxPruneError
-from fxprune.select import Selection
+from fxprune.selection import Selection
 from fxprune.transform import transform
 
 RESULTS = Path(__file__).resolve().parent / "results"

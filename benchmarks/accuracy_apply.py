@@ -18,8 +18,7 @@ from fxprune.couple.removal import removal
 from fxprune.decide import choose_selection
 from fxprune.plan.patterns import Channels
 from fxprune.plan.plan import Plan
-from fxprune.report import Report
-from fxprune.select import Selection
+from fxprune.selection import Selection
 
 
 class Pruner:
@@ -43,7 +42,7 @@ class Pruner:
         """What the plan alone selects, without data."""
         asks = any(isinstance(rule.sparsity, Channels) for rule in plan.rules)
         program, coupling = self.captured.program, self.coupling if asks else None
-        return choose_selection(self.captured, program, Report(self.model._get_name()), plan, None, coupling)
+        return choose_selection(self.captured, program, plan, None, coupling).selection
 
     def zeroed(self, selection: Selection) -> nn.Module:
         """A copy of the dense model with the selection's values, and zeros where it masks or removes."""

@@ -11,18 +11,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxprune.couple.coupling import Coupling
-from fxprune.graph.program import Program, names_of_parameters
-from fxprune.graph.weights import Use, uses
-from fxprune.plan.plan import Candidate
-
 from .errors import InputError
 from .existing import mask_hooks
-
-aten = torch.ops.aten
-
-# Convolutions whose weight is [i, o, *k].
-_TRANSPOSED_CONVS = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 
 
 def admit_model(model: object) -> None:
@@ -149,57 +139,3 @@ def run_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             why=f"it raises {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
             do="Pass example_inputs= and kwargs= with which model(*example_inputs, **kwargs) works.",
         ) from error
-
-
-def candidates(program: Program, coupling: Coupling | None = None) -> dict[str, Candidate]:
-    """Every parameter of a program under its first name, whether a plan may prune it, and what its dimensions are.
-
-    With a coupling, weights that the graph first computes with (standardised ones, say) count as well: their channels
-    may leave.
-    """
-    found = uses(program)
-    result = {}
-    for name in dict.fromkeys(names_of_parameters(program).values()):
-        tensor = program.get_parameter(name)
-        used = [u for u in found.get(name, []) if u.kind]
-        kinds = {u.kind for u in used}
-        role = "lookup" if kinds == {"embedding"} else "product"
-        if coupling is not None and coupling.outputs(name):
-            kinds.add("weight")
-        usable = _prunable(tensor, name in found, kinds)
-        result[name] = Candidate(tuple(tensor.shape), tensor.dtype, *usable, _inputs(used), role)
-    return result
-
-
-def candidates_without_graph(model: nn.Module) -> dict[str, Candidate]:
-    """The same from the parameters alone, before there is a graph: only shape and dtype are known."""
-    result = {}
-    for name, tensor in model.named_parameters():
-        plain = name.removesuffix("_orig")
-        result[plain] = Candidate(
-            tuple(tensor.shape), tensor.dtype, *_prunable(tensor, True, {"linear"}), role="unknown"
-        )
-    return result
-
-
-def _inputs(used: list[Use]) -> int:
-    """The dimension of a weight that its first product sums over: 1 unless it is stored with its inputs first."""
-    for use in used:
-        if use.kind == "linear":
-            return 0 if use.transposed else 1
-        if use.kind == "conv":
-            transposed = use.node.target is aten.convolution.default and use.node.args[6]
-            return 0 if transposed or use.node.target in _TRANSPOSED_CONVS else 1
-    return 1
-
-
-def _prunable(tensor: Tensor, is_read: bool, kinds: set[str]) -> tuple[bool, str]:
-    if not tensor.is_floating_point():
-        return False, f"{str(tensor.dtype).removeprefix('torch.')} is not floating point"
-    if tensor.dim() < 2:
-        return False, f"{tensor.dim()}-D"
-    if not is_read:
-        return False, "the captured graph does not read it"
-    if not kinds:
-        return False, "not read by a linear, conv, matmul or embedding"
-    return True, ""

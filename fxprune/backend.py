@@ -24,7 +24,6 @@ from .capture import Capture
 from .decide import choose_selection
 from .errors import InputError
 from .from_dynamo import Traced
-from .report import Report
 from .settings import Settings
 
 log = logging.getLogger("fxprune")
@@ -92,8 +91,7 @@ def _is_fake(value: Any) -> bool:
 
 def _lower(captured: Capture, settings: Settings) -> torch.fx.GraphModule:
     captured.program = _returned_apart(fold_constants(captured.program))
-    report = Report("torch.compile graph")
-    selection = choose_selection(captured, captured.program, report)
+    selection = choose_selection(captured, captured.program).selection
     program = fold_masks(captured.program, selection)
     packed, lowered = lower(program, selection.mask, Chooser(only=settings.layout))
     _log(lowered)

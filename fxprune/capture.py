@@ -19,6 +19,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from fxprune.graph.memory import writes
+from fxprune.graph.note import Note
 from fxprune.graph.program import Program
 
 from .constant_masks import fold_constant_masks
@@ -38,7 +39,7 @@ class Capture:
     program: Program
     entry: EntryCheck
     existing: dict[str, Tensor]
-    notes: list[str]
+    notes: list[Note]
     literals: frozenset[str] = frozenset()
 
 
@@ -65,7 +66,7 @@ def capture(
     compat.register_foreign_outputs()
     if isinstance(dynamic_shapes, ShapesCollection):
         dynamic_shapes = dynamic_shapes.dynamic_shapes(shadow, args, kwargs)
-    notes: list[str] = []
+    notes: list[Note] = []
     tries = attempts(args, kwargs, dynamic_shapes, static)
     for index, (shapes_of, note) in enumerate(tries):
         last = index == len(tries) - 1
@@ -85,7 +86,7 @@ def capture(
             if last:
                 raise _capture_error(model, error) from error
             reason = str(error).strip().split("\n", 1)[0][:200]
-        notes.append(f"{note}: {reason}")
+        notes.append(Note(f"{note}: {reason}", "fallback"))
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
@@ -143,7 +144,7 @@ def _finish(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     existing: dict[str, Tensor],
-    notes: list[str],
+    notes: list[Note],
     fold_masks: bool,
 ) -> Capture:
     entry = entry_check(unlifted, exported, forward, args, kwargs)
@@ -156,7 +157,7 @@ def _finish(
         if isinstance(want, TensorInput) and want.sizes and isinstance(want.sizes[0], int)
     ]
     if fixed and not notes:
-        notes.append(f"dim 0 is fixed by the model in {', '.join(fixed)}")
+        notes.append(Note(f"dim 0 is fixed by the model in {', '.join(fixed)}", "fallback"))
     if fold_masks:
         masks = fold_constant_masks(program)
         count = len({id(keep) for keep in masks.values()})
@@ -164,7 +165,7 @@ def _finish(
             name: keep & existing[name] if name in existing else keep for name, keep in masks.items()
         }
         if masks:
-            notes.append(f"weights that hold the zeros of constant masks in the model: {count}")
+            notes.append(Note(f"weights that hold the zeros of constant masks in the model: {count}"))
     literals = exported.graph_signature.inputs_to_lifted_tensor_constants.values()
     return Capture(program, entry, existing, notes, frozenset(map(str, literals)))
 

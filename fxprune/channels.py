@@ -12,6 +12,7 @@ from fxprune.couple.axis import Axis, atoms
 from fxprune.couple.coupling import Coupling, Group
 from fxprune.couple.indices import positions
 from fxprune.couple.rules import Dims
+from fxprune.graph.note import Note, some
 from fxprune.plan.patterns import Channels
 from fxprune.plan.plan import Binding, Plan
 from fxprune.plan.scores import Scores
@@ -32,7 +33,7 @@ class Kept:
 
     keep: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     asked: dict[str, float] = dataclasses.field(default_factory=dict)
-    notes: list[str] = dataclasses.field(default_factory=list)
+    notes: list[Note] = dataclasses.field(default_factory=list)
 
 
 @torch.no_grad()
@@ -117,8 +118,7 @@ def _bind(
             do='fxprune.analyze(model, ...) lists every group; unit="mixed" asks for axes that shrink on request.',
         )
     kept.notes += [
-        f"rule {index} shrinks no output of {len(found)} weights ({why}): "
-        + ", ".join(found[:3] + ["..."] * (len(found) > 3))
+        Note(f"rule {index} shrinks no output of {len(found)} weights ({why}): {some(found)}", "missed")
         for why, found in refused.items()
     ]
 
@@ -219,20 +219,19 @@ def _batch_norm_weights(coupling: Coupling) -> set[str]:
     return found
 
 
-def _scored_otherwise(index: int, slices: Mapping[str, list[Slices]], how: Channels) -> list[str]:
+def _scored_otherwise(index: int, slices: Mapping[str, list[Slices]], how: Channels) -> list[Note]:
     """Notes on groups that a rule's score does not fit, or not in full."""
     if how.score == "bn_scale":
         if lacking := [name for name, members in slices.items() if not has_scales(members)]:
-            return [f"rule {index} scores {_some(lacking)} by L{how.norm:g} norm: no batch-norm scales their channels"]
+            which = f"{len(lacking)} ({some(lacking)})"
+            return [Note(f"rule {index} scores {which} by L{how.norm:g} norm: no batch-norm scales their channels")]
     if isinstance(how.score, Scores):
         given = how.score
         if lacking := sorted({m.name for members in slices.values() for m in members if m.name not in given}):
-            return [f"rule {index}: the scores of {given.method} have nothing on {_some(lacking)}, which do not count"]
+            which = f"{len(lacking)} ({some(lacking)})"
+            lack = f"rule {index}: the scores of {given.method} have nothing on {which}, which do not count"
+            return [Note(lack, "warning")]
     return []
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{len(names)} ({', '.join([*names[:3], *['...'] * (len(names) > 3)])})"
 
 
 def _relative(slices: Iterable[list[Slices]], how: Channels) -> bool:
@@ -251,7 +250,7 @@ def _share(pool: list[Group], how: Channels) -> float:
     return how.count(total) / total
 
 
-def _shortfall(index: int, pool: list[Group], how: Channels, exact: int, final: int) -> list[str]:
+def _shortfall(index: int, pool: list[Group], how: Channels, exact: int, final: int) -> list[Note]:
     """A note where fewer units of a pool leave than were asked for: `exact` stay before alignment, `final` after."""
     total = sum(group.size for group in pool)
     asked = how.count(total)
@@ -263,7 +262,7 @@ def _shortfall(index: int, pool: list[Group], how: Channels, exact: int, final: 
     if final > exact:
         why.append(f"widths are multiples of align={how.align}")
     text = f"rule {index} asked for {asked} of the {total} units of {_named(pool)}, and {total - final} leave"
-    return [f"{text}: {', and '.join(why)}"]
+    return [Note(f"{text}: {', and '.join(why)}", "missed")]
 
 
 def _named(pool: list[Group]) -> str:

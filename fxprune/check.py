@@ -17,7 +17,7 @@ from fxprune.graph.program import Program, names_of_parameters
 from .capture import Capture
 from .entry import TensorInput
 from .errors import CheckError, InputError
-from .select import Selection
+from .selection import Selection
 
 # max|a - b| / max|b| per output tensor, end to end over a whole model. A half type loses about one unit in the last
 # place at every rounding that a compiler moves; over tens of layers that adds up to these.

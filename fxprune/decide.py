@@ -6,34 +6,26 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 
 from fxprune.couple.couple import couple
 from fxprune.couple.coupling import Coupling
+from fxprune.graph.note import Note, some
 from fxprune.graph.program import Program, names_of_parameters
-from fxprune.passes.blocks import module_paths
 from fxprune.plan.patterns import Channels
 from fxprune.plan.plan import Plan
 
-from .admit import candidates
+from .candidates import candidates
 from .capture import Capture
 from .channels import keep_channels
 from .errors import InputError
 from .mask import PackedMask, chunks
-from .report import Report
-from .select import Selection, select
+from .select import select
+from .selection import Selection
 
 # A weight with fewer zeros than this, and no mask, was not pruned: an embedding's padding row is no pruning.
 PRUNED_FROM = 0.01
-
-
-def choose_blocks(program: Program, plan: Plan | None, replay: Selection | None) -> tuple[str, ...]:
-    """The module paths of the blocks that a plan, or an earlier selection, drops. Raises PlanError."""
-    if replay is not None:
-        return replay.drop
-    return tuple(plan.blocks(module_paths(program))) if plan is not None and plan.drops else ()
 
 
 def couple_if_needed(program: Program, plan: Plan | None, replay: Selection | None) -> Coupling | None:
@@ -42,29 +34,29 @@ def couple_if_needed(program: Program, plan: Plan | None, replay: Selection | No
     return couple(program) if asked or (replay is not None and replay.keep) else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """A selection, and what was met on the way to it."""
+
+    selection: Selection
+    notes: list[Note] = dataclasses.field(default_factory=list)
+
+
 def choose_selection(
     capture: Capture,
     program: Program,
-    report: Report,
     plan: Plan | None = None,
     replay: Selection | None = None,
     coupling: Coupling | None = None,
-) -> Selection:
+) -> Decision:
     """The selection for a program: replayed (a copy), or by plan, or the masks and zeros that the model came with.
 
     `program` is the captured one, without the blocks that were dropped.
     """
     if replay is not None:
         _check_replay(program, replay, coupling)
-        return dataclasses.replace(
-            replay,
-            dead={},
-            keep=dict(replay.keep),
-            mask=dict(replay.mask),
-            values=dict(replay.values),
-            asked=dict(replay.asked),
-            fits=dict(replay.fits),
-        )
+        copied = {field: dict(getattr(replay, field)) for field in ("keep", "mask", "values", "asked", "fits")}
+        return Decision(dataclasses.replace(replay, dead={}, **copied))
     names = names_of_parameters(program)
     known = candidates(program, coupling)
     weights = {name: program.get_parameter(name).detach() for name, c in known.items() if c.prunable}
@@ -72,25 +64,25 @@ def choose_selection(
     aliases = {other: first for other, first in names.items() if other != first}
     plan = plan if plan is not None else Plan([])
     binding = plan.bind(known, aliases)
-    report.notes += _passed_over(binding.skipped)
-    report.notes += [f"{name}: rule {later} replaces rule {earlier}" for name, earlier, later in binding.overridden]
-    report.notes += [f"{name}: excluded from rule {r} by {by!r}" for r, name, by in binding.excluded]
+    notes = _passed_over(binding.skipped)
+    notes += [Note(f"{name}: rule {later} replaces rule {earlier}") for name, earlier, later in binding.overridden]
+    notes += [Note(f"{name}: excluded from rule {r} by {by!r}") for r, name, by in binding.excluded]
     selection = select(weights, existing, plan, binding, {name: c.inputs for name, c in known.items()})
     if coupling is not None:
         kept = keep_channels(coupling, {n: t.detach() for n, t in program.named_parameters()}, plan, binding)
         selection.keep = kept.keep
         selection.asked.update(kept.asked)
-        report.notes += kept.notes
-    return selection
+        notes += kept.notes
+    return Decision(selection, notes)
 
 
-def _passed_over(skipped: Iterable[tuple[int, str, str]]) -> list[str]:
+def _passed_over(skipped: Iterable[tuple[int, str, str]]) -> list[Note]:
     """One note for each rule and reason, naming the parameters that a wildcard matched and could not use."""
     groups: dict[tuple[int, str], list[str]] = {}
     for rule, name, why in skipped:
         groups.setdefault((rule, why), []).append(name)
     return [
-        f"rule {rule} passed over {len(names)} parameters ({why}): {', '.join(names[:3] + ['...'] * (len(names) > 3))}"
+        Note(f"rule {rule} passed over {len(names)} parameters ({why}): {some(names)}")
         for (rule, why), names in groups.items()
     ]
 
@@ -167,23 +159,3 @@ def _no_replay(where: str, why: str) -> InputError:
         why=why,
         do="Use it with the model and the example inputs that it was made for.",
     )
-
-
-def batches(capture: Capture, sizes: tuple[int, ...]) -> dict[sympy.Symbol, tuple[int, ...]]:
-    """The sizes to tune for, for the symbol of dim 0 of each input tensor."""
-    result: dict[sympy.Symbol, tuple[int, ...]] = {}
-    if not sizes:
-        return result
-    for node in capture.program.graph.nodes:
-        value = node.meta.get("val") if node.op == "placeholder" else None
-        batch: object = value.shape[0] if isinstance(value, Tensor) and value.dim() else None
-        if isinstance(batch, torch.SymInt):
-            result.update({symbol: sizes for symbol in batch.node.expr.free_symbols})
-    if not result:
-        raise InputError(
-            "cannot tune for several sizes",
-            where='options["tune_for"]',
-            why="dim 0 of no input is dynamic: " + ("; ".join(capture.notes) or "every size was fixed"),
-            do="Leave it out, or make dim 0 dynamic with dynamic_shapes=.",
-        )
-    return result

@@ -16,24 +16,42 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from fxprune.graph.note import Note
 from fxprune.graph.program import Program, copy_program
 from fxprune.measure.benchmark import device_name, device_of
-from fxprune.measure.timing import interleave, median, undisturbed
+from fxprune.measure.timing import ModelTiming, interleave, median, undisturbed
 from fxprune.passes.fold import fold
 from fxprune.passes.lower import Lowered
 
 from .capture import Capture
 from .check import Call, CheckRow, refuse
 from .emit import PrunedModule, emit, own_storage
-from .kernels import native
 from .modes import training_modes
-from .prove import Proof
-from .report import ModelTiming, Report
-from .select import Selection
+from .prove import Expected
+from .selection import Selection
 from .settings import Settings
 from .trainable import TrainableModule, emit_trainable, origin_of
 
 _GRAPHS = '; mode="reduce-overhead" runs it as a CUDA graph, without launches to wait for'
+
+
+@dataclasses.dataclass(frozen=True)
+class Delivered:
+    """A result, and what became of it.
+
+    lowered   what became of each weight in it
+    compiled  how it runs, in words
+    timing    the whole model against the dense one, where it was timed
+    is_whole  whether dead channels stayed in, since the model without them was slower
+    """
+
+    result: PrunedModule
+    lowered: list[Lowered]
+    compiled: str
+    timing: ModelTiming | None = None
+    is_whole: bool = False
+    notes: tuple[Note, ...] = ()
+    checks: tuple[CheckRow, ...] = ()
 
 
 def deliver(
@@ -42,63 +60,71 @@ def deliver(
     selection: Selection,
     packed: Program,
     lowered: list[Lowered],
-    proof: Proof,
+    example: Call,
+    expected: Expected | None,
     settings: Settings,
-    report: Report,
+    is_smaller: bool,
     whole: tuple[Program, Selection] | None = None,
-) -> tuple[PrunedModule, list[Lowered]]:
+) -> Delivered:
     """The result and what became of each weight. Raises CheckError where no form of it is right.
 
-    `program` is what is left of the captured one, and `selection` what is left to apply to it. `whole` is the program
-    with its dead channels, and its masks: it is emitted where taking them out did not pay.
+    `program` is what is left of the captured one, and `selection` what is left to apply to it; `is_smaller` says that
+    something left. `whole` is the program with its dead channels, and its masks: it is emitted where taking them out
+    did not pay.
     """
-    report.kernels = native.status().detail
     theirs = {
         t.data_ptr()
         for t in pytree.tree_leaves((dict(captured.program.named_parameters()), dict(captured.program.named_buffers())))
     }
     any_packed = any(w.choice.layout != "dense" for w in lowered)
-    forms = ["packed", "dense"] if any_packed else ["packed"]
-    for form in [*forms, "whole"] if whole is not None else forms:
-        is_packed = form == "packed" and any_packed
+    forms = [*(["packed"] if any_packed else []), "dense", *(["whole"] if whole is not None else [])]
+    notes: list[Note] = []
+    for form in forms:
         if form == "whole":
             assert whole is not None
-            final, lowered = fold(*whole), _all_dense(lowered, "the model without its dead channels was slower")
-            report.keep_dead()
+            final, is_smaller = fold(*whole), False
+            lowered = _all_dense(lowered, "the model without its dead channels was slower")
         else:
-            final = fold(program, selection) if form == "dense" else packed
+            final = fold(program, selection) if form == "dense" and any_packed else packed
         own_storage(final, theirs)
-        result, rows = _compiled(final, captured, proof, settings, report)
-        wrong = [row for row in rows if not row.ok]
-        if wrong and not is_packed:
+        found = _compiled(final, captured, example, expected, settings)
+        wrong = [row for row in found.checks if not row.ok]
+        if wrong and form != "packed":
             around = "; options={'compile': False} avoids the compiler" if settings.compile else ""
             raise refuse(wrong[0], f"Please report it with FXPRUNE_TRACE=<dir>{around}.")
         if wrong:
-            report.notes.append(
-                f"the packed result was wrong on the {wrong[0].call} ({wrong[0].error:.1e}) and was dropped"
-            )
+            why = f"the packed result was wrong on the {wrong[0].call} ({wrong[0].error:.1e})"
+            notes += [*found.notes, Note(f"{why} and was dropped", "warning")]
             lowered = _all_dense(lowered, "the packed model was wrong")
             continue
-        is_smaller = bool(report.groups or report.dropped)
-        if (is_packed or is_smaller) and settings.measure and settings.layout is None:
-            report.timing = _time(captured, result, proof.example, settings)
-            if report.timing.ratio < 1.0 and not is_packed:
-                slower = f"the smaller model measured slower than the whole one ({report.timing.ratio:.2f}x)"
-                report.notes.append(slower + (", so its dead channels stay" if whole is not None else ""))
-                if whole is not None:
-                    report.timing = None
-                    continue
-            elif report.timing.ratio < 1.0:
-                why = f"the whole model measured slower packed ({report.timing.ratio:.2f}x)"
-                with_graphs = _GRAPHS if settings.mode in (None, "default") and _on_gpu(proof.example) else ""
-                report.notes.append(f"{why}, so it was emitted dense{with_graphs}")
-                report.timing = None
+        notes += found.notes
+        timing = None
+        if (form == "packed" or is_smaller) and settings.measure and settings.layout is None:
+            timing = _time(captured, found.result, example, settings)
+            if timing.ratio < 1.0 and form == "packed":
+                why = f"the whole model measured slower packed ({timing.ratio:.2f}x)"
+                with_graphs = _GRAPHS if settings.mode in (None, "default") and _on_gpu(example) else ""
+                notes.append(Note(f"{why}, so it was emitted dense{with_graphs}", "fallback"))
                 lowered = _all_dense(lowered, why)
-                del result
+                del found
                 continue
-        report.checks += rows
-        return result, lowered
+            if timing.ratio < 1.0:
+                slower = f"the smaller model measured slower than the whole one ({timing.ratio:.2f}x)"
+                notes.append(Note(slower + (", so its dead channels stay" if whole is not None else ""), "missed"))
+                if whole is not None:
+                    continue
+        whole_stays = form == "whole"
+        return dataclasses.replace(found, lowered=lowered, timing=timing, is_whole=whole_stays, notes=tuple(notes))
     raise AssertionError("unreachable: the dense program was returned or refused")
+
+
+@dataclasses.dataclass(frozen=True)
+class DeliveredTraining:
+    """A result that trains, with what train mode does not change and the checks that it passed."""
+
+    result: TrainableModule
+    notes: list[Note]
+    checks: list[CheckRow]
 
 
 def deliver_trainable(
@@ -106,50 +132,44 @@ def deliver_trainable(
     captured: Capture,
     program: Program,
     selection: Selection,
-    call: Call,
+    example: Call,
     dynamic_shapes: Any,
-    proof: Proof,
+    expected: Expected | None,
     settings: Settings,
-    report: Report,
-) -> TrainableModule:
+) -> DeliveredTraining:
     """What is left of the model as an ordinary module, in eval mode. Raises CheckError where it is not right."""
-    modes, notes = training_modes(model, captured, call.args, call.kwargs, dynamic_shapes)
-    report.notes += notes
-    report.compiled = "eager graph that trains; torch.compile it as any module"
+    modes, notes = training_modes(model, captured, example.args, example.kwargs, dynamic_shapes)
     origin = origin_of(model, captured)
     result = emit_trainable(
         program, captured.entry, modes, origin, selection.mask, masked_matmul=settings.masked_matmul
     )
-    rows = proof.hold(result, result)
+    rows = expected.result(result, result) if expected is not None else []
     for row in rows:
         if not row.ok:
             raise refuse(row, "Please report it with FXPRUNE_TRACE=<dir>.")
-    report.checks += rows
-    return result
+    return DeliveredTraining(result, notes, rows)
 
 
 def _compiled(
-    program: Program, captured: Capture, proof: Proof, settings: Settings, report: Report
-) -> tuple[PrunedModule, list[CheckRow]]:
+    program: Program, captured: Capture, example: Call, expected: Expected | None, settings: Settings
+) -> Delivered:
+    """The program emitted and held against the oracle; eager where torch.compile fails."""
     arguments = settings.compile_arguments()
-    result = emit(copy_program(program), captured.entry, arguments)
-    report.compiled = (
-        "eager graph (compile=False)"
-        if arguments is None
-        else "torch.compile"
-        + (" with freezing" if settings.freezing else "")
-        + (f", mode {settings.mode}" if settings.mode else "")
-    )
+    result, notes = emit(copy_program(program), captured.entry, arguments), []
+    compiled = "eager graph (compile=False)"
     if arguments is not None:
+        with_freezing = " with freezing" if settings.freezing else ""
+        compiled = "torch.compile" + with_freezing + (f", mode {settings.mode}" if settings.mode else "")
         try:
-            args, kwargs = proof.example.copy()
+            args, kwargs = example.copy()
             result(*args, **kwargs)
         except TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
-            report.notes.append(f"torch.compile failed, so the graph is emitted eager: {reason}")
-            report.compiled = "eager graph (torch.compile failed)"
+            notes.append(Note(f"torch.compile failed, so the graph is emitted eager: {reason}", "fallback"))
+            compiled = "eager graph (torch.compile failed)"
             result = emit(copy_program(program), captured.entry, None)
-    return result, proof.hold(result, program)
+    rows = expected.result(result, program) if expected is not None else []
+    return Delivered(result, [], compiled, notes=tuple(notes), checks=tuple(rows))
 
 
 def _time(captured: Capture, result: PrunedModule, example: Call, settings: Settings) -> ModelTiming:

@@ -16,7 +16,7 @@ from fxprune.graph.program import Program
 from .entry import EntryCheck
 from .errors import FxPruneError
 from .report import Report
-from .select import Selection
+from .selection import Selection
 
 
 class PrunedModule(torch.fx.GraphModule):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram, ShapesCollection
 from torch.fx import Node
 
+from fxprune.graph.note import Note
 from fxprune.graph.program import Program
 
 from . import admit
@@ -41,7 +42,7 @@ def training_modes(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     dynamic_shapes: Any = None,
-) -> tuple[dict[str, ModeArguments], list[str]]:
+) -> tuple[dict[str, ModeArguments], list[Note]]:
     """What train mode changes about the nodes of `captured.program`, by node name, and notes for the report.
 
     `args`, `kwargs` and `dynamic_shapes` are those of the capture. The model is not changed.
@@ -136,7 +137,7 @@ def _train_graphs(
 
 def _by_flags(
     program: Program, shadow: nn.Module | None, cumulative: set[str], trains: Flat | None, reason: str
-) -> tuple[dict[str, ModeArguments], list[str]]:
+) -> tuple[dict[str, ModeArguments], list[Note]]:
     """Flips the flags that ops have for it, where the module that calls the op trains. `reason` goes into the note."""
     found: dict[str, ModeArguments] = {}
     rates, buffers = _attention_rates(trains), dict(program.named_buffers(remove_duplicate=False))
@@ -171,7 +172,7 @@ def _by_flags(
     note += "by their flags and nothing else"
     if unknown:
         note += f"; the dropout of {len(unknown)} attentions stays off"
-    return found, [note]
+    return found, [Note(note, "warning")]
 
 
 def _attention_rates(trains: Flat | None) -> dict[str, list[float]]:
@@ -198,7 +199,7 @@ def _module(shadow: nn.Module | None, path: str) -> nn.Module | None:
         return None
 
 
-def _unmoved(program: Program, modes: Mapping[str, ModeArguments]) -> list[str]:
+def _unmoved(program: Program, modes: Mapping[str, ModeArguments]) -> list[Note]:
     """A note where a batch-norm or dropout is the same in both modes, as where a model keeps its norms frozen."""
     still = []
     for node in program.graph.nodes:
@@ -209,4 +210,4 @@ def _unmoved(program: Program, modes: Mapping[str, ModeArguments]) -> list[str]:
     if not still:
         return []
     rest = f" and {len(still) - 3} more" if len(still) > 3 else ""
-    return [f"in train mode too the model runs these as in eval mode: {', '.join(still[:3])}{rest}"]
+    return [Note(f"in train mode too the model runs these as in eval mode: {', '.join(still[:3])}{rest}")]

@@ -10,11 +10,11 @@ from torch import nn
 
 from fxprune.plan.plan import Plan
 
-from . import admit
+from .candidates import candidates_without_graph
 from .emit import PrunedModule
 from .errors import FxPruneError
 from .report import Report
-from .select import Selection
+from .selection import Selection
 
 
 class PendingModule(PrunedModule):
@@ -48,7 +48,7 @@ def pending(
 ) -> PendingModule:
     """A shell around `transform(model, plan, args, kwargs, **later)`. Errors in the plan's names surface here."""
     if plan is not None:
-        plan.bind(admit.candidates_without_graph(model))
+        plan.bind(candidates_without_graph(model))
     root = nn.Module()
     shell = PendingModule(root, torch.fx.Graph(), class_name="PendingModule")
     vars(shell)["_finish"] = lambda args, kwargs: transform(model, plan, args, kwargs, **later)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import os
 from typing import Any
 
 from torch import nn
 from torch.export import ExportedProgram
 
 from fxprune.couple.removal import Removal
+from fxprune.graph.note import Note
 from fxprune.graph.program import Program
 
 from . import admit
@@ -29,92 +30,98 @@ from .check import (
     turned_call,
 )
 from .errors import CaptureError, InputError
-from .report import Report
-from .select import Selection
+from .selection import Selection
 
 
-class Proof:
-    """The calls that a result is tried on, and what the oracle answers to them."""
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What the oracle answers to the calls of a proof, and comparisons with it.
 
-    def __init__(
-        self, captured: Capture, calls: list[Call], resized: Call | None, report: Report, enabled: bool
-    ) -> None:
-        self.example = calls[0]
-        self._captured, self._calls, self._resized = captured, calls, resized
-        self._report, self._enabled = report, enabled
-        self._expected: list[list[Any]] = []
-        self._expected_resized: list[Any] = []
-        self._wide = False
-        self._expected_wide: list[list[Any]] = []
+    outputs  the flat outputs of each call, in the precision of the model
+    wide     the same in float32 where the model is in half precision and something shrinks: rounding hides nothing
+    """
 
-    @property
-    def enabled(self) -> bool:
-        """Whether anything is checked."""
-        return self._enabled
+    proof: Proof
+    outputs: list[list[Any]]
+    wide: list[list[Any]]
+    is_wide: bool = False
 
-    @property
-    def wide(self) -> bool:
-        """Whether half types run in float32 where a shrunk program is held against the oracle."""
-        return self._wide
-
-    def expect(self, selection: Selection, program: Program | None = None, removal: Removal | None = None) -> None:
-        """Runs the oracle, masking in-graph over the user's storage, and keeps its outputs.
-
-        `program` is what the oracle runs where blocks were dropped: the captured one without them.
-        """
-        if not self._enabled:
-            return
-        program = program or self._captured.program
-        oracle = Oracle(program, selection, removal)
-        self._expected = [oracle.outputs(call) for call in self._calls]
-        if self._resized is not None:
-            self._expected_resized = oracle.outputs(self._resized)
-        if removal is not None:
-            self._wide = any(getattr(n.meta.get("val"), "dtype", None) in HALF for n in program.graph.nodes)
-            wide = Oracle(program, selection, removal, wide=True)
-            if self._wide:
-                self._expected_wide = [wide.outputs(call) for call in self._all_calls()]
-            else:
-                self._expected_wide = [*self._expected, *([self._expected_resized] if self._resized else [])]
-
-    def _all_calls(self) -> list[Call]:
-        return [*self._calls, *([self._resized] if self._resized is not None else [])]
-
-    def try_shrunk(self, program: Program, selection: Selection, what: str = "shrunk = zeroed") -> CheckRow:
+    def shrunk(self, program: Program, selection: Selection, what: str = "shrunk = zeroed") -> CheckRow:
         """A shrunk program with its masks, held against the oracle: the worst of all calls; half types in float32."""
-        oracle = Oracle(program, selection, wide=self._wide)
+        oracle = Oracle(program, selection, wide=self.is_wide)
         rows = [
             compare(what, call, expected, oracle.outputs(call))
-            for call, expected in zip(self._all_calls(), self._expected_wide, strict=True)
+            for call, expected in zip(self.proof.calls, self.wide, strict=True)
         ]
         # Each row has the tolerance of its own outputs: what is worst is the furthest beyond it.
         return max(rows, key=lambda row: (not row.ok, row.error / row.tolerance if row.tolerance else math.inf))
 
-    def stage(self, name: str, program: Program) -> None:
-        """With FXPRUNE_CHECK=2, holds the program after a stage against the oracle and names the one that departs."""
-        if self._enabled and os.environ.get("FXPRUNE_CHECK") == "2":
-            row = compare(
-                f"after {name} = pruned model",
-                self.example,
-                self._expected[0],
-                outputs(program, self.example),
-            )
-            self._report.checks.append(row)
-            if not row.ok:
-                raise refuse(row, f"The stage {name} is at fault: please report it with FXPRUNE_TRACE=<dir>.")
+    def stage(self, name: str, program: Program, left: Selection) -> CheckRow:
+        """The program after a stage on the example, with what of the selection is left to apply to it.
 
-    def hold(self, result: Any, graph: Program) -> list[CheckRow]:
-        """The result (compiled) on the example and the second input, its graph (not compiled) at the second size."""
-        if not self._enabled:
-            return []
-        rows = [
-            compare("result = pruned model", call, expected, outputs(result, call))
-            for call, expected in zip(self._calls, self._expected, strict=True)
-        ]
-        if self._resized is not None:
-            got = outputs(graph, self._resized)
-            rows.append(compare("result's graph = pruned model", self._resized, self._expected_resized, got))
+        Raises CheckError, which names the stage, where it departs.
+        """
+        got = Oracle(program, left).outputs(self.proof.example)
+        row = compare(f"after {name} = pruned model", self.proof.example, self.outputs[0], got)
+        if not row.ok:
+            raise refuse(row, f"The stage {name} is at fault: please report it with FXPRUNE_TRACE=<dir>.")
+        return row
+
+    def result(self, result: Any, graph: Program) -> list[CheckRow]:
+        """The result (compiled) on the calls of the example's sizes, its graph (not compiled) at the second size."""
+        rows = []
+        for call, expected in zip(self.proof.calls, self.outputs, strict=True):
+            resized = call is self.proof.resized
+            what = "result's graph = pruned model" if resized else "result = pruned model"
+            rows.append(compare(what, call, expected, outputs(graph if resized else result, call)))
         return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """The calls that everything made from a capture is tried on: those of the example's sizes, and a second size."""
+
+    captured: Capture
+    same_size: tuple[Call, ...]
+    resized: Call | None = None
+
+    @property
+    def example(self) -> Call:
+        """The user's own call."""
+        return self.same_size[0]
+
+    @property
+    def calls(self) -> list[Call]:
+        """All calls, the second size last."""
+        return [*self.same_size, *([self.resized] if self.resized is not None else [])]
+
+    def expect(self, selection: Selection, program: Program | None = None, removal: Removal | None = None) -> Expected:
+        """Runs the oracle, masking in-graph over the user's storage, and keeps its outputs.
+
+        `program` is what the oracle runs where blocks were dropped: the captured one without them.
+        """
+        program = program or self.captured.program
+        oracle = Oracle(program, selection, removal)
+        found = [oracle.outputs(call) for call in self.calls]
+        half = any(getattr(n.meta.get("val"), "dtype", None) in HALF for n in program.graph.nodes)
+        if removal is None or not half:
+            return Expected(self, found, found)
+        wide = Oracle(program, selection, removal, wide=True)
+        return Expected(self, found, [wide.outputs(call) for call in self.calls], True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """A capture that computes what the model computes, and the calls to hold what is made from it to.
+
+    `proof` is None where nothing is checked; `example` is the user's call.
+    """
+
+    captured: Capture
+    example: Call
+    proof: Proof | None
+    notes: list[Note]
+    checks: list[CheckRow]
 
 
 def capture_checked(
@@ -122,20 +129,19 @@ def capture_checked(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     dynamic_shapes: Any,
-    report: Report,
     *,
     check: bool,
     fold_masks: bool = True,
-) -> tuple[Capture, Proof]:
+) -> Checked:
     """Captures the model and holds the captured program against it, on the example and at a second size.
 
-    Where a capture with dynamic sizes is wrong at the second size, every size is fixed, and the report says so; where
-    the user asked for those sizes, that is an error.
+    Where a capture with dynamic sizes is wrong at the second size, every size is fixed, and a note says so; where the
+    user asked for those sizes, that is an error.
     """
     example = Call("example", args, kwargs)
     runnable = model.module() if isinstance(model, ExportedProgram) else model
     with admit.untouched(runnable):
-        return _capture_checked(model, runnable, example, dynamic_shapes, report, check=check, fold_masks=fold_masks)
+        return _capture_checked(model, runnable, example, dynamic_shapes, check, fold_masks)
 
 
 def _capture_checked(
@@ -143,61 +149,60 @@ def _capture_checked(
     runnable: nn.Module,
     example: Call,
     dynamic_shapes: Any,
-    report: Report,
-    *,
     check: bool,
     fold_masks: bool,
-) -> tuple[Capture, Proof]:
+) -> Checked:
     args, kwargs = example.args, example.kwargs
     admit.run_model(runnable, *example.copy())
     captured = capture(model, args, kwargs, dynamic_shapes, fold_masks=fold_masks)
     calls = [example, second_call(example)]
     if not check:
-        report.notes += [*captured.notes, "nothing was checked: check=False"]
-        return captured, Proof(captured, calls[:1], None, report, False)
+        notes = [*captured.notes, Note("nothing was checked: check=False", "warning")]
+        return Checked(captured, example, None, notes, [])
+    notes: list[Note] = []
     expected = outputs(runnable, example)
     first = compare("capture = your model", example, expected, outputs(captured.program, example))
     if not first.ok and dynamic_shapes is None and not isinstance(model, ExportedProgram):
         # A model that takes sizes for something else than numbers can only be captured with every size fixed.
         captured = capture(model, args, kwargs, static=True, fold_masks=fold_masks)
-        captured.notes.append(f"every size is fixed: with dim 0 dynamic the capture was wrong ({first.error:.1e})")
+        why = f"with dim 0 dynamic the capture was wrong ({first.error:.1e})"
+        captured.notes.append(Note(f"every size is fixed: {why}", "fallback"))
         first = compare("capture = your model", example, expected, outputs(captured.program, example))
-    report.checks.append(first)
+    checks = [first]
     if not first.ok:
         raise refuse(
             first,
             "Does it draw random numbers, or keep state between calls? Such a model cannot be transformed.",
         )
     if not _runs(runnable, calls[1]):
-        report.notes.append("the model refuses a second input drawn at random, so only the example was checked")
+        refused = "the model refuses a second input drawn at random, so only the example was checked"
+        notes.append(Note(refused, "warning"))
         calls.pop()
     turned = turned_call(example)
     if turned is not None:
         if _runs(runnable, turned) and is_finite(outputs(runnable, turned)):
             calls.append(turned)
         else:
-            report.notes.append(
-                "flags that the example has constant were not tried at other values: the model fails there"
-            )
+            untried = "flags that the example has constant were not tried at other values: the model fails there"
+            notes.append(Note(untried, "warning"))
     resized = resized_call(captured, example)
     if resized is not None:
         row = _check_resized(runnable, captured, resized)
         if row is None:
-            report.notes.append(f"the model itself refuses the {resized.label}, so no second size was checked")
+            refused = f"the model itself refuses the {resized.label}, so no second size was checked"
+            notes.append(Note(refused, "warning"))
             resized = None
         elif row.ok:
-            report.checks.append(row)
+            checks.append(row)
         elif dynamic_shapes is not None or isinstance(model, ExportedProgram):
             raise refuse(row, "Leave dynamic_shapes out: the sizes are then fixed where the model needs it.")
         else:
             captured = capture(model, args, kwargs, static=True, fold_masks=fold_masks)
-            captured.notes.append(
-                f"every size is fixed: at the {resized.label} the capture was wrong ({row.error:.1e})"
-            )
+            why = f"at the {resized.label} the capture was wrong ({row.error:.1e})"
+            captured.notes.append(Note(f"every size is fixed: {why}", "fallback"))
             resized = None
     _hold_to_strides(runnable, captured, example)
-    report.notes += captured.notes
-    return captured, Proof(captured, calls, resized, report, True)
+    return Checked(captured, example, Proof(captured, tuple(calls), resized), [*notes, *captured.notes], checks)
 
 
 def _runs(function: Any, call: Call) -> bool:
@@ -224,7 +229,8 @@ def _hold_to_strides(runnable: Any, captured: Capture, example: Call) -> None:
         alike = False
     if not alike:
         captured.entry = captured.entry.strided_as(example.args, example.kwargs)
-        captured.notes.append("for inputs in other strides the model computes something else; calls are held to these")
+        held = "for inputs in other strides the model computes something else; calls are held to these"
+        captured.notes.append(Note(held, "fallback"))
 
 
 def _check_resized(runnable: Any, captured: Capture, call: Call) -> CheckRow | None:

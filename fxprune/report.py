@@ -11,13 +11,14 @@ from tabulate import tabulate
 
 from fxprune.couple.coupling import Coupling
 from fxprune.couple.removal import Cuts, removal
+from fxprune.graph.note import Note
 from fxprune.graph.program import Program
+from fxprune.measure.timing import ModelTiming
 from fxprune.passes.dead import ROUTES, Dead
 from fxprune.passes.lower import Lowered
 
 from .check import CheckRow
-from .fits import Fit, Recovery
-from .select import Selection
+from .selection import Fit, Recovery, Selection
 
 
 @dataclasses.dataclass
@@ -54,21 +55,6 @@ class GroupReport:
 
 
 @dataclasses.dataclass
-class ModelTiming:
-    """Seconds of the whole model dense (torch.compile, frozen) and as emitted: the fastest of interleaved runs."""
-
-    dense: float
-    pruned: float
-    threads: int
-    device: str
-
-    @property
-    def ratio(self) -> float:
-        """How many times faster the result is."""
-        return self.dense / self.pruned
-
-
-@dataclasses.dataclass
 class Report:
     """Everything transform did, for people (`print(report)`) and for programs (the fields)."""
 
@@ -76,7 +62,7 @@ class Report:
     weights: list[WeightReport] = dataclasses.field(default_factory=list)
     checks: list[CheckRow] = dataclasses.field(default_factory=list)
     timing: ModelTiming | None = None
-    notes: list[str] = dataclasses.field(default_factory=list)
+    notes: list[Note] = dataclasses.field(default_factory=list)
     kernels: str = ""
     compiled: str = ""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -90,7 +76,7 @@ class Report:
     pending: bool = False
 
     def tell_groups(
-        self, program: Program, coupling: Coupling, selection: Selection, literals: Collection[str] = ()
+        self, program: Program, coupling: Coupling, selection: Selection, literals: Collection[str]
     ) -> None:
         """What became of each group, and which slices of which tensors were removed as zeros, whatever they held.
 
@@ -112,10 +98,6 @@ class Report:
         tensors = {**dict(program.named_parameters(remove_duplicate=False)), **dict(program.named_buffers())}
         names = [name for name in leaving.kept if name in tensors and name not in literals]
         self.removed = {name: leaving.removed(name, tensors[name]) for name in names}
-
-    def keep_dead(self) -> None:
-        """Take back what was told of dead channels that left."""
-        self.groups, self.parameters, self.dead = [], None, None
 
     def __getitem__(self, name: str) -> WeightReport:
         """The entry of one weight by name."""

@@ -9,7 +9,14 @@ from fxprune.plan.scores import Score, Scores, _where, score_name
 
 from .errors import InputError
 from .mask import chunks
-from .threshold import magnitude
+
+
+def magnitude(weight: Tensor) -> Tensor:
+    """|weight|, element by element, in the weight's shape and dtype (any float).
+
+    Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015.
+    """
+    return weight.abs()
 
 
 def random(weight: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,64 +13,11 @@ from fxprune.plan.plan import Binding, Plan
 from fxprune.plan.scores import Score, Scores
 
 from .errors import InputError
-from .fits import Fit, Recovery
 from .mask import PackedMask, chunks
 from .project import keep_highest, project, score_tiles, spread_tiles
 from .score import PIECEWISE, SCORES, check_weight, scores
+from .selection import Selection
 from .threshold import Shard
-
-
-@dataclass
-class Selection:
-    """The decision, by parameter name: it can be saved, sent and replayed on the same model.
-
-    keep    group -> indices that stay, where some leave (structured pruning)
-    mask    weight -> one bit for each element, 1 = kept
-    values  parameter -> the tensor that takes its place, where calibration changed it
-    asked   weight or group -> fraction its rule asked for; None where no amount was asked
-    drop    module paths of the residual blocks that leave
-    dead    group -> indices that stay, where masks left others without any effect; found anew at every transform
-    fits    weight -> how calibration fitted it
-    recovery    what `recover` did; None where it did not run
-    notes   what calibration met in the plan and could not use, in words
-    """
-
-    keep: dict[str, Tensor] = field(default_factory=dict)
-    mask: dict[str, PackedMask] = field(default_factory=dict)
-    values: dict[str, Tensor] = field(default_factory=dict)
-    asked: dict[str, float | None] = field(default_factory=dict)
-    drop: tuple[str, ...] = ()
-    dead: dict[str, Tensor] = field(default_factory=dict)
-    fits: dict[str, Fit] = field(default_factory=dict)
-    recovery: Recovery | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def staying(self) -> dict[str, Tensor]:
-        """Group -> indices that stay, whether others were asked to leave or were dead."""
-        return {**self.keep, **self.dead}
-
-    def reached(self, name: str) -> float:
-        """The fraction of weight `name` that is masked: 0.0 without a mask or without elements."""
-        mask = self.mask.get(name)
-        if mask is None or mask.numel() == 0:
-            return 0.0
-        return 1.0 - mask.kept() / mask.numel()
-
-    def apply(self, name: str, weight: Tensor) -> Tensor:
-        """weight (any shape) -> the same with its new values, and +0.0 where masked, whatever stood there."""
-        value = self.values.get(name, weight)
-        mask = self.mask.get(name)
-        if mask is None:
-            return value
-        if not mask.shape == weight.shape == value.shape:
-            raise InputError(
-                "cannot apply a selection",
-                where=f'"{name}" {list(weight.shape)}',
-                why=f"its mask has shape {list(mask.shape)}",
-                do="Apply it to the model that it was made for.",
-            )
-        return torch.where(mask.unpack().to(value.device), value, value.new_zeros(()))
 
 
 @torch.no_grad()
@@ -215,9 +161,3 @@ def _packed(name: str, mask: PackedMask | Tensor, weights: Mapping[str, Tensor])
 def _zeros(name: str, weight: Tensor) -> PackedMask:
     check_weight(name, weight)
     return PackedMask.from_chunks(weight.shape, weight.device, (piece != 0 for piece in chunks(weight)))
-
-
-# So that torch.load reads a saved selection as it reads tensors, without pickle's dangers.
-torch.serialization.add_safe_globals([Selection, PackedMask, Fit, Recovery])
-
-__all__ = ["PackedMask", "Selection", "select"]

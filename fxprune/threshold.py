@@ -23,6 +23,7 @@ from torch import Tensor
 from fxprune.kernels.triton import cannot_run_on, select
 
 from .mask import PackedMask, chunks
+from .score import magnitude
 
 # 16 bits settle fp16 and bf16 in one walk over the scores and fp32 in two; the counts (512 KB) still fit the
 # cache.
@@ -64,14 +65,6 @@ def keys(score: Tensor, dtype: torch.dtype) -> Tensor:
     """
     integer, bits = _KEYS[dtype]
     return score.to(dtype).view(integer) & ((1 << bits) - 1)
-
-
-def magnitude(weight: Tensor) -> Tensor:
-    """|weight|, element by element, in the weight's shape and dtype (any float).
-
-    Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015.
-    """
-    return weight.abs()
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from .errors import InputError
 from .graph_data import graph_data, graph_from
 from .mask import PackedMask
 from .report import Report
-from .select import Selection
+from .selection import Selection
 
 aten = torch.ops.aten
 

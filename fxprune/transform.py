@@ -1,39 +1,46 @@
-"""transform: the stages in order."""
+"""transform: the stages in order, and the one loop that runs them."""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from tqdm import tqdm
 
 from fxprune.calibration.batches import read_calls
 from fxprune.calibration.calibrate import calibrate_calls
-from fxprune.graph.program import count_elements
+from fxprune.couple.coupling import Coupling
+from fxprune.graph import compat
+from fxprune.graph.environment import check_level, variable
+from fxprune.graph.note import Note
+from fxprune.graph.program import Program, copy_program, count_elements
 from fxprune.graph.trace import Trace
+from fxprune.graph.verify import verify
+from fxprune.kernels import native
 from fxprune.layouts.choose import Chooser
+from fxprune.passes.blocks import choose_blocks
 from fxprune.passes.fold import fold
-from fxprune.passes.lower import lower
+from fxprune.passes.lower import Lowered, batches, lower
 from fxprune.passes.values import put_values
 from fxprune.plan.plan import Plan
 
 from . import admit
-from .check import Call
-from .decide import batches, check_values, choose_blocks, choose_selection, couple_if_needed
+from .capture import Capture
+from .check import Call, CheckRow
+from .decide import check_values, choose_selection, couple_if_needed
 from .deliver import deliver, deliver_trainable
-from .emit import PrunedModule
+from .emit import PrunedModule, emit
 from .errors import InputError
-from .graph import compat
 from .pending import pending
-from .prove import capture_checked
+from .prove import Expected, Proof, capture_checked
 from .report import Report, weight_reports
-from .select import Selection
+from .selection import Selection
 from .settings import Settings
-from .structure import drop_proved, shrink_or_keep
+from .structure import drop_proved, shrink_proved
 from .trainable import TrainableModule
 
 
@@ -87,81 +94,251 @@ def transform(
         later = dict(selection=selection, dynamic_shapes=dynamic_shapes, mode=mode, options=options)
         return pending(model, plan, {**later, "progress": progress, "check": check}, transform)
     args, keywords = admit.admit_call(model, example_inputs, kwargs)
-    report, trace, stages = Report(type(model).__name__), Trace(), _Stages(progress)
-
-    if calibration is not None:
-        with stages("calibrate"):
-            if isinstance(model, ExportedProgram):
-                raise InputError("cannot calibrate an ExportedProgram", do="Pass the model itself.")
-            calls = read_calls(calibration, argument="calibration")
-            selection = calibrate_calls(model, plan, calls, dynamic_shapes=dynamic_shapes, progress=progress)
-            plan = None
-    with stages("capture"):
-        captured, proof = capture_checked(
-            model, args, keywords, dynamic_shapes, report, check=check, fold_masks=not trainable
-        )
-        trace.write("capture", captured.program, captured.notes)
-    with stages("couple"):
-        blocks = choose_blocks(captured.program, plan, selection)
-        program = drop_proved(captured.program, blocks, proof.example, report)
-        values = dict(selection.values) if selection is not None else {}
-        check_values(captured.program, values)
-        program = put_values(program, values)
-        coupling = couple_if_needed(program, plan, selection)
-        if coupling is not None or blocks:
-            trace.write("couple", program, str(coupling or "no groups were asked for").splitlines())
-    with stages("select"):
-        selection = choose_selection(captured, program, report, plan, selection, coupling)
-        selection.drop, selection.values = blocks, {}
-        if coupling is None:
-            proof.expect(selection, program)
-    with stages("shrink"):
-        align = None if trainable else settings.align
-        shrunk, selection = shrink_or_keep(program, coupling, selection, proof, report, align, captured.literals)
-        whole = (program, selection) if selection.dead and not selection.keep and not blocks else None
-        program, left = shrunk.program, shrunk.selection
-        if report.groups or blocks:
-            report.parameters = (count_elements(captured.program), count_elements(program))
-            trace.write("shrink", program)
-    selection.values = values
-    if trainable:
-        with stages("emit"):
-            call = Call("example", args, keywords)
-            training = deliver_trainable(model, captured, program, left, call, dynamic_shapes, proof, settings, report)
-        return _told(training, report, selection, stages)
-    with stages("fold"):
-        folded = fold(program, left)
-        proof.stage("fold", folded)
-        trace.write("fold", folded)
-    with stages("lower"):
-        chooser = Chooser(only=settings.layout)
-        packed, lowered = lower(folded, left.mask, chooser, batches(captured, settings.tune_for))
-        proof.stage("lower", packed)
-        trace.write("lower", packed, [f"{w.name}: {w.choice.layout}, {w.choice.why}" for w in lowered])
-        # What was not packed lives on in `packed`; the dense copies of what was may go.
-        del folded
-        dense_bytes = sum(w.dense_bytes for w in lowered)
-        compat.return_memory(dense_bytes)
-    with stages("emit"):
-        result, lowered = deliver(captured, program, left, packed, lowered, proof, settings, report, whole)
-        if report.dead is None:
-            selection.dead = {}
-    compat.return_memory(dense_bytes)
-    report.weights = weight_reports(left, lowered)
-    return _told(result, report, selection, stages)
+    job = Job(
+        model=model,
+        example=Call("example", args, keywords),
+        dynamic_shapes=dynamic_shapes,
+        calibration=calibration,
+        plan=plan,
+        replay=selection,
+        settings=settings,
+        trainable=trainable,
+        progress=progress,
+        check=check,
+        report=Report(type(model).__name__),
+    )
+    return _run(job)
 
 
-_Result = TypeVar("_Result", PrunedModule, TrainableModule)
+@dataclasses.dataclass
+class Job:
+    """One transform on its way: what was asked, and what the stages have made of it so far.
+
+    plan, replay  what decides the selection; calibration turns a plan into a selection to replay
+    program       as the last stage left it
+    selection     the decision; `left` is what of it is still to be applied to `program`
+    blocks        paths of the residual blocks that left
+    values        tensors that took the place of the model's own
+    whole         the program and masks with all dead channels, to go back to where taking them out does not pay
+    shrunk        the program and masks as they were before they were folded and packed
+    """
+
+    model: nn.Module | ExportedProgram
+    example: Call
+    dynamic_shapes: Any
+    calibration: Any
+    plan: Plan | None
+    replay: Selection | None
+    settings: Settings
+    trainable: bool
+    progress: bool
+    check: bool
+    report: Report
+    captured: Capture = dataclasses.field(init=False)
+    proof: Proof | None = dataclasses.field(init=False)
+    coupling: Coupling | None = dataclasses.field(init=False)
+    blocks: tuple[str, ...] = ()
+    values: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    expected: Expected | None = None
+    program: Program | None = None
+    selection: Selection = dataclasses.field(default_factory=Selection)
+    left: Selection = dataclasses.field(default_factory=Selection)
+    whole: tuple[Program, Selection] | None = None
+    shrunk: tuple[Program, Selection] = dataclasses.field(init=False)
+    lowered: list[Lowered] = dataclasses.field(default_factory=list)
+    result: PrunedModule | TrainableModule = dataclasses.field(init=False)
+
+    def tell(self, notes: Iterable[Note] = (), checks: Iterable[CheckRow] = ()) -> None:
+        """Puts what a stage answered into the report."""
+        self.report.notes += notes
+        self.report.checks += checks
 
 
-def _told(result: _Result, report: Report, selection: Selection, stages: _Stages) -> _Result:
-    """The result with its report and selection in its meta, where they survive a deepcopy."""
-    stages.close()
-    report.seconds = stages.seconds
-    report.fits, report.recovery = selection.fits, selection.recovery
-    report.notes += selection.notes
-    result.meta["report"], result.meta["selection"] = report, selection
-    return result
+class Stage(NamedTuple):
+    """A step with a name. It reads the job, puts into it what it made, and returns lines that explain it in a trace."""
+
+    name: str
+    run: Callable[[Job], Iterable[str]]
+
+
+def _calibrate(job: Job) -> Iterable[str]:
+    if isinstance(job.model, ExportedProgram):
+        raise InputError("cannot calibrate an ExportedProgram", do="Pass the model itself.")
+    calls = read_calls(job.calibration, argument="calibration")
+    shapes = job.dynamic_shapes
+    job.replay = calibrate_calls(job.model, job.plan, calls, dynamic_shapes=shapes, progress=job.progress)
+    job.plan = None
+    return [f"{name}: {fit.method} {fit.note}" for name, fit in job.replay.fits.items()]
+
+
+def _capture(job: Job) -> Iterable[str]:
+    args, kwargs = job.example.args, job.example.kwargs
+    fold_masks = not job.trainable
+    checked = capture_checked(job.model, args, kwargs, job.dynamic_shapes, check=job.check, fold_masks=fold_masks)
+    job.captured, job.proof, job.program = checked.captured, checked.proof, checked.captured.program
+    job.tell(checked.notes, checked.checks)
+    return ()
+
+
+def _couple(job: Job) -> Iterable[str]:
+    program = job.captured.program
+    blocks = choose_blocks(program, job.plan, job.replay)
+    dropped = drop_proved(program, blocks, job.example)
+    job.report.dropped, job.blocks = dropped.parameters, blocks
+    job.tell(checks=dropped.checks)
+    job.values = dict(job.replay.values) if job.replay is not None else {}
+    check_values(program, job.values)
+    job.program = put_values(dropped.program, job.values)
+    job.coupling = couple_if_needed(job.program, job.plan, job.replay)
+    return str(job.coupling or "no groups were asked for").splitlines()
+
+
+def _select(job: Job) -> Iterable[str]:
+    assert job.program is not None
+    decision = choose_selection(job.captured, job.program, job.plan, job.replay, job.coupling)
+    # The program has the new values already.
+    job.selection = dataclasses.replace(decision.selection, drop=job.blocks, values={})
+    job.tell(decision.notes)
+    return job.selection.words()
+
+
+def _shrink(job: Job) -> Iterable[str]:
+    program, report = job.program, job.report
+    assert program is not None
+    align = None if job.trainable else job.settings.align
+    found = shrink_proved(program, job.coupling, job.selection, job.proof, align)
+    job.program, job.left, job.selection, job.expected = found.program, found.left, found.selection, found.expected
+    job.tell(found.notes, found.checks)
+    report.dead = found.dead
+    if found.coupling is not None:
+        report.tell_groups(program, found.coupling, found.selection, job.captured.literals)
+    if report.groups or report.dropped:
+        report.parameters = (count_elements(job.captured.program), count_elements(job.program))
+    if found.selection.dead and not found.selection.keep and not report.dropped:
+        job.whole = (program, dataclasses.replace(found.selection, dead={}))
+    job.shrunk = (job.program, job.left)
+    return [f"{name}: {len(kept)} stay" for name, kept in job.selection.staying.items()]
+
+
+def _fold(job: Job) -> Iterable[str]:
+    job.program, job.left = fold(*job.shrunk), Selection()
+    return ()
+
+
+def _lower(job: Job) -> Iterable[str]:
+    assert job.program is not None
+    chooser = Chooser(only=job.settings.layout)
+    sizes = batches(job.captured, job.settings.tune_for)
+    job.program, job.lowered = lower(job.program, job.shrunk[1].mask, chooser, sizes)
+    # What was not packed lives on; the dense copies of what was may go.
+    compat.return_memory(sum(w.dense_bytes for w in job.lowered))
+    return [f"{w.name}: {w.choice.layout}, {w.choice.why}" for w in job.lowered]
+
+
+def _emit(job: Job) -> Iterable[str]:
+    assert job.program is not None
+    report, is_smaller = job.report, bool(job.report.groups or job.report.dropped)
+    found = deliver(
+        job.captured,
+        *job.shrunk,
+        job.program,
+        job.lowered,
+        job.example,
+        job.expected,
+        job.settings,
+        is_smaller,
+        job.whole,
+    )
+    job.result = found.result
+    job.tell(found.notes, found.checks)
+    report.kernels, report.compiled, report.timing = native.status().detail, found.compiled, found.timing
+    if found.is_whole:
+        report.groups, report.parameters, report.dead = [], None, None
+        job.selection = dataclasses.replace(job.selection, dead={})
+    report.weights = weight_reports(job.shrunk[1], found.lowered)
+    compat.return_memory(sum(w.dense_bytes for w in found.lowered))
+    return [found.compiled]
+
+
+def _emit_trainable(job: Job) -> Iterable[str]:
+    found = deliver_trainable(
+        job.model, job.captured, *job.shrunk, job.example, job.dynamic_shapes, job.expected, job.settings
+    )
+    job.result = found.result
+    job.tell(found.notes, found.checks)
+    job.report.compiled = "eager graph that trains; torch.compile it as any module"
+    return ()
+
+
+CALIBRATE = Stage("calibrate", _calibrate)  # plan, data -> a selection with masks and new values
+SPINE = (
+    Stage("capture", _capture),  # model, example -> a program that computes what the model computes
+    Stage("couple", _couple),  # -> without dropped blocks, with new values; which axes are one
+    Stage("select", _select),  # plan -> what stays: indices of groups, elements of weights
+    Stage("shrink", _shrink),  # -> without what leaves, and without what that left dead
+)
+INFERENCE = (
+    *SPINE,
+    Stage("fold", _fold),  # -> masks in the weights, batch-norms in the convolutions
+    Stage("lower", _lower),  # -> weights in the layouts that measured fastest
+    Stage("emit", _emit),  # -> the fastest form that is right, compiled
+)
+TRAINING = (*SPINE, Stage("emit", _emit_trainable))  # -> an ordinary module of smaller parameters
+
+
+def _run(job: Job) -> PrunedModule | TrainableModule:
+    """The stages in order: each is timed, traced, and under FXPRUNE_CHECK verified; FXPRUNE_STOP ends after one."""
+    stages = TRAINING if job.trainable else INFERENCE
+    stop, trace, report = _stop(stages), Trace(), job.report
+    if job.calibration is not None:
+        stages = (CALIBRATE, *stages)
+    with tqdm(total=len(stages), desc="transform", disable=None if job.progress else True, leave=False) as bar:
+        for stage in stages:
+            bar.set_postfix_str(stage.name)
+            start, told, before = time.perf_counter(), len(report.notes), job.program
+            lines = stage.run(job)
+            report.seconds[stage.name] = time.perf_counter() - start
+            trace.write(stage.name, job.program, [*report.notes[told:], *lines])
+            if job.program is not before:
+                _verify(job, stage)
+            bar.update()
+            if stage.name == stop:
+                job.result = _unfinished(job, stage)
+                break
+    job.selection.values = job.values
+    report.fits, report.recovery = job.selection.fits, job.selection.recovery
+    job.tell(job.selection.notes)
+    job.result.meta["report"], job.result.meta["selection"] = report, job.selection
+    return job.result
+
+
+def _verify(job: Job, stage: Stage) -> None:
+    """Under FXPRUNE_CHECK=1 the promises of a program, under 2 also what it computes."""
+    if not check_level() or job.program is None or stage.name == "emit":
+        return
+    sizes = [getattr(want, "sizes", None) for want in job.captured.entry.inputs]
+    verify(job.program, stage.name, origin=job.captured.program, sizes=sizes)
+    if check_level() > 1 and job.expected is not None:
+        job.tell(checks=[job.expected.stage(stage.name, job.program, job.left)])
+
+
+def _stop(stages: Sequence[Stage]) -> str:
+    """The stage after which to stop, if one is asked for. Raises InputError where it is none of these."""
+    name, names = variable("FXPRUNE_STOP"), [stage.name for stage in stages]
+    if name and name not in names:
+        raise InputError(f"cannot stop after {name!r}", where="FXPRUNE_STOP", do=f"Name one of {', '.join(names)}.")
+    return name
+
+
+def _unfinished(job: Job, stage: Stage) -> PrunedModule | TrainableModule:
+    """The graph as a stage left it, eager, for FXPRUNE_STOP."""
+    if stage.name == "emit":
+        return job.result
+    assert job.program is not None
+    why = "FXPRUNE_STOP is set, and nothing after it was done, or checked"
+    job.tell([Note(f"transform stopped after {stage.name}: {why}", "warning")])
+    job.report.compiled = f"eager graph as {stage.name} left it"
+    return emit(copy_program(job.program), job.captured.entry, None)
 
 
 def _refuse(plan: Plan | None, selection: Selection | None, calibration: Any) -> None:
@@ -173,7 +350,7 @@ def _refuse(plan: Plan | None, selection: Selection | None, calibration: Any) ->
     if selection is not None and not isinstance(selection, Selection):
         raise InputError(
             f"cannot use a {type(selection).__name__} as a selection",
-            why="it is not an fxprune.select.Selection",
+            why="it is not an fxprune.selection.Selection",
             do="Pass the selection of an earlier result: selection=result.selection.",
         )
     if plan is not None and selection is not None:
@@ -188,27 +365,3 @@ def _refuse(plan: Plan | None, selection: Selection | None, calibration: Any) ->
             why="calibration makes a selection",
             do="Pass one of them.",
         )
-
-
-class _Stages:
-    """Times the stages, and shows them as a progress bar that is silent when not on a terminal."""
-
-    def __init__(self, progress: bool) -> None:
-        self.seconds: dict[str, float] = {}
-        self._bar = tqdm(total=8, desc="transform", disable=None if progress else True, leave=False)
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self._bar.set_postfix_str(name)
-        start = time.perf_counter()
-        try:
-            yield
-        except BaseException:
-            self._bar.close()
-            raise
-        self.seconds[name] = time.perf_counter() - start
-        self._bar.update()
-
-    def close(self) -> None:
-        """Takes the bar away."""
-        self._bar.close()

@@ -15,7 +15,7 @@ from fxprune.check import Call, outputs
 from fxprune.couple.couple import couple
 from fxprune.passes.shrink import shrink
 from fxprune.passes.values import put_values
-from fxprune.select import Selection
+from fxprune.selection import Selection
 from tests.oracle import snapshot
 from tests.structured_oracle import net
 

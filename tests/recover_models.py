@@ -14,8 +14,7 @@ from fxprune.couple.couple import couple
 from fxprune.decide import choose_selection
 from fxprune.plan.patterns import Channels
 from fxprune.plan.plan import Plan
-from fxprune.report import Report
-from fxprune.select import Selection
+from fxprune.selection import Selection
 
 
 class PostNorm(nn.Module):
@@ -124,7 +123,7 @@ def by_magnitude(model: nn.Module, plan: Plan, data: Sequence[Any]) -> Selection
     captured = capture_for(model, read_calls(data))
     asks = any(isinstance(rule.sparsity, Channels) for rule in plan.rules)
     coupling = couple(captured.program) if asks else None
-    return choose_selection(captured, captured.program, Report(""), plan, None, coupling)
+    return choose_selection(captured, captured.program, plan, None, coupling).selection
 
 
 def is_plus_zero(tensor: Tensor) -> bool:

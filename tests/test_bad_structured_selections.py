@@ -13,7 +13,7 @@ import fxprune
 from fxprune import Channels, FxPruneError, Plan, Rule, Unstructured
 from fxprune.errors import InputError
 from fxprune.mask import PackedMask
-from fxprune.select import Selection
+from fxprune.selection import Selection
 from tests.bad_structured_models import X, net
 from tests.structured_oracle import randomised, shrunk
 from tests.test_bad_input import refused

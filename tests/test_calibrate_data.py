@@ -16,7 +16,7 @@ from fxprune.calibration.batches import capture_for, read_calls
 from fxprune.calibration.calibrate import calibrate
 from fxprune.calibration.cut import cut
 from fxprune.errors import InputError
-from fxprune.select import Selection
+from fxprune.selection import Selection
 from tests.calibrate_case import HALF, differ, model, tensors_of
 from tests.structured_oracle import net
 

@@ -15,7 +15,7 @@ from fxprune.calibration import cut as cutting
 from fxprune.calibration.calibrate import calibrate
 from fxprune.calibration.fit import METHODS
 from fxprune.calibration.recover import recover
-from fxprune.select import Selection
+from fxprune.selection import Selection
 from tests.calibrate_case import HALF, KINDS, applied, differ, model, off, tensors_of
 from tests.structured_oracle import net
 

@@ -18,7 +18,7 @@ from fxprune.calibration.padding import Layout, counting, find_layouts, hides_pa
 from fxprune.calibration.site import input_of
 from fxprune.check import outputs
 from fxprune.graph.weights import uses
-from fxprune.select import Selection
+from fxprune.selection import Selection
 
 HALF = Plan([Rule("*.weight", Unstructured(0.5))], exclude=("table.weight",))
 

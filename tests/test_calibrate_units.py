@@ -14,7 +14,7 @@ from fxprune.calibration.calibrate import calibrate
 from fxprune.calibration.fit import METHODS
 from fxprune.capture import capture
 from fxprune.couple.couple import couple
-from fxprune.select import Selection
+from fxprune.selection import Selection
 from tests.calibrate_case import applied, differ, model, off, shrunk_and_zeroed, tensors_of
 from tests.oracle import assert_close
 from tests.structured_oracle import channels, net

@@ -14,8 +14,8 @@ from torch.nn.utils import prune
 
 import fxprune
 from fxprune import Channels, Plan, Rule, deliver
+from fxprune.measure.timing import ModelTiming
 from fxprune.passes import dead as dead_pass
-from fxprune.report import ModelTiming
 from tests.dead_oracle import QUIET, image, removed, routes, sequence, shapes, shuffled, vectors, zero
 
 

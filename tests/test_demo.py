@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fxprune.cli import demo, demo_data
 from fxprune.cli import main as cli
 from fxprune.mask import PackedMask
-from fxprune.select import Selection
+from fxprune.selection import Selection
 
 ROW = demo.Row(
     sparsity=0.9,

@@ -12,7 +12,7 @@ from fxprune.capture import capture
 from fxprune.graph.program import Program
 from fxprune.mask import PackedMask
 from fxprune.passes.fold import fold_batch_norm, fold_masks
-from fxprune.select import Selection
+from fxprune.selection import Selection
 from tests.oracle import assert_close
 
 NORM = torch.ops.aten.batch_norm.default

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxprune.capture import capture
-from fxprune.decide import batches
 from fxprune.layouts.choose import Chooser
 from fxprune.layouts.site import Choice, Packed, Site
-from fxprune.passes.lower import lower
+from fxprune.passes.lower import batches, lower
 from tests.oracle import assert_close
 
 

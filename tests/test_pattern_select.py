@@ -17,7 +17,8 @@ from fxprune.plan.matrix import to_matrix
 from fxprune.plan.patterns import Blocks, SemiStructured, Unstructured
 from fxprune.plan.plan import Candidate, Plan, Rule, Sparsity
 from fxprune.plan.scores import Scores
-from fxprune.select import Selection, select
+from fxprune.select import select
+from fxprune.selection import Selection
 from tests.pattern_case import random, refused
 
 ROWS = Unstructured(0.5, per_row=True)

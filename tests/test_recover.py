@@ -27,7 +27,7 @@ from fxprune import Channels, Drop, Plan, Rule, Unstructured
 from fxprune.calibration.calibrate import calibrate
 from fxprune.calibration.feed import Feed
 from fxprune.calibration.recover import recover
-from fxprune.select import Selection
+from fxprune.selection import Selection
 from tests.one_thread import one_thread as one_thread
 
 QUICK = {"learning_rate": 3e-3, "progress": False}

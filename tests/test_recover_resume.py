@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fxprune import Channels, Plan, Rule, Unstructured
 from fxprune.calibration.recover import recover
 from fxprune.errors import FxPruneError, InputError
-from fxprune.select import PackedMask, Selection
+from fxprune.mask import PackedMask
+from fxprune.selection import Selection
 from tests.one_thread import one_thread as one_thread
 
 PLAN = Plan([Rule("?.*.weight", Unstructured(0.5))])

@@ -19,7 +19,8 @@ from fxprune.plan.patterns import Unstructured
 from fxprune.plan.plan import Candidate, Plan, Rule
 from fxprune.plan.scores import Scores, score_name
 from fxprune.score import PIECEWISE, SCORES, check_weight, lamp, magnitude, scores
-from fxprune.select import Selection, select
+from fxprune.select import select
+from fxprune.selection import Selection
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 

@@ -19,7 +19,8 @@ from fxprune import mask as mask_module
 from fxprune.errors import InputError
 from fxprune.mask import PackedMask
 from fxprune.plan.plan import Candidate, Existing, Plan, Rule, Sparsity, Unstructured
-from fxprune.select import Selection, select
+from fxprune.select import select
+from fxprune.selection import Selection
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

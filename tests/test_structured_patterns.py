@@ -333,7 +333,7 @@ def test_whole_layers_of_an_encoder_leave() -> None:
 # --- failure -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["shrink_or_keep", "fold", "lower", "deliver"])
+@pytest.mark.parametrize("stage", ["shrink_proved", "fold", "lower", "deliver"])
 def test_the_model_is_untouched_when_a_stage_fails(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomised(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 3)))
 

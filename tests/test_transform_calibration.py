@@ -15,7 +15,7 @@ from fxprune import Channels, Drop, Plan, Rule, Unstructured
 from fxprune.capture import capture
 from fxprune.errors import InputError
 from fxprune.passes.values import put_values
-from fxprune.select import Selection
+from fxprune.selection import Selection
 
 QUICK = {"compile": False, "measure": False}
 

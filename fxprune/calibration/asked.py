@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from fxprune.admit import candidates
+from fxprune.candidates import candidates
 from fxprune.capture import Capture
 from fxprune.channels import keep_channels
 from fxprune.couple.coupling import Coupling, Group
 from fxprune.decide import choose_selection
+from fxprune.graph.note import Note
 from fxprune.graph.program import Program, names_of_parameters
 from fxprune.graph.weights import Use, uses
 from fxprune.mask import PackedMask
@@ -20,8 +21,7 @@ from fxprune.plan.patterns import Blocks, Channels, SemiStructured, Unstructured
 from fxprune.plan.plan import Plan, Rule
 from fxprune.plan.scores import Scores
 from fxprune.project import score_tiles
-from fxprune.report import Report
-from fxprune.select import Selection
+from fxprune.selection import Selection
 
 from .batches import Batch
 from .fit import Task
@@ -48,6 +48,7 @@ class Asked:
     early   group -> units that stay, for groups that are decided before anything is fitted
     shared  weights to fit beforehand, on the dense inputs of all their uses
     without weights that are masked or lose inputs and cannot be fitted, and why
+    notes   what was met in the plan and could not be used
     """
 
     start: Selection
@@ -56,6 +57,7 @@ class Asked:
     early: dict[str, Tensor]
     shared: dict[str, Watched]
     without: dict[str, str]
+    notes: list[Note]
 
     def tensors(self) -> dict[str, Tensor]:
         """What stays before anything is fitted, by words that are no names of parameters."""
@@ -75,15 +77,15 @@ def read_plan(
     method: str,
     batches: Sequence[Batch],
     layouts: Mapping[str, Layout],
-    report: Report,
 ) -> Asked:
-    """What `plan` asks of a program. Notes on the plan go into the report; `layouts` says how padding lies in inputs.
+    """What `plan` asks of a program. `layouts` says how padding lies in inputs.
 
     Runs the dense model once over the data where amounts are pooled over several weights, where groups of channels
     leave, and for weights that are read at several places. Raises PlanError and InputError as `transform` does.
     """
-    start = choose_selection(captured, program, report, plan, None, coupling)
-    existing = choose_selection(captured, program, Report(""), Plan([])).mask
+    decision = choose_selection(captured, program, plan, None, coupling)
+    start, notes = decision.selection, decision.notes
+    existing = choose_selection(captured, program, Plan([])).selection.mask
     rules, places = _Rules(program, plan, coupling), uses(program)
     groups = [group.name for group in coupling or () if group.name in start.asked]
     readers = find_readers(program, coupling, groups, places) if coupling is not None else {}
@@ -97,7 +99,7 @@ def read_plan(
         seen = measure_inputs(program, watched, set(several), batches, layouts) if watched else {}
         start = _pool_anew(captured, program, plan, coupling, start, rules, seen, places)
         if coupling is not None:
-            report.notes += _rank_units(program, plan, coupling, start, rules, readers, seen, places)
+            notes += _rank_units(program, plan, coupling, start, rules, readers, seen, places)
         shared = {name: seen[name] for name in several}
     sites, without = find_sites(program, [*start.mask, *_members(coupling, start)], captured.existing)
     late = _late(coupling, start, rules, readers, sites) if method in _CHOOSING else {}
@@ -119,7 +121,7 @@ def read_plan(
         tasks[name] = Task(name, inputs, goal, keep, zeros, staying, late.get(name), note)
     lose = {n for n in without if n in places and _summed(program, n, places[n][0]) in dict(cuts.get(n, ()))}
     without = {n: why for n, why in without.items() if n not in shared and (n in start.mask or n in lose)}
-    return Asked(start, sites, tasks, early, shared, without)
+    return Asked(start, sites, tasks, early, shared, without, notes)
 
 
 class _Rules:
@@ -233,8 +235,8 @@ def _pool_anew(
         else rule
         for rule in plan.rules
     ]
-    anew = choose_selection(captured, program, Report(""), Plan([*pooled, *plan.drops], plan.exclude), None, coupling)
-    return dataclasses.replace(start, mask=anew.mask)
+    anew = choose_selection(captured, program, Plan([*pooled, *plan.drops], plan.exclude), None, coupling)
+    return dataclasses.replace(start, mask=anew.selection.mask)
 
 
 def _rank_units(
@@ -246,7 +248,7 @@ def _rank_units(
     readers: Readers,
     seen: Mapping[str, Watched],
     places: Mapping[str, Sequence[Use]],
-) -> list[str]:
+) -> list[Note]:
     """Puts into `start` the units that give most to what reads them, where the plan leaves the score open.
 
     Answers with notes on groups that keep the plan's score. Where one of a pool does, all pooled groups do, for the two
@@ -262,10 +264,11 @@ def _rank_units(
     notes = []
     if lacking:
         why = "no linear or convolution sums over them, or none received any input"
-        notes.append(f"the units of {', '.join(lacking)} were chosen by their norm: {why}")
+        notes.append(Note(f"the units of {', '.join(lacking)} were chosen by their norm: {why}", "fallback"))
     if set(lacking) & set(pooled):
         given = {name: energy for name, energy in given.items() if name not in pooled}
-        notes.append("the units of all groups that share an amount were chosen by their norm, for some must be")
+        shared = "the units of all groups that share an amount were chosen by their norm, for some must be"
+        notes.append(Note(shared, "fallback"))
     start.keep = keep_channels(coupling, weights, plan, rules.binding, given).keep
     return notes
 

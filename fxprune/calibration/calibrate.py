@@ -15,18 +15,15 @@ from fxprune import admit
 from fxprune.check import Call
 from fxprune.couple.couple import couple
 from fxprune.couple.removal import removal
-from fxprune.decide import choose_blocks
 from fxprune.errors import InputError
-from fxprune.fits import Fit
 from fxprune.graph.program import Program
 from fxprune.graph.weights import uses
 from fxprune.mask import PackedMask
-from fxprune.passes.blocks import find_blocks
+from fxprune.passes.blocks import choose_blocks, find_blocks
 from fxprune.passes.drop import drop_blocks
 from fxprune.plan.patterns import Channels
 from fxprune.plan.plan import Plan
-from fxprune.report import Report
-from fxprune.select import Selection
+from fxprune.selection import Fit, Selection
 
 from .arithmetic import plain
 from .asked import Asked, read_plan
@@ -103,10 +100,9 @@ def calibrate_calls(
     dropped = choose_blocks(captured.program, plan, None)
     program = _without(captured.program, dropped)
     coupling = couple(program) if any(isinstance(rule.sparsity, Channels) for rule in plan.rules) else None
-    report = Report(type(model).__name__)
     read = [input_of(use) for places in uses(program).values() for use in places if use.kind in ("linear", "conv")]
     layouts = find_layouts(program, data, read)
-    asked = read_plan(captured, program, plan, coupling, method, data, layouts, report)
+    asked = read_plan(captured, program, plan, coupling, method, data, layouts)
     if not asked.start.mask and not asked.start.keep:
         raise InputError(
             "cannot calibrate a model that is not pruned",
@@ -148,7 +144,7 @@ def calibrate_calls(
             step=bar.update,
         )
     result = _selection(asked, saved.outcomes, tensors, dropped)
-    result.notes = tuple(report.notes)
+    result.notes = tuple(asked.notes)
     return result
 
 

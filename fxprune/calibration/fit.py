@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fxprune.fits import Fit
 from fxprune.plan.matrix import from_matrix, to_matrix
 from fxprune.plan.patterns import SemiStructured, Unstructured
 from fxprune.project import keep_highest
+from fxprune.selection import Fit
 
 from .admm import admm
 from .cholesky import factor, solve

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fxprune.fits import Fit
+from fxprune.selection import Fit
 
 from .batches import Batch
 from .checkpoint import Checkpoint

@@ -20,13 +20,11 @@ from fxprune.couple.coupling import Coupling
 from fxprune.couple.removal import removal
 from fxprune.decide import check_values, choose_selection
 from fxprune.errors import InputError
-from fxprune.fits import Recovery
 from fxprune.graph.program import Program, names_of_parameters
 from fxprune.passes.blocks import find_blocks
 from fxprune.passes.drop import drop_blocks
 from fxprune.passes.values import put_values
-from fxprune.report import Report
-from fxprune.select import Selection
+from fxprune.selection import Recovery, Selection
 
 from .arithmetic import plain
 from .batches import Batch, batch_of, capture_for
@@ -126,7 +124,7 @@ def _pruned(captured: Capture, selection: Selection) -> tuple[Program, Coupling 
         program = drop_blocks(program, find_blocks(program, selection.drop))
     program = put_values(program, selection.values)
     coupling = couple(program) if selection.keep else None
-    choose_selection(captured, program, Report(""), None, selection, coupling)  # refuses one of another model
+    choose_selection(captured, program, None, selection, coupling)  # refuses one of another model
     return program, coupling
 
 
@@ -179,7 +177,7 @@ def _refuse(
         raise InputError(
             f"cannot use a {type(selection).__name__} as a selection",
             where="selection=",
-            why="it is not an fxprune.select.Selection",
+            why="it is not an fxprune.selection.Selection",
             do="Pass what calibrate returned, or result.selection of a transform.",
         )
     if not selection.keep and not selection.drop and all(m.kept() == m.numel() for m in selection.mask.values()):

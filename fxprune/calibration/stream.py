@@ -13,7 +13,7 @@ from torch.fx import Node
 from fxprune.check import HALF, Oracle
 from fxprune.couple.removal import Removal
 from fxprune.graph.program import Program
-from fxprune.select import Selection
+from fxprune.selection import Selection
 
 from .batches import Batch
 from .finite import is_finite, refuse_activations

@@ -16,7 +16,7 @@ from fxprune.couple.removal import Cuts
 from fxprune.errors import InputError
 from fxprune.graph.program import Program, names_of_parameters
 from fxprune.passes.shrink import shrink, slice_tensor
-from fxprune.select import Selection
+from fxprune.selection import Selection
 
 
 @dataclasses.dataclass(frozen=True)

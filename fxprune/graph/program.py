@@ -31,10 +31,15 @@ def owner(program: nn.Module, name: str) -> tuple[nn.Module, str]:
     return program.get_submodule(path), leaf
 
 
+def fetch_any(program: nn.Module, name: str) -> Any:
+    """What a get_attr node of target `name` finds. Raises AttributeError where the program does not hold it."""
+    module, leaf = owner(program, name)
+    return getattr(module, leaf)
+
+
 def fetch(program: nn.Module, name: str) -> Tensor:
     """The parameter or buffer `name`, without its gradient."""
-    module, leaf = owner(program, name)
-    return getattr(module, leaf).detach()
+    return fetch_any(program, name).detach()
 
 
 def count_elements(program: Program) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -144,3 +145,18 @@ def undisturbed(samples: Sequence[float]) -> float:
 def median(samples: Sequence[float]) -> float:
     """Median in the samples' unit."""
     return statistics.median(samples)
+
+
+@dataclasses.dataclass
+class ModelTiming:
+    """Seconds of the whole model dense (torch.compile, frozen) and as emitted: the fastest of interleaved runs."""
+
+    dense: float
+    pruned: float
+    threads: int
+    device: str
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster the result is."""
+        return self.dense / self.pruned

@@ -15,7 +15,8 @@ from torch.fx import Graph, Node
 
 from fxprune.errors import PlanError
 from fxprune.graph.program import Program, fetch, names_of_parameters
-from fxprune.plan.plan import near
+from fxprune.plan.plan import Plan, near
+from fxprune.selection import Selection
 
 from .needs import Memory, Needs
 from .residual import Ways, alike, source, varying_tensors, ways_back
@@ -274,3 +275,10 @@ def _residual_near(facts: _Facts, path: str) -> str:
             continue
         found.append(other)
     return f" These could go: {', '.join(found)}." if found else ""
+
+
+def choose_blocks(program: Program, plan: Plan | None, replay: Selection | None) -> tuple[str, ...]:
+    """The module paths of the blocks that a plan, or an earlier selection, drops. Raises PlanError."""
+    if replay is not None:
+        return replay.drop
+    return tuple(plan.blocks(module_paths(program))) if plan is not None and plan.drops else ()

@@ -19,8 +19,9 @@ from fxprune.couple.axis import Axis, atoms
 from fxprune.couple.coupling import Coupling
 from fxprune.couple.indices import positions
 from fxprune.couple.removal import Removal, removal
+from fxprune.graph.note import Note
 from fxprune.graph.program import Program, fetch, names_of_parameters, owner
-from fxprune.select import Selection
+from fxprune.selection import Selection
 
 from .known import node_of
 from .propagate import Propagation
@@ -60,7 +61,7 @@ class Dead:
     instead: dict[str, tuple[int, int, Tensor]] = dataclasses.field(default_factory=dict)
     routes: Counter[str] = dataclasses.field(default_factory=Counter)
     slices: list[ZeroSlices] = dataclasses.field(default_factory=list)
-    notes: list[str] = dataclasses.field(default_factory=list)
+    notes: list[Note] = dataclasses.field(default_factory=list)
 
     @property
     def map_elements(self) -> int:
@@ -264,7 +265,9 @@ class _Search:
             for atom, gone in fresh.items():
                 found.routes.update(ROUTES[i] for i in route[atom][gone].tolist())
         found.slices = self._slices()
-        found.notes = [f"constants were not followed through {op}: {why}" for op, why in self._failed.items()]
+        found.notes = [
+            Note(f"constants were not followed through {op}: {why}", "missed") for op, why in self._failed.items()
+        ]
         return found
 
     def _stand_in(self, found: Dead, fresh: Mapping[Axis, Tensor], route: dict[Axis, Tensor]) -> None:

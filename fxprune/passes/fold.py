@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxprune.graph.program import Program, copy_program, drop_unused, names_of_parameters, owner, replace_parameter
-from fxprune.select import Selection
+from fxprune.selection import Selection
 
 aten = torch.ops.aten
 _CONVS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}

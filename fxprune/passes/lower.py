@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from fxprune.capture import Capture
+from fxprune.errors import InputError
 from fxprune.graph.compat import symbol_hint
 from fxprune.graph.program import Program, copy_program, drop_unused, fetch, owner
 from fxprune.graph.weights import Use, uses
@@ -208,3 +210,23 @@ def _erase(node: Node) -> None:
     for source in inputs:
         if not source.users and source.op in ("get_attr", "call_function") and not source.is_impure():
             _erase(source)
+
+
+def batches(capture: Capture, sizes: tuple[int, ...]) -> dict[sympy.Symbol, tuple[int, ...]]:
+    """The sizes to tune for, for the symbol of dim 0 of each input tensor."""
+    result: dict[sympy.Symbol, tuple[int, ...]] = {}
+    if not sizes:
+        return result
+    for node in capture.program.graph.nodes:
+        value = node.meta.get("val") if node.op == "placeholder" else None
+        batch: object = value.shape[0] if isinstance(value, Tensor) and value.dim() else None
+        if isinstance(batch, torch.SymInt):
+            result.update({symbol: sizes for symbol in batch.node.expr.free_symbols})
+    if not result:
+        raise InputError(
+            "cannot tune for several sizes",
+            where='options["tune_for"]',
+            why="dim 0 of no input is dynamic: " + ("; ".join(capture.notes) or "every size was fixed"),
+            do="Leave it out, or make dim 0 dynamic with dynamic_shapes=.",
+        )
+    return result

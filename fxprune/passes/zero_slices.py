@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fxprune.couple.rules import packet_name
 from fxprune.graph.program import Program
-from fxprune.select import Selection
+from fxprune.selection import Selection
 
 from .known import arguments
 from .known_ops import NORMS

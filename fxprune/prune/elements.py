@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from fxprune.mask import PackedMask
+from fxprune.score import magnitude as plain_magnitude
 from fxprune.threshold import Shard
-from fxprune.threshold import magnitude as plain_magnitude
 
 from .amount import _validate_pruning_amount_init, to_prune
 from .errors import MissingError, WrongShapeError, WrongTypeError

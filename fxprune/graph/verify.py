@@ -1,0 +1,179 @@
+"""verify: whether a program keeps what every program promises. README.md beside this file has the promises in words."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxprune.errors import CheckError
+
+from .memory import base, writes
+from .program import Program, fetch_any
+
+# Nodes shown before and after the one that is at fault.
+_AROUND = 10
+
+# What an entry check demands of a flat input's sizes: an int where the graph is only right for it.
+Sizes = Sequence[Any] | None
+
+
+def verify(program: Program, stage: str, *, origin: Program | None = None, sizes: Sequence[Sizes] = ()) -> None:
+    """Raises CheckError where `program`, as `stage` left it, breaks a promise; the message has the nodes around it.
+
+    `origin` is the captured program, which says what the model returns and writes to. `sizes` are those that the entry
+    check demands of each placeholder.
+    """
+    for node, broken in _faults(program, origin or program, sizes):
+        nodes = list(program.graph.nodes)
+        place = nodes.index(node) if node is not None else 0
+        around = nodes[max(0, place - _AROUND) : place + _AROUND]
+        listing = "\n".join(f"{'->' if n is node else '  '} {n.format_node() or n.name}" for n in around)
+        raise CheckError(
+            f"the stage {stage} left a program that breaks a promise",
+            where=f"node {node.name}" if node is not None else "the graph",
+            why=f"{broken}\n{listing}\n",
+            do="This is a fault of fxprune: please report it with FXPRUNE_TRACE=<dir>.",
+        )
+
+
+def _faults(program: Program, origin: Program, sizes: Sequence[Sizes]) -> Iterator[tuple[Node | None, str]]:
+    yield from _names(program)
+    yield from _attributes(program)
+    yield from _inputs(program, origin, sizes)
+    yield from _memory(program, origin)
+    yield from _values(program)
+
+
+def _names(program: Program) -> Iterator[tuple[Node | None, str]]:
+    """Names are unique, and a node stands after what it reads."""
+    seen: set[str] = set()
+    standing: set[Node] = set()
+    for node in program.graph.nodes:
+        if node.name in seen:
+            yield node, f"the name {node.name} stands twice"
+        if late := [read.name for read in node.all_input_nodes if read not in standing]:
+            yield node, f"it reads {', '.join(late)}, which stands after it or in another graph"
+        if strangers := [user.name for user in node.users if user.graph is not program.graph]:
+            yield node, f"its user {', '.join(strangers)} is of another graph"
+        seen.add(node.name)
+        standing.add(node)
+
+
+def _attributes(program: Program) -> Iterator[tuple[Node | None, str]]:
+    """Every get_attr finds its tensor, which is as its fake value says."""
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            try:
+                value = fetch_any(program, str(node.target))
+            except AttributeError as error:
+                yield node, f"it fetches what the program does not hold: {error}"
+                continue
+            fake = node.meta.get("val")
+            if isinstance(value, Tensor) and isinstance(fake, Tensor) and (wrong := _differs(fake, value)):
+                yield node, f"its fake value is not true: {wrong}"
+        elif node.op not in ("placeholder", "call_function", "output"):
+            yield node, f"it is a {node.op}; a program fetches and calls functions only"
+
+
+def _inputs(program: Program, origin: Program, sizes: Sequence[Sizes]) -> Iterator[tuple[Node | None, str]]:
+    """The placeholders are those of the capture, and the entry check demands every size that they specialise."""
+    mine, theirs = _placeholders(program), _placeholders(origin)
+    if [n.name for n in mine] != [n.name for n in theirs]:
+        yield None, f"it takes {[n.name for n in mine]}, the model takes {[n.name for n in theirs]}"
+    for node, wanted in zip(mine, sizes):
+        fake = node.meta.get("val")
+        if wanted is None or not isinstance(fake, Tensor):
+            continue
+        for dim, (size, demanded) in enumerate(zip(fake.shape, wanted)):
+            if isinstance(size, int) and size != demanded:
+                yield node, f"dim {dim} is {size} in the graph, and the entry check takes {demanded}"
+
+
+def _memory(program: Program, origin: Program) -> Iterator[tuple[Node | None, str]]:
+    """Nothing of the program's own is written to; inputs are written to and handed out only where the model does."""
+    written = {memory.name for node in origin.graph.nodes for memory in writes(node) if memory.op == "placeholder"}
+    for node in program.graph.nodes:
+        for memory in writes(node):
+            if memory.op == "get_attr":
+                yield node, f'it writes to "{memory.target}", so that a call would not depend on its inputs alone'
+            if memory.op == "placeholder" and memory.name not in written:
+                yield node, f"it writes to the input {memory.name}, and the model does not"
+    handed = {base(node).name for node in _returned(origin)}
+    for node in _returned(program):
+        memory = base(node)
+        if memory.op == "placeholder" and memory.name not in handed:
+            yield node, f"it hands out memory of the input {memory.name}, and the model does not"
+
+
+def _values(program: Program) -> Iterator[tuple[Node | None, str]]:
+    """Fake values are true: every op makes what its node says of the fake values that it reads."""
+    fakes = [n.meta["val"] for n in _placeholders(program) if isinstance(n.meta.get("val"), Tensor)]
+    mode = getattr(fakes[0], "fake_mode", None) if fakes else None
+    if mode is None:
+        return
+    runner = _Fakes(program, mode)
+    ignoring = mode.shape_env.ignore_fresh_unbacked_symbols() if mode.shape_env else contextlib.nullcontext()
+    with mode, ignoring, torch.no_grad():
+        for node in program.graph.nodes:
+            if node.op == "output":
+                break
+            if node.op == "placeholder":
+                runner.env[node] = node.meta.get("val")
+                continue
+            try:
+                runner.env[node] = runner.run_node(node)
+            except Exception as error:
+                yield node, f"it cannot run on what it reads: {type(error).__name__}: {error}"
+                return
+            told = node.meta.get("val")
+            made = runner.env[node]
+            pairs = (
+                zip(told, made)
+                if isinstance(told, (list, tuple)) and isinstance(made, (list, tuple))
+                else [(told, made)]
+            )
+            for fake, value in pairs:
+                if isinstance(fake, Tensor) and isinstance(value, Tensor) and (wrong := _differs(fake, value)):
+                    yield node, f"its fake value is not true: {wrong}"
+
+
+class _Fakes(torch.fx.Interpreter):
+    """Runs a program on fake values, its tensors made fake as they are fetched."""
+
+    def __init__(self, program: Program, mode: Any) -> None:
+        super().__init__(program, garbage_collect_values=False)
+        self._mode = mode
+
+    def fetch_attr(self, target: str) -> Any:
+        value = super().fetch_attr(target)
+        return self._mode.from_tensor(value.detach(), static_shapes=True) if isinstance(value, Tensor) else value
+
+
+def _placeholders(program: Program) -> list[Node]:
+    return [node for node in program.graph.nodes if node.op == "placeholder"]
+
+
+def _returned(program: Program) -> list[Node]:
+    return next(node for node in program.graph.nodes if node.op == "output").all_input_nodes
+
+
+def _differs(fake: Tensor, value: Tensor) -> str:
+    """What a fake value says of a tensor that is not so; nothing where it is true."""
+    if fake.dtype != value.dtype:
+        return f"it says {fake.dtype}, the tensor is {value.dtype}"
+    if fake.device != value.device:
+        return f"it says {fake.device}, the tensor is on {value.device}"
+    said, found = list(map(_size, fake.shape)), list(map(_size, value.shape))
+    if len(said) != len(found) or any(a != b for a, b in zip(said, found) if a is not None and b is not None):
+        return f"it says {list(fake.shape)}, the tensor is {list(value.shape)}"
+    return ""
+
+
+def _size(size: Any) -> int | None:
+    """A size as a number: the example's for a symbolic one, None where only a run tells it."""
+    return size if isinstance(size, int) else getattr(size.node, "hint", None)
