@@ -44,9 +44,9 @@ from benchmarks.accuracy_mnist import Mnist
 from benchmarks.machine import describe_machine, slug
 from fxprune.calibration.calibrate import calibrate
 from fxprune.calibration.fit import METHODS
-from fxprune.calibration.recover import recover
+from fxprune.calibration.recover.recover import recover
 from fxprune.errors import CheckError, FxPruneError
-from fxprune.selection import Selection
+from fxprune.select.selection import Selection
 from fxprune.transform import transform
 
 RESULTS = Path(__file__).resolve().parent / "results"

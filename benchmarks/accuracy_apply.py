@@ -11,14 +11,14 @@ from torch import nn
 
 from benchmarks.accuracy_case import Batch, Case
 from fxprune.calibration.batches import capture_for, read_calls
-from fxprune.capture import Capture
+from fxprune.capture.capture import Capture
 from fxprune.couple.couple import couple
 from fxprune.couple.coupling import Coupling
 from fxprune.couple.removal import removal
-from fxprune.decide import choose_selection
 from fxprune.plan.patterns import Channels
 from fxprune.plan.plan import Plan
-from fxprune.selection import Selection
+from fxprune.select.decide import choose_selection
+from fxprune.select.selection import Selection
 
 
 class Pruner:

@@ -17,7 +17,7 @@ import torch
 from tabulate import tabulate
 
 from benchmarks.machine import describe_machine, slug
-from fxprune.capture import capture
+from fxprune.capture.capture import capture
 from fxprune.couple.couple import couple
 
 # layers, width, FFN width

@@ -28,7 +28,7 @@ from benchmarks.accuracy_decoder import Decoder, Size
 from benchmarks.machine import describe_machine, slug
 from fxprune.calibration.calibrate import calibrate
 from fxprune.calibration.fit import SOLVERS
-from fxprune.calibration.problem import Goal, Problem, damped
+from fxprune.calibration.solvers.problem import Goal, Problem, damped
 from fxprune.plan.patterns import Unstructured
 from fxprune.plan.plan import Plan, Rule
 

@@ -41,7 +41,7 @@ from fxprune import prune
 from fxprune.couple.axis import atoms
 from fxprune.couple.coupling import Coupling
 from fxprune.couple.indices import positions
-from fxprune.passes.dead import Dead
+from fxprune.shrink.dead.dead import Dead
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TOLERANCE = 1e-5

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxprune.layouts import CuSparseLt
+from fxprune.lower.layouts import CuSparseLt
 from fxprune.measure.timing import interleave_graphs, median
 from triton_kernels import bitmap, blocks, gemv24, nonzeros, prune24
 

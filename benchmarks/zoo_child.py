@@ -29,7 +29,7 @@ import fxprune
 from benchmarks.zoo_model import CallInputs, ZooModel
 from benchmarks.zoo_models import choose
 from benchmarks.zoo_randomise import randomise
-from fxprune.capture import capture
+from fxprune.capture.capture import capture
 from fxprune.errors import FxPruneError
 
 AMOUNT = 0.3

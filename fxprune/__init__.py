@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fxprune.calibration.calibrate import calibrate
-from fxprune.calibration.recover import recover
+from fxprune.calibration.recover.recover import recover
+from fxprune.emit.report import Report
 from fxprune.measure.benchmark import benchmark
 from fxprune.plan.patterns import Blocks, Channels, Existing, SemiStructured, Unstructured
 from fxprune.plan.plan import Drop, Plan, Rule
@@ -11,7 +12,6 @@ from fxprune.plan.plan import Drop, Plan, Rule
 from . import gradient_score, prune
 from .analyze import analyze
 from .errors import FxPruneError
-from .report import Report
 from .transform import transform
 
 __version__ = "0.1.0"

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from fxprune.capture.capture import capture
+from fxprune.check.calls import Call
 from fxprune.couple.couple import couple
 from fxprune.couple.coupling import Coupling
 
-from . import admit
-from .capture import capture
-from .check import Call
+from .capture import admit
 from .errors import CaptureError, InputError
 
 

@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
-from fxprune.graph.program import Program
-from fxprune.layouts.choose import Chooser
-from fxprune.passes.constants import fold_constants
-from fxprune.passes.fold import fold_masks
-from fxprune.passes.lower import Lowered, lower
+from fxprune.capture.capture import Capture
+from fxprune.capture.constants import fold_constants
+from fxprune.capture.from_dynamo import Traced
+from fxprune.emit.settings import Settings
+from fxprune.graph.program import Program, fetch
+from fxprune.lower.fold import fold_masks
+from fxprune.lower.layouts.choose import Chooser
+from fxprune.lower.lower import Lowered, lower
+from fxprune.select.decide import choose_selection
 
-from .capture import Capture
-from .decide import choose_selection
 from .errors import InputError
-from .from_dynamo import Traced
-from .settings import Settings
 
 log = logging.getLogger("fxprune")
 
@@ -103,16 +103,11 @@ def _returned_apart(program: Program) -> Program:
     output = next(n for n in program.graph.nodes if n.op == "output")
     for node in [n for n in output.all_input_nodes if n.op == "get_attr"]:
         name = f"returned_{node.name}"
-        program.register_buffer(name, _tensor(program, str(node.target)).detach(), persistent=False)
+        program.register_buffer(name, fetch(program, str(node.target)), persistent=False)
         with program.graph.inserting_before(output):
             output.replace_input_with(node, program.graph.get_attr(name))
     program.recompile()
     return program
-
-
-def _tensor(program: Program, name: str) -> torch.Tensor:
-    path, _, leaf = name.rpartition(".")
-    return getattr(program.get_submodule(path), leaf)
 
 
 def _log(lowered: list[Lowered]) -> None:

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fxprune.capture.admit import untouched
+from fxprune.capture.hooks import fold_existing
 from fxprune.plan.scores import Scores
 
-from .admit import untouched
 from .errors import InputError
-from .existing import fold_existing
 
 Loss = Callable[[Any, Any], Tensor]
 

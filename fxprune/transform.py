@@ -13,35 +13,36 @@ from tqdm import tqdm
 
 from fxprune.calibration.batches import read_calls
 from fxprune.calibration.calibrate import calibrate_calls
+from fxprune.capture.capture import Capture
+from fxprune.check.calls import Call
+from fxprune.check.compare import CheckRow
+from fxprune.check.proof import Expected, Proof, capture_checked
 from fxprune.couple.coupling import Coupling
-from fxprune.graph import compat
+from fxprune.emit.deliver import deliver, deliver_trainable
+from fxprune.emit.pending import pending
+from fxprune.emit.pruned import PrunedModule, emit
+from fxprune.emit.report import Report, weight_reports
+from fxprune.emit.settings import Settings
+from fxprune.emit.trainable.module import TrainableModule
 from fxprune.graph.environment import check_level, variable
 from fxprune.graph.note import Note
 from fxprune.graph.program import Program, copy_program, count_elements
 from fxprune.graph.trace import Trace
+from fxprune.graph.values import put_values
 from fxprune.graph.verify import verify
-from fxprune.kernels import native
-from fxprune.layouts.choose import Chooser
-from fxprune.passes.blocks import choose_blocks
-from fxprune.passes.fold import fold
-from fxprune.passes.lower import Lowered, batches, lower
-from fxprune.passes.values import put_values
+from fxprune.lower.fold import fold
+from fxprune.lower.layouts.choose import Chooser
+from fxprune.lower.lower import Lowered, batches, lower
 from fxprune.plan.plan import Plan
+from fxprune.select.decide import check_values, choose_selection, couple_if_needed
+from fxprune.select.selection import Selection
+from fxprune.shrink.drop.blocks import choose_blocks
+from fxprune.shrink.proved import drop_proved, shrink_proved
 
-from . import admit
-from .capture import Capture
-from .check import Call, CheckRow
-from .decide import check_values, choose_selection, couple_if_needed
-from .deliver import deliver, deliver_trainable
-from .emit import PrunedModule, emit
+from .capture import admit
 from .errors import InputError
-from .pending import pending
-from .prove import Expected, Proof, capture_checked
-from .report import Report, weight_reports
-from .selection import Selection
-from .settings import Settings
-from .structure import drop_proved, shrink_proved
-from .trainable import TrainableModule
+from .graph import compat
+from .kernels import native
 
 
 def transform(
@@ -350,7 +351,7 @@ def _refuse(plan: Plan | None, selection: Selection | None, calibration: Any) ->
     if selection is not None and not isinstance(selection, Selection):
         raise InputError(
             f"cannot use a {type(selection).__name__} as a selection",
-            why="it is not an fxprune.selection.Selection",
+            why="it is not an fxprune Selection",
             do="Pass the selection of an earlier result: selection=result.selection.",
         )
     if plan is not None and selection is not None:

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxprune import Plan, Rule, Unstructured
-from fxprune.capture import capture
-from fxprune.check import Call, outputs
+from fxprune.capture.capture import capture
+from fxprune.check.calls import Call
+from fxprune.check.compare import outputs
 from fxprune.couple.couple import couple
-from fxprune.passes.shrink import shrink
-from fxprune.passes.values import put_values
-from fxprune.selection import Selection
+from fxprune.graph.values import put_values
+from fxprune.select.selection import Selection
+from fxprune.shrink.shrink import shrink
 from tests.oracle import snapshot
 from tests.structured_oracle import net
 

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from fxprune.calibration.problem import Problem, damped
+from fxprune.calibration.solvers.problem import Problem, damped
 
 
 def correlated(rows: int, columns: int, groups: int = 1) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.emit import PrunedModule
+from fxprune.emit.pruned import PrunedModule
 
 QUIET = {"compile": False, "measure": False, "layout": "dense", "align": 1}
 

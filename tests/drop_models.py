@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from fxprune.capture import capture
+from fxprune.capture.capture import capture
 from fxprune.errors import PlanError
 from fxprune.graph.program import Program
-from fxprune.passes.blocks import Block, find_blocks
-from fxprune.passes.drop import Bypassing, drop_blocks
+from fxprune.shrink.drop.blocks import Block, find_blocks
+from fxprune.shrink.drop.drop import Bypassing, drop_blocks
 
 D = 8
 TEXT: dict[str, Any] = {

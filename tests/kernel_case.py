@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxprune.mask import pack_bits
+from fxprune.select.mask import pack_bits
 
 # The interpreter computes bfloat16 wrongly, so arithmetic in it is tested on a GPU alone.
 CPU = pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="compiled kernels need a GPU"))

@@ -11,10 +11,10 @@ from torch.nn import functional
 
 from fxprune.calibration.batches import capture_for, read_calls
 from fxprune.couple.couple import couple
-from fxprune.decide import choose_selection
 from fxprune.plan.patterns import Channels
 from fxprune.plan.plan import Plan
-from fxprune.selection import Selection
+from fxprune.select.decide import choose_selection
+from fxprune.select.selection import Selection
 
 
 class PostNorm(nn.Module):

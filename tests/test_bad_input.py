@@ -14,7 +14,7 @@ from torch.nn.utils import prune as torch_prune
 import fxprune
 from fxprune import FxPruneError, Plan, Rule, Unstructured
 from fxprune.errors import CaptureError, CheckError, InputError, PlanError
-from fxprune.selection import Selection
+from fxprune.select.selection import Selection
 from tests.oracle import HALF, QUICK, quick, snapshot
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import Channels, FxPruneError, Plan, Rule, Unstructured
 from fxprune.errors import InputError
-from fxprune.mask import PackedMask
-from fxprune.selection import Selection
+from fxprune.select.mask import PackedMask
+from fxprune.select.selection import Selection
 from tests.bad_structured_models import X, net
 from tests.structured_oracle import randomised, shrunk
 from tests.test_bad_input import refused

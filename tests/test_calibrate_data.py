@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from fxprune import Channels, Plan, Rule, Unstructured
 from fxprune.calibration.batches import capture_for, read_calls
 from fxprune.calibration.calibrate import calibrate
-from fxprune.calibration.cut import cut
+from fxprune.calibration.rebatch import cut
 from fxprune.errors import InputError
-from fxprune.selection import Selection
+from fxprune.select.selection import Selection
 from tests.calibrate_case import HALF, differ, model, tensors_of
 from tests.structured_oracle import net
 

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from fxprune import Blocks, Plan, Rule, SemiStructured, Unstructured
-from fxprune.calibration import cut as cutting
+from fxprune.calibration import rebatch as cutting
 from fxprune.calibration.calibrate import calibrate
 from fxprune.calibration.fit import METHODS
-from fxprune.calibration.recover import recover
-from fxprune.selection import Selection
+from fxprune.calibration.recover.recover import recover
+from fxprune.select.selection import Selection
 from tests.calibrate_case import HALF, KINDS, applied, differ, model, off, tensors_of
 from tests.structured_oracle import net
 

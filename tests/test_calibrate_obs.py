@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxprune.calibration.obs import Units, choose_units
-from fxprune.calibration.problem import Problem
+from fxprune.calibration.solvers.problem import Problem
+from fxprune.calibration.solvers.units import Units, choose_units
 from tests.calibrate_problem import correlated, normal_equations, problem_of
 
 torch.set_num_threads(1)

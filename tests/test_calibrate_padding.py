@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from fxprune import Plan, Rule, Unstructured
 from fxprune.calibration.batches import batch_of, capture_for, read_calls
 from fxprune.calibration.calibrate import calibrate
-from fxprune.calibration.matching import Distance
 from fxprune.calibration.padding import Layout, counting, find_layouts, hides_padding, positions
+from fxprune.calibration.recover.matching import Distance
 from fxprune.calibration.site import input_of
-from fxprune.check import outputs
+from fxprune.check.compare import outputs
 from fxprune.graph.weights import uses
-from fxprune.selection import Selection
+from fxprune.select.selection import Selection
 
 HALF = Plan([Rule("*.weight", Unstructured(0.5))], exclude=("table.weight",))
 

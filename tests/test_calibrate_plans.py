@@ -13,7 +13,7 @@ from fxprune import Blocks, Drop, Existing, Plan, Rule, Unstructured
 from fxprune.calibration.calibrate import calibrate
 from fxprune.calibration.fit import METHODS
 from fxprune.plan.scores import Scores
-from fxprune.selection import Selection
+from fxprune.select.selection import Selection
 from tests.calibrate_case import HALF, applied, chain, model, off, tensors_of
 from tests.structured_oracle import net
 

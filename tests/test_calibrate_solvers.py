@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from fxprune import Blocks, SemiStructured, Unstructured
-from fxprune.calibration import cholesky, least_squares
-from fxprune.calibration.admm import admm
 from fxprune.calibration.fit import SOLVERS, sparsegpt_refit
-from fxprune.calibration.least_squares import refit
-from fxprune.calibration.obs import Units, choose_units
-from fxprune.calibration.problem import Goal, Problem, damped, shrinkage
-from fxprune.calibration.sparsegpt import WIDTH, sparsegpt
-from fxprune.calibration.wanda import wanda
-from fxprune.project import keep_highest
+from fxprune.calibration.solvers import cholesky, least_squares
+from fxprune.calibration.solvers.admm import admm
+from fxprune.calibration.solvers.least_squares import refit
+from fxprune.calibration.solvers.problem import Goal, Problem, damped, shrinkage
+from fxprune.calibration.solvers.sparsegpt import WIDTH, sparsegpt
+from fxprune.calibration.solvers.units import Units, choose_units
+from fxprune.calibration.solvers.wanda import wanda
+from fxprune.select.project import keep_highest
 from tests.calibrate_problem import MANY, correlated, excess, normal_equations, problem_of
 
 torch.set_num_threads(1)

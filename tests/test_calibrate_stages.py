@@ -14,8 +14,9 @@ from fxprune.calibration.batches import Batch
 from fxprune.calibration.site import find_sites
 from fxprune.calibration.stages import Stage, plan_stages
 from fxprune.calibration.stream import Fitted, stream
-from fxprune.capture import capture
-from fxprune.check import Call, outputs
+from fxprune.capture.capture import capture
+from fxprune.check.calls import Call
+from fxprune.check.compare import outputs
 from fxprune.graph.program import Program
 from tests.structured_oracle import net
 

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from fxprune import Plan, Rule, Unstructured
 from fxprune.calibration import stream as streaming
 from fxprune.calibration.calibrate import calibrate
-from fxprune.calibration.shelf import Shelf
 from fxprune.calibration.site import find_sites
+from fxprune.calibration.spill import Shelf
 from fxprune.calibration.stages import plan_stages
 from fxprune.calibration.stream import Side
-from fxprune.capture import capture
+from fxprune.capture.capture import capture
 from tests.structured_oracle import net
 
 torch.set_num_threads(1)

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from fxprune import Channels, Plan, Rule, SemiStructured, Unstructured
 from fxprune.calibration.calibrate import calibrate
 from fxprune.calibration.fit import METHODS
-from fxprune.capture import capture
+from fxprune.capture.capture import capture
 from fxprune.couple.couple import couple
-from fxprune.selection import Selection
+from fxprune.select.selection import Selection
 from tests.calibrate_case import applied, differ, model, off, shrunk_and_zeroed, tensors_of
 from tests.oracle import assert_close
 from tests.structured_oracle import channels, net

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ShapesCollection
 
-from fxprune.capture import capture
+from fxprune.capture.capture import capture
 from fxprune.errors import CaptureError, InputError
 from tests.oracle import assert_close
 

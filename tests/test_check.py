@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fxprune.check import Call, compare, outputs, second_call
+from fxprune.check.calls import Call, second_call
+from fxprune.check.compare import compare, outputs
 
 CALL = Call("example", (), {})
 ONES = torch.ones(3)

@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 
 import fxprune
 from fxprune import Existing, Plan, Rule, Unstructured
-from fxprune.capture import capture
+from fxprune.capture.capture import capture
 
 x = torch.randn(3, 8)
 

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import fxprune
-from fxprune import Channels, Plan, Rule, deliver
+from fxprune import Channels, Plan, Rule
+from fxprune.emit import deliver
 from fxprune.measure.timing import ModelTiming
-from fxprune.passes import dead as dead_pass
+from fxprune.shrink.dead import dead as dead_pass
 from tests.dead_oracle import QUIET, image, removed, routes, sequence, shapes, shuffled, vectors, zero
 
 

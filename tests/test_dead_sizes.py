@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
-from fxprune.emit import PrunedModule
+from fxprune.emit.pruned import PrunedModule
 from tests.dead_oracle import image, removed, routes, shapes, shuffled, vectors, zero
 
 AUTO = torch.export.Dim.AUTO

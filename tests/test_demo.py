@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fxprune.cli import demo, demo_data
 from fxprune.cli import main as cli
-from fxprune.mask import PackedMask
-from fxprune.selection import Selection
+from fxprune.select.mask import PackedMask
+from fxprune.select.selection import Selection
 
 ROW = demo.Row(
     sparsity=0.9,

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from transformers import modeling_outputs
 
-from fxprune.capture import capture
-from fxprune.passes.blocks import module_paths
-from fxprune.passes.drop import bypasses, drop_blocks
+from fxprune.capture.capture import capture
+from fxprune.shrink.drop.blocks import module_paths
+from fxprune.shrink.drop.drop import bypasses, drop_blocks
 from tests.drop_models import (
     Case,
     D,

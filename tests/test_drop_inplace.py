@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fxprune.errors import PlanError
 from fxprune.graph.program import Program
-from fxprune.passes.drop import drop_blocks
+from fxprune.shrink.drop.drop import drop_blocks
 from tests.drop_models import Apply, Between, D, Pre, dropped, find_block, program_of, refused, replaced, run
 from tests.oracle import assert_close
 

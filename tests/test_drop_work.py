@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fxprune.graph import needs
 from fxprune.graph.program import Program
-from fxprune.passes import blocks, drop, needs
-from fxprune.passes.blocks import find_blocks
-from fxprune.passes.drop import drop_blocks
+from fxprune.shrink.drop import blocks, drop
+from fxprune.shrink.drop.blocks import find_blocks
+from fxprune.shrink.drop.drop import drop_blocks
 from tests.drop_models import Apply, D, program_of
 
 

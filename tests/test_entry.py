@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.export import Dim
 
-from fxprune.entry import EntryCheck, TensorInput
+from fxprune.capture.entry import EntryCheck, TensorInput
 from fxprune.errors import InputError
 from tests.oracle import assert_close, quick, zeroed
 

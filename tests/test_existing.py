@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import prune as torch_prune
 
+from fxprune.capture.hooks import fold_existing
 from fxprune.errors import CaptureError
-from fxprune.existing import fold_existing
 from tests.oracle import assert_close, quick, snapshot
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxprune.capture import capture
+from fxprune.capture.capture import capture
 from fxprune.graph.program import Program
-from fxprune.mask import PackedMask
-from fxprune.passes.fold import fold_batch_norm, fold_masks
-from fxprune.selection import Selection
+from fxprune.lower.fold import fold_batch_norm, fold_masks
+from fxprune.select.mask import PackedMask
+from fxprune.select.selection import Selection
 from tests.oracle import assert_close
 
 NORM = torch.ops.aten.batch_norm.default

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import Blocks, Plan, Rule, SemiStructured, Unstructured
 from fxprune.errors import InputError
-from fxprune.layouts import LAYOUTS, Bitmap, Nonzeros, Nonzeros8, choose, cusparselt, gpu
-from fxprune.layouts.choose import Chooser
-from fxprune.layouts.gpu import GpuLayout
-from fxprune.layouts.remember import Memory
-from fxprune.layouts.site import Fit, Site
+from fxprune.lower.layouts import LAYOUTS, Bitmap, Nonzeros, Nonzeros8, choose, cusparselt, gpu
+from fxprune.lower.layouts.choose import Chooser
+from fxprune.lower.layouts.gpu import GpuLayout
+from fxprune.lower.layouts.remember import Memory
+from fxprune.lower.layouts.site import Fit, Site
 from tests.kernel_case import same_bits, sparse
 from triton_kernels import activation, prune24
 

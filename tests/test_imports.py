@@ -23,55 +23,25 @@ MOST_FLOORS = 11
 
 # room -> what it imports, from the highest floor down.
 BENEATH = {
-    "cli": "transform measure selection plan errors",
-    "transform": (
-        "deliver pending calibration emit structure trainable decide prove report check passes "
-        "settings capture layouts admit couple selection graph kernels plan errors"
-    ),
-    "deliver": "emit trainable modes prove check passes settings capture measure selection graph",
-    "pending": "emit report candidates selection plan errors",
-    "backend": "decide from_dynamo passes settings capture layouts graph errors",
-    "calibration": (
-        "decide channels check passes candidates capture admit couple project selection graph plan errors mask"
-    ),
-    "emit": "report entry selection graph errors",
-    "structure": "prove check passes couple selection graph mask",
-    "trainable": "report capture entry selection align graph kernels errors graph_data mask",
-    "analyze": "check capture admit couple errors",
-    "decide": "channels select candidates capture couple selection graph plan errors mask",
-    "modes": "check capture admit entry align existing graph regions",
-    "prove": "check capture admit couple selection graph errors",
-    "report": "check passes couple measure selection graph",
-    "channels": "unit_score couple graph plan errors",
-    "check": "capture couple entry selection graph errors",
-    "from_dynamo": "capture entry graph",
-    "passes": "capture layouts couple selection graph plan errors",
-    "prune": "threshold score plan errors mask",
-    "select": "threshold project score selection plan errors mask",
-    "settings": "layouts errors",
-    "candidates": "couple graph plan",
-    "capture": "constant_masks entry existing graph errors",
-    "gradient_score": "admit existing plan errors",
-    "layouts": "measure kernels errors",
-    "threshold": "score kernels mask",
-    "unit_score": "score plan",
-    "admit": "existing errors",
-    "constant_masks": "graph",
+    "cli": "transform select measure plan errors",
+    "backend": "emit lower select capture graph errors",
+    "transform": "calibration emit shrink check lower select capture couple graph kernels plan errors",
+    "calibration": "shrink check select capture couple graph plan errors",
+    "emit": "shrink check lower select capture couple measure graph kernels plan errors",
+    "analyze": "check capture couple errors",
+    "shrink": "check select couple graph plan errors",
+    "check": "select capture couple graph errors",
+    "lower": "select capture measure graph kernels errors",
+    "prune": "select plan errors",
+    "gradient_score": "capture plan errors",
+    "select": "capture couple graph kernels plan errors",
+    "capture": "graph errors",
     "couple": "graph errors",
-    "entry": "graph errors",
     "measure": "graph errors",
-    "project": "plan errors",
-    "score": "plan errors mask",
-    "selection": "graph errors mask",
-    "align": "regions",
-    "existing": "errors",
     "graph": "errors",
     "kernels": "errors triton_kernels",
     "plan": "errors",
     "errors": "",
-    "graph_data": "",
-    "mask": "",
-    "regions": "",
     "triton_kernels": "",
 }
 
@@ -214,4 +184,4 @@ def test_only_capture_exports() -> None:
     """Others may name torch.export's types; one module calls it."""
     call = re.compile(r"torch\.export\.export\w*\(|from torch\.export import .*\bexport\b")
     calling = [name for name, path in SOURCES.items() if call.search(path.read_text(encoding="utf-8"))]
-    assert calling == ["fxprune.capture"]
+    assert calling == ["fxprune.capture.capture"]

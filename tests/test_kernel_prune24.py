@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fxprune.plan.patterns import SemiStructured
-from fxprune.project import project
+from fxprune.select.project import project
 from tests.kernel_case import ARITHMETIC, DEVICES, FLOATS, bits_of, normal, poisoned, same_bits
 from triton_kernels import norms, prune24
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 from torch.nn import functional as F
 
-from fxprune.capture import capture
+from fxprune.capture.capture import capture
 from fxprune.graph.program import Program
-from fxprune.passes.known import Known
-from fxprune.passes.propagate import Propagation
+from fxprune.shrink.dead.known import Known
+from fxprune.shrink.dead.propagate import Propagation
 
 
 class Recorded(Interpreter):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.capture import capture
-from fxprune.layouts.choose import Chooser
-from fxprune.layouts.site import Choice, Packed, Site
-from fxprune.passes.lower import batches, lower
+from fxprune.capture.capture import capture
+from fxprune.lower.layouts.choose import Chooser
+from fxprune.lower.layouts.site import Choice, Packed, Site
+from fxprune.lower.lower import batches, lower
 from tests.oracle import assert_close
 
 

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
-from fxprune import Plan, Rule, Unstructured, admit
-from fxprune.capture import capture
+from fxprune import Plan, Rule, Unstructured
+from fxprune.capture import admit
+from fxprune.capture.capture import capture
+from fxprune.emit.trainable.module import emit_trainable, origin_of
 from fxprune.errors import InputError
 from fxprune.kernels.masked_linear import masked_linear, op
-from fxprune.mask import PackedMask
-from fxprune.trainable import emit_trainable, origin_of
+from fxprune.select.mask import PackedMask
 from tests.kernel_case import CPU
 from tests.trainable_models import assert_same
 

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
 import torch
 from fxprune.kernels import native
-from fxprune.layouts.nonzeros import Nonzeros
-from fxprune.layouts.site import Site
+from fxprune.lower.layouts.nonzeros import Nonzeros
+from fxprune.lower.layouts.site import Site
 torch.manual_seed(0)
 layout, worst = Nonzeros(), 0.0
 w = torch.randn(90, 200) * (torch.rand(90, 200) < 0.2)

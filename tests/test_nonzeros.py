@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxprune.kernels import native
-from fxprune.layouts.nonzeros import Nonzeros
-from fxprune.layouts.site import Packed, Site
+from fxprune.lower.layouts.nonzeros import Nonzeros
+from fxprune.lower.layouts.site import Packed, Site
 
 layout = Nonzeros()
 ACTIVATIONS = {

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxprune.errors import InputError
-from fxprune.mask import PackedMask
 from fxprune.plan.matrix import to_matrix
 from fxprune.plan.patterns import Blocks, SemiStructured, Unstructured
 from fxprune.plan.plan import Candidate, Plan, Rule, Sparsity
 from fxprune.plan.scores import Scores
-from fxprune.select import select
-from fxprune.selection import Selection
+from fxprune.select.elements import select
+from fxprune.select.mask import PackedMask
+from fxprune.select.selection import Selection
 from tests.pattern_case import random, refused
 
 ROWS = Unstructured(0.5, per_row=True)

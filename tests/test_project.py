@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxprune import project as module
 from fxprune.errors import InputError, PlanError
 from fxprune.plan.patterns import Blocks, SemiStructured, Unstructured
-from fxprune.project import keep_highest, project, score_tiles
+from fxprune.select import project as module
+from fxprune.select.project import keep_highest, project, score_tiles
 from tests.pattern_case import refused
 
 INF = math.inf

@@ -13,7 +13,7 @@ import torch.nn.utils.prune as theirs
 from torch import Tensor, nn
 
 import fxprune.prune as prune
-from fxprune.existing import fold_existing
+from fxprune.capture.hooks import fold_existing
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxprune.prune as ours
-from fxprune import mask as packed_mask
-from fxprune.threshold import Bracket, Shard, keys, threshold
+from fxprune.select import mask as packed_mask
+from fxprune.select.threshold import Bracket, Shard, keys, threshold
 
 Pairs = list[tuple[nn.Module, str]]
 

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import Channels, Drop, Plan, Rule, Unstructured
 from fxprune.calibration.calibrate import calibrate
-from fxprune.calibration.feed import Feed
-from fxprune.calibration.recover import recover
-from fxprune.selection import Selection
+from fxprune.calibration.recover.feed import Feed
+from fxprune.calibration.recover.recover import recover
+from fxprune.select.mask import PackedMask
+from fxprune.select.selection import Selection
 from tests.one_thread import one_thread as one_thread
 
 QUICK = {"learning_rate": 3e-3, "progress": False}
@@ -188,7 +189,7 @@ def test_masks_hold_on_what_is_cut() -> None:
     model, data = PostNorm().eval(), vectors()
     cut = by_magnitude(model, Plan([Rule("a.*.weight", Channels(0.5))]), data)
     keeps = {name: torch.rand(model.get_parameter(name).shape) < 0.5 for name in ("a.0.weight", "b.0.weight")}
-    masks = {name: fxprune.select.PackedMask.pack(keep) for name, keep in keeps.items()}
+    masks = {name: PackedMask.pack(keep) for name, keep in keeps.items()}
     found = recover(model, dataclasses.replace(cut, mask=masks), data, steps=20, **QUICK)
     (kept,) = [indices for name, indices in cut.keep.items() if "a.0." in name]
     for name, dim in (("a.0.weight", 0), ("b.0.weight", 1)):
@@ -220,9 +221,9 @@ def test_shrunk_training_is_zeroed_training() -> None:
             keep = torch.zeros_like(model.get_parameter(name), dtype=torch.bool)
             keep.index_fill_(dim, kept, True)
             masks[name] = keep
-    packed = {name: fxprune.select.PackedMask.pack(keep) for name, keep in masks.items()}
+    packed = {name: PackedMask.pack(keep) for name, keep in masks.items()}
     biases = {f"a.{layer}.bias": masks[f"a.{layer}.weight"].any(1) for layer in range(2)}
-    packed |= {name: fxprune.select.PackedMask.pack(keep) for name, keep in biases.items()}
+    packed |= {name: PackedMask.pack(keep) for name, keep in biases.items()}
     small = recover(model, cut, data, steps=20, **QUICK)
     zeroed = recover(model, Selection(mask=packed), data, steps=20, **QUICK)
     assert small.recovery is not None and zeroed.recovery is not None
@@ -363,7 +364,7 @@ def test_padding_among_rows_does_not_count_and_where_it_must_is_told() -> None:
     selection = by_magnitude(model, Plan([Rule("up.weight", Unstructured(0.8))]), data)
     found, other = (recover(model, selection, each, steps=3, **QUICK) for each in (data, others))
     assert found.recovery is not None and other.recovery is not None
-    program = fxprune.capture.capture(model, (), data[0]).program
+    program = fxprune.capture.capture.capture(model, (), data[0]).program
     _, mean = (node.name for node in program.graph.output_node().args[0])
     told = f"padding could not be told from text in {mean}, so it counts there as well"
     assert found.recovery.note == told and str(found.recovery).endswith(f"after; {told}")
@@ -382,6 +383,6 @@ def test_a_model_that_lost_nothing_is_not_trained() -> None:
     model, data = PostNorm().eval(), vectors()
     model.a[0].weight.data[:, :8] = 0
     keep = model.a[0].weight != 0
-    selection = Selection(mask={"a.0.weight": fxprune.select.PackedMask.pack(keep)})
+    selection = Selection(mask={"a.0.weight": PackedMask.pack(keep)})
     found = recover(model, selection, data, steps=20, **QUICK)
     assert found.recovery is not None and (found.recovery.steps, found.recovery.before) == (0, 0.0)

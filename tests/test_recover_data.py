@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fxprune import Plan, Rule, Unstructured
 from fxprune.calibration.batches import capture_for, read_calls
-from fxprune.calibration.feed import Feed
-from fxprune.calibration.matching import nodes_to_match, relative_error
-from fxprune.calibration.recover import recover
+from fxprune.calibration.recover.feed import Feed
+from fxprune.calibration.recover.matching import nodes_to_match, relative_error
+from fxprune.calibration.recover.recover import recover
 from fxprune.errors import InputError
 from tests.one_thread import one_thread as one_thread
 

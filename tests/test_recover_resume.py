@@ -14,10 +14,10 @@ from recover_models import Decoder, PostNorm, by_magnitude, same, texts, vectors
 from torch import Tensor, nn
 
 from fxprune import Channels, Plan, Rule, Unstructured
-from fxprune.calibration.recover import recover
+from fxprune.calibration.recover.recover import recover
 from fxprune.errors import FxPruneError, InputError
-from fxprune.mask import PackedMask
-from fxprune.selection import Selection
+from fxprune.select.mask import PackedMask
+from fxprune.select.selection import Selection
 from tests.one_thread import one_thread as one_thread
 
 PLAN = Plan([Rule("?.*.weight", Unstructured(0.5))])

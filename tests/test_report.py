@@ -12,7 +12,7 @@ import fxprune
 from fxprune import Channels, Plan, Rule, Unstructured
 from fxprune.errors import CheckError
 from fxprune.graph.program import Program
-from fxprune.passes import lower
+from fxprune.lower import lower
 from tests.oracle import HALF, QUICK, quick
 
 

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from fxprune import mask as mask_module
 from fxprune.errors import InputError
-from fxprune.mask import PackedMask, chunks
 from fxprune.plan.patterns import Unstructured
 from fxprune.plan.plan import Candidate, Plan, Rule
 from fxprune.plan.scores import Scores, score_name
-from fxprune.score import PIECEWISE, SCORES, check_weight, lamp, magnitude, scores
-from fxprune.select import select
-from fxprune.selection import Selection
+from fxprune.select import mask as mask_module
+from fxprune.select.elements import select
+from fxprune.select.mask import PackedMask, chunks
+from fxprune.select.score import PIECEWISE, SCORES, check_weight, lamp, magnitude, scores
+from fxprune.select.selection import Selection
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 

@@ -15,7 +15,7 @@ from fxprune import Channels, Plan, Rule, Unstructured
 from fxprune.errors import FxPruneError, InputError, PlanError
 from fxprune.gradient_score import fisher, snip, taylor
 from fxprune.plan.scores import Scores
-from fxprune.score import lamp
+from fxprune.select.score import lamp
 from tests.oracle import snapshot
 from tests.structured_oracle import EAGER, assert_shrunk, randomised, removed
 

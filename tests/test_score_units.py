@@ -15,8 +15,8 @@ from fxprune.errors import InputError, PlanError
 from fxprune.plan.patterns import Channels
 from fxprune.plan.plan import Plan, Rule
 from fxprune.plan.scores import Scores
-from fxprune.score import magnitude
-from fxprune.unit_score import UNIT_SCORES, Slices, has_scales, score_units
+from fxprune.select.score import magnitude
+from fxprune.select.unit_score import UNIT_SCORES, Slices, has_scales, score_units
 
 NORMS = [0.1, 0.5, 1.0, 1.5, 2.0, 3.0, math.inf]
 REDUCTIONS = ["sum", "mean", "max"]

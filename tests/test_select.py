@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from fxprune import mask as mask_module
 from fxprune.errors import InputError
-from fxprune.mask import PackedMask
 from fxprune.plan.plan import Candidate, Existing, Plan, Rule, Sparsity, Unstructured
-from fxprune.select import select
-from fxprune.selection import Selection
+from fxprune.select import mask as mask_module
+from fxprune.select.elements import select
+from fxprune.select.mask import PackedMask
+from fxprune.select.selection import Selection
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -312,7 +312,7 @@ def test_a_mask_for_an_unknown_weight() -> None:
 MEASURE = """
 import resource, sys, torch
 from fxprune.plan.plan import Candidate, Plan, Rule, Unstructured
-from fxprune.select import select
+from fxprune.select.elements import select
 
 def peak():
     if sys.platform == "linux":

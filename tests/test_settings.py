@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from fxprune.emit.settings import Settings
 from fxprune.errors import InputError
-from fxprune.settings import Settings
 
 
 def test_defaults_and_values() -> None:

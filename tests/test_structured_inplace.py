@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune import Channels, Drop, Plan, Rule, analyze, structure
+from fxprune import Channels, Drop, Plan, Rule, analyze
 from fxprune.errors import InputError
+from fxprune.shrink import proved as structure
 from tests.oracle import assert_close, snapshot
 from tests.structured_oracle import channels, kept, net, right, shrunk, sizes, zeroed
 

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxprune import threshold as threshold_module
-from fxprune.mask import PackedMask
-from fxprune.score import magnitude
-from fxprune.threshold import Bracket, Shard, Threshold, common_dtype, keys, share, threshold
+from fxprune.select import threshold as threshold_module
+from fxprune.select.mask import PackedMask
+from fxprune.select.score import magnitude
+from fxprune.select.threshold import Bracket, Shard, Threshold, common_dtype, keys, share, threshold
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 shapes = st.lists(st.integers(1, 12), min_size=1, max_size=4)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from fxprune.emit.trainable.module import TrainableModule
 from fxprune.errors import InputError
-from fxprune.mask import PackedMask
-from fxprune.trainable import TrainableModule
+from fxprune.select.mask import PackedMask
 from tests.one_thread import one_thread as one_thread
 from tests.oracle import snapshot
 from tests.trainable_models import assert_same, assert_same_state, emitted, images, net, seeded, storages, trainable

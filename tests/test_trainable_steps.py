@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fxprune.couple.couple import couple
 from fxprune.graph.program import Program
-from fxprune.passes.shrink import shrink
+from fxprune.shrink.shrink import shrink
 from tests.one_thread import one_thread as one_thread
 from tests.oracle import snapshot
 from tests.trainable_models import Forward, assert_same, assert_same_state, emitted, images, net, seeded, trainable

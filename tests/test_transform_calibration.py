@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import Channels, Drop, Plan, Rule, Unstructured
-from fxprune.capture import capture
+from fxprune.capture.capture import capture
 from fxprune.errors import InputError
-from fxprune.passes.values import put_values
-from fxprune.selection import Selection
+from fxprune.graph.values import put_values
+from fxprune.select.selection import Selection
 
 QUICK = {"compile": False, "measure": False}
 

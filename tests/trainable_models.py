@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxprune import admit
-from fxprune.capture import capture
+from fxprune.capture import admit
+from fxprune.capture.capture import capture
+from fxprune.emit.trainable.modes import training_modes
+from fxprune.emit.trainable.module import emit_trainable, origin_of
 from fxprune.graph.program import Program
-from fxprune.mask import PackedMask
-from fxprune.modes import training_modes
-from fxprune.trainable import emit_trainable, origin_of
+from fxprune.select.mask import PackedMask
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ShapesCollection
 from torch.utils import _pytree as pytree
 
-from fxprune import admit
-from fxprune.capture import Capture, capture
-from fxprune.check import Call, CheckRow, compare, outputs, refuse
+from fxprune.capture import admit
+from fxprune.capture.capture import Capture, capture
+from fxprune.check.calls import Call
+from fxprune.check.compare import CheckRow, compare, outputs, refuse
 from fxprune.errors import InputError
 
 # The argument by which transformers models say which positions are text and which are padding, and those of the text.

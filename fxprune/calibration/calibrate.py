@@ -11,30 +11,30 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from tqdm import tqdm
 
-from fxprune import admit
-from fxprune.check import Call
+from fxprune.capture import admit
+from fxprune.check.calls import Call
 from fxprune.couple.couple import couple
 from fxprune.couple.removal import removal
 from fxprune.errors import InputError
 from fxprune.graph.program import Program
 from fxprune.graph.weights import uses
-from fxprune.mask import PackedMask
-from fxprune.passes.blocks import choose_blocks, find_blocks
-from fxprune.passes.drop import drop_blocks
 from fxprune.plan.patterns import Channels
 from fxprune.plan.plan import Plan
-from fxprune.selection import Fit, Selection
+from fxprune.select.mask import PackedMask
+from fxprune.select.selection import Fit, Selection
+from fxprune.shrink.drop.blocks import choose_blocks, find_blocks
+from fxprune.shrink.drop.drop import drop_blocks
 
 from .arithmetic import plain
-from .asked import Asked, read_plan
 from .batches import capture_for, read_calls
-from .cut import cut
 from .fit import METHODS, Outcome, fit_shared, fit_weight
 from .padding import find_layouts
 from .progress import Saved, about
+from .rebatch import cut
 from .site import input_of
 from .stages import Stage, plan_stages
 from .stream import Fitted, stream
+from .tasks import Asked, read_plan
 
 # Bytes of activations that are held between two stages; the rest goes to files.
 MEMORY = 4e9

@@ -8,22 +8,22 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from fxprune.calibration.solvers.admm import admm
+from fxprune.calibration.solvers.cholesky import factor, solve
+from fxprune.calibration.solvers.least_squares import refit
+from fxprune.calibration.solvers.problem import Goal, Problem, damped
+from fxprune.calibration.solvers.sparsegpt import sparsegpt
+from fxprune.calibration.solvers.units import Units, choose_units
+from fxprune.calibration.solvers.wanda import wanda
 from fxprune.plan.matrix import from_matrix, to_matrix
 from fxprune.plan.patterns import SemiStructured, Unstructured
-from fxprune.project import keep_highest
-from fxprune.selection import Fit
+from fxprune.select.project import keep_highest
+from fxprune.select.selection import Fit
 
-from .admm import admm
-from .cholesky import factor, solve
 from .finite import check_squares, is_finite
-from .least_squares import refit
 from .measure_inputs import Watched
-from .obs import Units, choose_units
-from .problem import Goal, Problem, damped
 from .site import Site, named
-from .sparsegpt import sparsegpt
 from .stream import Fitted
-from .wanda import wanda
 
 
 def sparsegpt_refit(problem: Problem, goal: Goal) -> tuple[Tensor, Tensor]:

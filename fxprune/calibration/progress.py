@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fxprune.selection import Fit
+from fxprune.select.selection import Fit
 
 from .batches import Batch
 from .checkpoint import Checkpoint

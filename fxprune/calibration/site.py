@@ -13,14 +13,13 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-from fxprune.couple.removal import named_arguments
 from fxprune.graph.memory import DROPOUTS, written
-from fxprune.graph.program import Program, names_of_parameters
+from fxprune.graph.ops import SUMS
+from fxprune.graph.program import Program, named_arguments, names_of_parameters
 from fxprune.graph.weights import Use, uses
 
 aten = torch.ops.aten
 
-_SUMS = {aten.add.Tensor, aten.add_.Tensor}
 # What may stand between a weight's output and the sum that takes it in: the elements stay what they are, in any order,
 # or are scaled by constants.
 _CARRIED = DROPOUTS | {
@@ -45,7 +44,7 @@ _CARRIED = DROPOUTS | {
     aten.batch_norm.default,
 }
 # These may also repeat the elements for a larger constant, and then have no inverse.
-_SCALING = _SUMS | {aten.mul.Tensor, aten.div.Tensor}
+_SCALING = SUMS | {aten.mul.Tensor, aten.div.Tensor}
 _CARRIED |= {aten.mul.Tensor, aten.div.Tensor}
 
 
@@ -239,7 +238,7 @@ def _branch(node: Node) -> Branch | None:
 
 def is_sum(node: Node) -> bool:
     """Whether a node adds two operands as they are."""
-    return node.target in _SUMS and not node.kwargs
+    return node.target in SUMS and not node.kwargs
 
 
 def other_operand(node: Node, one: Node) -> Any:

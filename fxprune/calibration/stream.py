@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxprune.check import HALF, Oracle
+from fxprune.check.oracle import Oracle
 from fxprune.couple.removal import Removal
+from fxprune.graph.ops import HALF
 from fxprune.graph.program import Program
-from fxprune.selection import Selection
+from fxprune.select.selection import Selection
 
 from .batches import Batch
 from .finite import is_finite, refuse_activations
 from .moments import Inputs, Outputs
 from .padding import Layout, hides_padding, positions
-from .shelf import Shelf
 from .site import Branch, Site, is_routed, is_sum, other_operand
+from .spill import Shelf
 from .stages import Stage
 from .unfold import Windows, windows_of
 

@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from fxprune.couple.removal import named_arguments
-from fxprune.graph.program import Program
+from fxprune.graph.program import Program, named_arguments
 from fxprune.graph.weights import Use
 
 

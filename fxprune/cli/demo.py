@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fxprune.measure.benchmark import benchmark
 from fxprune.plan.plan import Plan, Rule, Unstructured
-from fxprune.selection import Selection
+from fxprune.select.selection import Selection
 from fxprune.transform import transform
 
 from . import demo_data

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxprune.graph.memory import MAY_COPY, aliased, written
-from fxprune.graph.program import Program, names_of_parameters
+from fxprune.graph.program import Program, arguments, names_of_parameters
 
 from .axis import Axis, Conflict, Size, atoms, freeze
 from .coupling import Call, Coupling, Group, Member
@@ -82,10 +82,17 @@ class _Walk:
         self.names[str(node.target)] = dims
         self.values[node] = dims
 
+    def _read(self, value: Any) -> Any:
+        """An argument with axes in place of tensors."""
+        if isinstance(value, Node):
+            known = self.values.get(value)
+            return value if known is None else known
+        return [self._read(item) for item in value] if isinstance(value, (list, tuple)) else value
+
     def _call(self, node: Node) -> None:
         out = _dims(node.meta.get("val"))
         self.values[node] = out
-        given = _arguments(node, self.values)
+        given = {name: self._read(value) for name, value in arguments(node).items()}
         held = tensors(given.values())
         if out is None and not held:
             return
@@ -210,31 +217,6 @@ def _size(size: int | torch.SymInt) -> Size:
         if base != 1:
             symbols += [str(base)] * int(power) if whole else [str(factor)]
     return Size(int(number), tuple(sorted(symbols)))
-
-
-def _arguments(node: Node, values: Mapping[Node, Any]) -> dict[str, Any]:
-    """The arguments by schema name, defaults filled in, with axes in place of tensors."""
-
-    def read(value: Any) -> Any:
-        if isinstance(value, Node):
-            known = values.get(value)
-            return value if known is None else known
-        if isinstance(value, (list, tuple)):
-            return [read(item) for item in value]
-        return value
-
-    if not isinstance(node.target, torch._ops.OpOverload):
-        named: Iterable[tuple[str, Any]] = [*((str(i), a) for i, a in enumerate(node.args)), *node.kwargs.items()]
-        return {name: read(value) for name, value in named}
-    result: dict[str, Any] = {}
-    for index, argument in enumerate(node.target._schema.arguments):
-        if index < len(node.args):
-            result[argument.name] = read(node.args[index])
-        elif argument.name in node.kwargs:
-            result[argument.name] = read(node.kwargs[argument.name])
-        elif argument.has_default_value():
-            result[argument.name] = argument.default_value
-    return result
 
 
 def _freeze_all(values: Iterable[Any], why: str) -> None:

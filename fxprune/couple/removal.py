@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,12 +16,6 @@ from .indices import kept_indices
 from .rules import STATISTICS, Dims, Resize, packet_name
 
 Cuts = list[tuple[int, Tensor]]
-
-
-def named_arguments(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of an op by the names in its schema."""
-    assert isinstance(op, torch._ops.OpOverload)
-    return {**dict(zip((argument.name for argument in op._schema.arguments), args)), **kwargs}
 
 
 @dataclasses.dataclass(frozen=True)

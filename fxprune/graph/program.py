@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,17 +56,42 @@ def replace_parameter(program: Program, names: list[str], value: Tensor) -> None
         module._parameters[leaf] = parameter
 
 
+def named_arguments(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that a call was given, by the names in the op's schema; of what is no ATen op by position."""
+    if not isinstance(op, torch._ops.OpOverload):
+        return {**{str(place): value for place, value in enumerate(args)}, **kwargs}
+    return {**dict(zip((argument.name for argument in op._schema.arguments), args)), **kwargs}
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """The arguments of a node by the names in its op's schema, defaults filled in."""
+    given = named_arguments(node.target, node.args, node.kwargs)
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return given
+    schema = node.target._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    known = {**defaults, **given}
+    return {argument.name: known[argument.name] for argument in schema if argument.name in known}
+
+
+def node_of(node: Node, name: str) -> Node:
+    """The node that stands for one argument of an op."""
+    found = arguments(node)[name]
+    assert isinstance(found, Node)
+    return found
+
+
 def set_argument(node: Node, name: str, value: Any) -> None:
     """Set an argument of an op by its schema name, where it stands or as a keyword."""
     assert isinstance(node.target, torch._ops.OpOverload)
-    names = [argument.name for argument in node.target._schema.arguments]
-    index = names.index(name)
+    schema = node.target._schema.arguments
+    index = next(place for place, argument in enumerate(schema) if argument.name == name)
     if index < len(node.args):
         node.update_arg(index, value)
-    elif node.target._schema.arguments[index].kwarg_only or index > len(node.args):
-        node.update_kwarg(name, value)
-    else:
+    elif index == len(node.args) and not schema[index].kwarg_only and name not in node.kwargs:
         node.args = (*node.args, value)
+    else:
+        node.update_kwarg(name, value)
 
 
 def drop_unused(program: Program) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from fxprune.mask import PackedMask
-from fxprune.score import magnitude as plain_magnitude
-from fxprune.threshold import Shard
+from fxprune.select.mask import PackedMask
+from fxprune.select.score import magnitude as plain_magnitude
+from fxprune.select.threshold import Shard
 
 from .amount import _validate_pruning_amount_init, to_prune
 from .errors import MissingError, WrongShapeError, WrongTypeError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxprune.mask import PackedMask, chunks
+from fxprune.select.mask import PackedMask, chunks
 
 
 def masked(weight: Tensor, mask: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from fxprune.mask import PackedMask, chunks
-from fxprune.threshold import Shard
+from fxprune.select.mask import PackedMask, chunks
+from fxprune.select.threshold import Shard
 
 from .amount import to_prune
 from .attach import Method, write

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from fxprune.mask import PackedMask
+from fxprune.select.mask import PackedMask
 
 from .masked import masked, packed, unpacked_like
 from .place import Place

@@ -1,0 +1,1 @@
+"""Training what calibration left to give what the dense model gives."""

@@ -1,0 +1,1 @@
+"""Masks and values of one weight, fitted to what it should give."""

@@ -1,0 +1,142 @@
+"""admit: what transform accepts. Everything is looked at before anything is done, and nothing is changed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from fxprune.errors import InputError
+
+from .hooks import mask_hooks
+
+
+def admit_model(model: object) -> None:
+    """Raises InputError for what is no model, is in training mode, on meta, or has weights that are not finite."""
+    if isinstance(model, ExportedProgram):
+        _finite(dict(model.named_parameters()))
+        return
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise InputError(
+            "cannot transform a compiled model",
+            where=type(model._orig_mod).__name__,
+            why="torch.compile has wrapped it",
+            do="Pass the model itself; fxprune compiles the result.",
+        )
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"cannot transform a {type(model).__name__}",
+            why="it is not a torch.nn.Module, GraphModule or ExportedProgram",
+            do="Wrap a function in an nn.Module.",
+        )
+    # A parametrization registered after eval() says it is in training, and nobody thinks of it.
+    training = [n or "the model" for n, module in model.named_modules() if module.training and not _parametrizes(n)]
+    if training and not isinstance(model, torch.fx.GraphModule):
+        raise InputError(
+            "cannot transform a model in training mode",
+            where=", ".join(training[:3]) + (f" and {len(training) - 3} more" if len(training) > 3 else ""),
+            why="dropout and batch-norm would be captured as they behave in training",
+            do="Call model.eval() first.",
+        )
+    _finite(dict(model.named_parameters()))
+
+
+def _parametrizes(path: str) -> bool:
+    return "parametrizations" in path.split(".")
+
+
+def _finite(parameters: Mapping[str, Tensor]) -> None:
+    meta = [name for name, p in parameters.items() if p.is_meta]
+    if meta:
+        raise InputError(
+            "cannot transform a model on the meta device",
+            where=f'"{meta[0]}"' + (f" and {len(meta) - 1} more" if len(meta) > 1 else ""),
+            why="its weights have no values",
+            do="Materialise it first: model.to_empty(device=...) and load a state_dict.",
+        )
+    for name, p in parameters.items():
+        if p.is_floating_point() and p.numel() and p.dtype.itemsize > 1:
+            low, high = torch.aminmax(p.detach())
+            if not bool(torch.isfinite(low) & torch.isfinite(high)):
+                bad = int((~torch.isfinite(p.detach())).sum())
+                raise InputError(
+                    "cannot transform a model with non-finite weights",
+                    where=f'"{name}" {list(p.shape)}',
+                    why=f"{bad} of {p.numel()} elements are NaN or infinite, and have no magnitude to rank",
+                    do="Repair the checkpoint, or replace them: torch.nan_to_num.",
+                )
+
+
+def admit_call(model: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example call as (args, kwargs). Raises InputError where it is none."""
+    if isinstance(args, Tensor):
+        raise InputError(
+            "cannot read the example inputs",
+            why="they are one tensor, not a tuple of the call's arguments",
+            do="Write example_inputs=(x,).",
+        )
+    if args is not None and not isinstance(args, (tuple, list)):
+        raise InputError(
+            "cannot read the example inputs",
+            why=f"they are a {type(args).__name__}",
+            do="Pass a tuple of arguments.",
+        )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise InputError("cannot read the example kwargs", why=f"they are a {type(kwargs).__name__}", do="Pass a dict.")
+    if args is None and kwargs is None and isinstance(model, ExportedProgram) and model.example_inputs is not None:
+        args, kwargs = model.example_inputs
+    return tuple(args or ()), dict(kwargs or {})
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Puts back what calls of the model inside change: attributes that they set, and buffers that they write.
+
+    Masks of torch.nn.utils.prune and of parametrizations, as large as weights and only ever read, are not copied.
+    """
+    tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    values: list[tuple[Tensor, int, Tensor]] = []
+    for path, module in model.named_modules():
+        for table in (vars(module), module._parameters, module._buffers, module._modules):
+            tables.append((table, dict(table)))
+        masks = {f"{hook._tensor_name}_mask" for hook in mask_hooks(module).values()}
+        for name, buffer in module._buffers.items():
+            is_mask = name in masks or (buffer is not None and buffer.dim() > 1 and _parametrizes(path))
+            if buffer is not None and not is_mask:
+                values.append((buffer, buffer._version, buffer.detach().clone()))
+    try:
+        yield
+    finally:
+        for table, saved in tables:
+            if table.keys() != saved.keys() or any(table[key] is not saved[key] for key in saved):
+                table.clear()
+                table.update(saved)
+        with torch.no_grad():
+            for buffer, version, value in values:
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+
+def run_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The user's model on the example. Raises InputError with the model's own error as cause where it fails."""
+    runnable = model.module() if isinstance(model, ExportedProgram) else model
+    try:
+        with torch.no_grad():
+            return runnable(*args, **kwargs)
+    except Exception as error:
+        shapes = ", ".join(
+            f"{list(t.shape)} {t.dtype} on {t.device}"
+            for t in pytree.tree_leaves((args, kwargs))
+            if isinstance(t, Tensor)
+        )
+        raise InputError(
+            "cannot run the model on the example inputs",
+            where=f"{type(model).__name__}({shapes or 'no tensors'})",
+            why=f"it raises {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+            do="Pass example_inputs= and kwargs= with which model(*example_inputs, **kwargs) works.",
+        ) from error

@@ -1,0 +1,245 @@
+"""capture: model + example inputs -> Program. The only caller of torch.export.
+
+A Program is a plain torch.fx.GraphModule of ATen ops (export's training IR), parameters as get_attr nodes under the
+model's own names, each standing right before its first use, fake values in meta["val"]. It shares its parameters with
+the user's model, which is never touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.utils import _pytree as pytree
+
+from fxprune.errors import CaptureError, InputError
+from fxprune.graph import compat
+from fxprune.graph.memory import writes
+from fxprune.graph.note import Note
+from fxprune.graph.program import Program
+
+from .entry import EntryCheck, TensorInput, entry_check
+from .hooks import fold_existing
+from .own_masks import fold_constant_masks
+
+
+@dataclasses.dataclass
+class Capture:
+    """A program, what it demands of its inputs, the masks it came with (True = kept), and notes for the report.
+
+    `literals` names tensors of the program that the model's code wrote out and that the model does not own.
+    """
+
+    program: Program
+    entry: EntryCheck
+    existing: dict[str, Tensor]
+    notes: list[Note]
+    literals: frozenset[str] = frozenset()
+
+
+def capture(
+    model: nn.Module | ExportedProgram,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    dynamic_shapes: Any = None,
+    *,
+    static: bool = False,
+    fold_masks: bool = True,
+) -> Capture:
+    """Captures `model(*args, **kwargs)` as a graph of ATen ops.
+
+    Without `dynamic_shapes`, dim 0 of every tensor input is dynamic where the model allows it; `static=True`
+    fixes every size. `dynamic_shapes` is handed to torch.export as it is. With `fold_masks` the weights that the graph
+    multiplies by constant masks hold their zeros, and no product is left. Raises CaptureError with torch's own error as
+    its cause.
+    """
+    args, kwargs = tuple(args), dict(kwargs)
+    if isinstance(model, ExportedProgram):
+        return _finish(model, model.module(), None, args, kwargs, {}, [], fold_masks)
+    shadow, existing = fold_existing(model)
+    compat.register_foreign_outputs()
+    if isinstance(dynamic_shapes, ShapesCollection):
+        dynamic_shapes = dynamic_shapes.dynamic_shapes(shadow, args, kwargs)
+    notes: list[Note] = []
+    tries = attempts(args, kwargs, dynamic_shapes, static)
+    for index, (shapes_of, note) in enumerate(tries):
+        last = index == len(tries) - 1
+        # Marks that a failed attempt left would make the next one dynamic as well, so each has tensors of its own.
+        own_args, own_kwargs = apart(args, kwargs)
+        try:
+            exported = export_program(shadow, own_args, own_kwargs, shapes_of(own_args, own_kwargs))
+            forward = type(shadow).forward.__get__(shadow)
+            return _finish(exported, exported.module(), forward, args, kwargs, existing, notes, fold_masks)
+        except InputError:
+            raise
+        except LookupError as error:
+            if last:
+                raise _capture_error(model, error) from error
+            reason = f"a condition speaks of something that is not an input ({error})"
+        except Exception as error:
+            if last:
+                raise _capture_error(model, error) from error
+            reason = str(error).strip().split("\n", 1)[0][:200]
+        notes.append(Note(f"{note}: {reason}", "fallback"))
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+_ShapesOf = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+
+
+def attempts(
+    args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, static: bool
+) -> list[tuple[_ShapesOf, str]]:
+    """What to try in order: (dynamic shapes of a call, what to note when it fails)."""
+    if dynamic_shapes is not None:
+        return [(lambda *_: dynamic_shapes, "")]
+    sizes = {t.shape[0] for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()} - {0}
+    fixed: list[tuple[_ShapesOf, str]] = [(lambda *_: None, "")]
+    if static or not sizes:
+        return fixed
+    tries: list[tuple[_ShapesOf, str]] = [(_batches(1), "dim 0 could not stay dynamic everywhere")]
+    if len(sizes) > 1 and 1 in sizes:
+        # A size of 1 beside larger ones is more often there to be broadcast than a batch.
+        tries.append((_batches(2), "dim 0 could not stay dynamic where it is larger than 1"))
+    return tries + fixed
+
+
+def _batches(least: int) -> _ShapesOf:
+    """Dim 0 is dynamic in every tensor where it is `least` or more."""
+
+    def shapes_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ShapesCollection:
+        shapes = ShapesCollection()
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] >= least:
+                shapes[leaf] = {0: Dim.AUTO}
+        return shapes
+
+    return shapes_of
+
+
+def apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call with a new tensor object for every leaf, over the same storage.
+
+    Export takes two arguments that are one tensor for one input, which is wrong for every call where they differ, and
+    it leaves marks on the tensors that it is given.
+    """
+    return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+
+
+def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+    with torch.no_grad(), compat.sizes_of_one_stay_dynamic(), compat.quiet_export():
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def _finish(
+    exported: ExportedProgram,
+    unlifted: torch.fx.GraphModule,
+    forward: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    existing: dict[str, Tensor],
+    notes: list[Note],
+    fold_masks: bool,
+) -> Capture:
+    entry = entry_check(unlifted, exported, forward, args, kwargs)
+    program = _rewrap(unlifted)
+    _refuse_state(program)
+    _refuse_training_ops(program)
+    fixed = [
+        path
+        for path, want in zip(entry.paths, entry.inputs, strict=True)
+        if isinstance(want, TensorInput) and want.sizes and isinstance(want.sizes[0], int)
+    ]
+    if fixed and not notes:
+        notes.append(Note(f"dim 0 is fixed by the model in {', '.join(fixed)}", "fallback"))
+    if fold_masks:
+        masks = fold_constant_masks(program)
+        count = len({id(keep) for keep in masks.values()})
+        existing = existing | {
+            name: keep & existing[name] if name in existing else keep for name, keep in masks.items()
+        }
+        if masks:
+            notes.append(Note(f"weights that hold the zeros of constant masks in the model: {count}"))
+    literals = exported.graph_signature.inputs_to_lifted_tensor_constants.values()
+    return Capture(program, entry, existing, notes, frozenset(map(str, literals)))
+
+
+def _rewrap(unlifted: torch.fx.GraphModule) -> Program:
+    """A plain GraphModule: no guard module (EntryCheck has its conditions), parameters fetched where they are used.
+
+    Ops that nobody reads leave: the mean over heads that nn.MultiheadAttention makes for its weights would hold them.
+    """
+    graph = unlifted.graph
+    for node in list(graph.nodes):
+        if node.op == "call_module" and node.target == "_guards_fn":
+            graph.erase_node(node)
+    graph.eliminate_dead_code(lambda node: node.op != "call_function" or node.is_impure())
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and node.users:
+            order = {n: i for i, n in enumerate(graph.nodes)} if len(node.users) > 1 else {}
+            first = min(node.users, key=lambda n: order.get(n, 0))
+            first.prepend(node)
+    graph.lint()
+    graph._tracer_cls = None
+    program = torch.fx.GraphModule(unlifted, graph, class_name="Program")
+    program._tracer_cls = None
+    program.eval()
+    return program
+
+
+def _refuse_state(program: Program) -> None:
+    for node in program.graph.nodes:
+        for written in writes(node):
+            if written.op == "get_attr":
+                raise InputError(
+                    "cannot transform a model that keeps state",
+                    where=f'"{written.target}" (node {node.name})',
+                    why="each call of the model writes to this tensor, so a call does not depend on its inputs alone",
+                    do="Take the state out of forward, or hand it in and out as arguments.",
+                )
+
+
+def _refuse_training_ops(program: Program) -> None:
+    for node in program.graph.nodes:
+        training = None
+        if node.target is torch.ops.aten.dropout.default:
+            training = node.args[2] if node.args[1] else False
+        elif node.target is torch.ops.aten.batch_norm.default:
+            # Without running statistics a batch-norm takes those of the batch in evaluation too.
+            training = node.args[5] and node.args[3] is not None
+        if training:
+            op = "dropout" if node.target is torch.ops.aten.dropout.default else "batch_norm"
+            raise InputError(
+                "cannot transform a model in training mode",
+                where=f"node {node.name}",
+                why=f"{op} runs with training=True",
+                do=f"Call model.eval() before; where the model calls F.{op} itself, pass training=self.training.",
+            )
+
+
+def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
+    """torch's failure with the user's own line, where the traceback has one."""
+    package = Path(torch.__file__).parent
+    own = Path(__file__).parent
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if package not in Path(f.filename).parents and own not in Path(f.filename).parents
+    ]
+    where = type(model).__name__
+    if frames:
+        where += f", {frames[-1].filename}:{frames[-1].lineno} ({(frames[-1].line or '').strip()})"
+    text = str(error).strip().split("\n\n", 1)[0].replace("\n", " ")
+    return CaptureError(
+        "cannot capture the model as a graph",
+        where=where,
+        why=f"torch.export says {type(error).__name__}: {text[:600]}",
+        do="Change that line to something torch.export can trace (its full error is the cause of this one), or pass an "
+        "ExportedProgram of your own.",
+    )

@@ -1,0 +1,335 @@
+"""EntryCheck: what a captured graph demands of its inputs, as plain data, checked before every call.
+
+torch.export specialises sizes, Python constants and relations between sizes. A graph run outside of what it was
+captured for gives wrong numbers without a word, so the conditions travel with the result and a call that breaks one is
+refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import sympy
+import torch
+from torch.fx import _pytree as fx_pytree
+from torch.fx.graph import _PyTreeCodeGen
+from torch.utils import _pytree as pytree
+
+from fxprune.errors import InputError
+from fxprune.graph import compat
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInput:
+    """A tensor placeholder: `sizes` holds an int where the size is fixed, a symbol's name or expression elsewhere.
+
+    `contiguous` is None where the layout in memory does not matter, as it does for few models.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    sizes: tuple[int | str, ...]
+    contiguous: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class EntryCheck:
+    """Conditions on the flat inputs of a program.
+
+    `names` are the call's argument names and `paths` the readable names of the flat inputs. `inputs` describes each
+    flat input: a TensorInput, or ("constant", value) for a Python value fixed at capture, or ("type", type) for a
+    number that may change, or None for anything else.
+    `guards` are (condition, readable) pairs, Python over `a[index].size()[dim]`.
+    """
+
+    names: tuple[str, ...]
+    paths: tuple[str, ...]
+    inputs: tuple[TensorInput | tuple[str, Any] | None, ...]
+    guards: tuple[tuple[str, str], ...]
+    spec: Any = None
+
+    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Binds a call to the captured signature and flattens it; raises InputError where it does not fit."""
+        values, rest = list(args), dict(kwargs)
+        for name in self.names[len(values) :]:
+            if name not in rest:
+                raise InputError(
+                    f'cannot call without argument "{name}"',
+                    why=f"the model was captured with the arguments {', '.join(self.names)}",
+                    do="Pass all of them, or transform again with the call you want.",
+                )
+            values.append(rest.pop(name))
+        if rest or len(values) > len(self.names):
+            extra = ", ".join(rest) or f"{len(values) - len(self.names)} positional"
+            raise InputError(
+                f"cannot take the arguments {extra}",
+                why=f"the model was captured with the arguments {', '.join(self.names) or '(none)'}",
+                do="Leave them out, or transform again with the call you want.",
+            )
+        if self.names == self.paths and all(isinstance(v, torch.Tensor) for v in values):
+            return values
+        specs = self.spec
+        if specs is None:
+            return pytree.tree_leaves(values)
+        in_order, by_name = compat.children_of(specs)
+        positional, keys = in_order.num_children, by_name.context
+        structured = (tuple(values[:positional]), dict(zip(keys, values[positional:], strict=True)))
+        flat, seen = pytree.tree_flatten(structured)
+        if seen == specs:
+            return flat
+        # Only the order of a dict's keys may differ. The graph takes what it knows by key and would drop the rest.
+        try:
+            known = fx_pytree.tree_flatten_spec(structured, specs)
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
+            known = []
+        if len(known) != len(flat):
+            raise InputError(
+                "cannot call with another structure of arguments",
+                why=f"the model was captured with {', '.join(self.paths) or 'none'}, got {len(flat)} values",
+                do="Pass arguments nested as at capture, or transform again with the call you want.",
+            )
+        return known
+
+    def check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raises InputError unless the call is one that the captured graph is right for."""
+        flat = self.flatten(args, kwargs)
+        for path, want, got in zip(self.paths, self.inputs, flat, strict=True):
+            if isinstance(want, TensorInput):
+                _check_tensor(path, want, got)
+            elif want is not None and want[0] == "type":
+                if type(got) is not want[1]:
+                    raise InputError(
+                        f"cannot call with {path} = {got!r}",
+                        why=f"the model was captured with any {want[1].__name__} there",
+                        do="Pass one, or transform again with the value you want.",
+                    )
+            elif want is not None and not _same_constant(want[1], got):
+                raise InputError(
+                    f"cannot call with {path} = {got!r}",
+                    why=f"the value {want[1]!r} was fixed when the model was captured",
+                    do="Transform again with the value you want.",
+                )
+        failed = _guard_function(self.guards)(flat)
+        if failed is not None:
+            raise InputError(
+                "cannot call with these sizes",
+                why=f"the graph is only right where {self.guards[failed][1]}; got {_sizes_text(self.paths, flat)}",
+                do="Transform again with example inputs of this size, or say dynamic_shapes=.",
+            )
+
+    def strided_as(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> EntryCheck:
+        """The same check that also demands tensors contiguous, or not, as in this call."""
+        inputs = tuple(
+            dataclasses.replace(want, contiguous=got.is_contiguous()) if isinstance(want, TensorInput) else want
+            for want, got in zip(self.inputs, self.flatten(args, kwargs), strict=True)
+        )
+        return dataclasses.replace(self, inputs=inputs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EntryCheck:
+        return self
+
+
+def _check_tensor(path: str, want: TensorInput, got: Any) -> None:
+    if not isinstance(got, torch.Tensor):
+        raise InputError(
+            f"cannot call with {path} of type {type(got).__name__}",
+            why="the model was captured with a tensor there",
+            do="Pass a tensor, or transform again with the call you want.",
+        )
+    if got.dtype != want.dtype or got.device != want.device:
+        raise InputError(
+            f"cannot call with {path} of {got.dtype} on {got.device}",
+            why=f"the model was captured with {want.dtype} on {want.device}",
+            do="Convert the input, or transform again with an input like this.",
+        )
+    if want.contiguous not in (None, got.is_contiguous()):
+        raise InputError(
+            f"cannot call with {path}, which is {'not ' * want.contiguous}contiguous",
+            why="the model computes something else for other strides, and was captured for those of its example",
+            do="Pass the tensor as in the example (x.contiguous()), or transform again with an input like this.",
+        )
+    shape = got.shape
+    if len(shape) != len(want.sizes) or any(
+        isinstance(w, int) and g != w for g, w in zip(shape, want.sizes, strict=False)
+    ):
+        raise InputError(
+            f"cannot call with {path} of shape {list(shape)}",
+            why=f"the model was captured for {_shape_text(want.sizes)}",
+            do="Transform again with example inputs of this size, or make the size dynamic with dynamic_shapes=.",
+        )
+
+
+def _same_constant(want: Any, got: Any) -> bool:
+    if isinstance(want, float) and isinstance(got, float) and math.isnan(want):
+        return math.isnan(got)
+    return type(want) is type(got) and bool(want == got)
+
+
+def _shape_text(sizes: Sequence[int | str]) -> str:
+    return "[" + ", ".join(str(s) for s in sizes) + "]"
+
+
+def _sizes_text(paths: Sequence[str], flat: Sequence[Any]) -> str:
+    return ", ".join(f"{p} {list(v.shape)}" for p, v in zip(paths, flat, strict=True) if isinstance(v, torch.Tensor))
+
+
+_COMPILED: dict[tuple[tuple[str, str], ...], Callable[[Sequence[Any]], int | None]] = {}
+
+
+def _guard_function(guards: tuple[tuple[str, str], ...]) -> Callable[[Sequence[Any]], int | None]:
+    """One compiled function for all guards: the index of the first that fails, or None."""
+    function = _COMPILED.get(guards)
+    if function is None:
+        lines = ["def first_failing(a):"]
+        for index, (condition, _) in enumerate(guards):
+            lines += ["    try:", f"        if not ({condition}): return {index}"]
+            # Sizes far from the captured ones can make a divisor zero; the condition is then not met.
+            lines += ["    except ZeroDivisionError:", f"        return {index}"]
+        lines.append("    return None")
+        namespace = compat.guard_names()
+        exec("\n".join(lines), namespace)
+        function = _COMPILED[guards] = namespace["first_failing"]
+    return function
+
+
+def entry_check(
+    program: torch.fx.GraphModule,
+    exported: torch.export.ExportedProgram,
+    forward: Callable[..., Any] | None,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> EntryCheck:
+    """Reads sizes, ranges, constants and guards off a captured program.
+
+    Raises LookupError where a guard speaks of something that is not an input: then only a capture without dynamic
+    sizes is safe.
+    """
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    codegen = program.graph._codegen
+    names = [n.name for n in placeholders]
+    spec = None
+    if isinstance(codegen, _PyTreeCodeGen):
+        names = [n for n in codegen.pytree_info.orig_args if n != "self"]
+        spec = codegen.pytree_info.in_spec
+    sources, paths = _sources(forward, args, kwargs, [n.name for n in placeholders])
+    inputs = tuple(_describe(n) for n in placeholders)
+    guards = _symbol_guards(placeholders, paths, exported.range_constraints)
+    for code in compat.guards_code(exported):
+        condition, readable = code, code
+        for index, source in sources.items():
+            condition = condition.replace(source, f"a[{index}]")
+            readable = readable.replace(source, paths[index])
+        if "L[" in condition:
+            raise LookupError(code)
+        guards.append((condition, readable))
+    return EntryCheck(tuple(names), tuple(paths), inputs, tuple(dict.fromkeys(guards)), spec)
+
+
+def _sources(
+    forward: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Sequence[str]
+) -> tuple[dict[int, str], list[str]]:
+    """Guard sources (`L['x']['k'][0]`) and readable paths of the flat inputs, in placeholder order."""
+    roots: list[tuple[str, str, Any]] = []
+    try:
+        parameters = list(inspect.signature(forward).parameters.values()) if forward is not None else []
+    except (TypeError, ValueError):
+        parameters = []
+    by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    star = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+    keywords = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+    double_star = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
+    for index, value in enumerate(args):
+        if index < len(by_position):
+            name = by_position[index].name
+            roots.append((f"L['{name}']", name, value))
+        else:
+            roots.append((f"L['{star}'][{index - len(by_position)}]", f"{star}[{index - len(by_position)}]", value))
+    for name, value in kwargs.items():
+        source = f"L['{name}']" if name in keywords or double_star is None else f"L['{double_star}']['{name}']"
+        roots.append((source, name, value))
+    sources: dict[int, str] = {}
+    paths: list[str] = []
+    for source, name, value in roots:
+        for path, _ in pytree.tree_leaves_with_path(value):
+            suffix = pytree.keystr(path)
+            sources[len(paths)] = source + suffix
+            paths.append(name + suffix)
+    if len(paths) != len(names):
+        return {}, list(names)
+    return sources, paths
+
+
+def _describe(node: torch.fx.Node) -> TensorInput | tuple[str, Any] | None:
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return TensorInput(value.dtype, value.device, tuple(_size(s) for s in value.shape))
+    for symbolic, kind in ((torch.SymInt, int), (torch.SymFloat, float), (torch.SymBool, bool)):
+        if isinstance(value, symbolic):
+            return ("type", kind)
+    return ("constant", value)
+
+
+def _size(size: int | torch.SymInt) -> int | str:
+    if isinstance(size, int):
+        return size
+    # A size that began as a symbol and was fixed on the way is an expression without symbols.
+    expression = size.node.expr
+    return int(expression) if expression.is_Integer else str(expression)
+
+
+def _symbol_guards(
+    placeholders: Sequence[torch.fx.Node], paths: Sequence[str], ranges: Mapping[sympy.Symbol, Any]
+) -> list[tuple[str, str]]:
+    """Range, equality and divisibility conditions that follow from the symbols in the placeholders' sizes."""
+    guards: list[tuple[str, str]] = []
+    first: dict[sympy.Expr, tuple[str, str]] = {}
+    for index, node in enumerate(placeholders):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            entries = [(f"a[{index}].size()[{d}]", f"{paths[index]}.size()[{d}]", s) for d, s in enumerate(value.shape)]
+        elif isinstance(value, torch.SymInt):
+            entries = [(f"a[{index}]", paths[index], value)]
+        else:
+            continue
+        for code, readable, size in entries:
+            if isinstance(size, int):
+                continue
+            expr = sympy.sympify(size.node.expr)
+            if expr in first:
+                guards.append((f"{code} == {first[expr][0]}", f"{readable} == {first[expr][1]}"))
+                continue
+            first[expr] = (code, readable)
+            if expr in ranges:
+                low, high = ranges[expr].lower, ranges[expr].upper
+                # Export writes 2 for "not specialised on 0 and 1"; smaller sizes are held against the model by check.
+                if low.is_Integer and int(low) > 2:
+                    guards.append((f"{code} >= {int(low)}", f"{readable} >= {int(low)}"))
+                if high.is_Integer and int(high) < 2**31:
+                    guards.append((f"{code} <= {int(high)}", f"{readable} <= {int(high)}"))
+    for expr, (code, readable) in list(first.items()):
+        symbols = [s for s in expr.free_symbols if isinstance(s, sympy.Symbol)]
+        if isinstance(expr, sympy.Symbol) or len(symbols) != 1:
+            continue
+        slope = sympy.diff(expr, symbols[0])
+        if slope.is_Integer and int(slope) > 1:
+            offset = int(cast(Any, sympy.simplify(expr.subs(symbols[0], 0))))
+            guards.append((f"({code} - {offset}) % {int(slope)} == 0", f"({readable} - {offset}) % {int(slope)} == 0"))
+        if symbols[0] in first:
+            other_code, other_readable = first[symbols[0]]
+            guards.append(
+                (
+                    f"{code} == {_substitute(expr, symbols[0], other_code)}",
+                    f"{readable} == {_substitute(expr, symbols[0], other_readable)}",
+                )
+            )
+    return guards
+
+
+def _substitute(expr: sympy.Expr, symbol: sympy.Symbol, text: str) -> str:
+    from torch.utils._sympy.printers import PythonPrinter
+
+    return str(PythonPrinter().doprint(expr)).replace(str(symbol), f"({text})")

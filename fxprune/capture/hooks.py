@@ -1,0 +1,127 @@
+"""Pruning that a model already carries: hooks and parametrizations turned into plain weights and known masks.
+
+torch.nn.utils.prune keeps `name_orig` and `name_mask` and recomputes `name` in a forward pre-hook; a parametrization
+recomputes it in a property. Both are folded here on a copy of the module tree that shares every other tensor with the
+user's model, which is never touched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+from fxprune.errors import CaptureError
+
+
+def fold_existing(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model with hooks and parametrizations folded, and the masks found: name -> bool, True where kept.
+
+    Returns the model itself where there is nothing to fold. Otherwise the copy shares all storage with the model except
+    the folded weights.
+    """
+    if not any(_pruned_names(m) or parametrize.is_parametrized(m) for m in model.modules()):
+        return model, {}
+    shadow = _shadow(model)
+    masks: dict[str, Tensor] = {}
+    folded: Folded = {}
+    with torch.no_grad():
+        for path, module in shadow.named_modules():
+            if isinstance(module, parametrize.ParametrizationList):
+                continue
+            prefix = f"{path}." if path else ""
+            for name in _pruned_names(module):
+                masks[prefix + name] = _fold_hook(module, name, folded)
+            if parametrize.is_parametrized(module):
+                masks.update({prefix + n: m for n, m in _fold_parametrizations(module).items()})
+    return shadow, masks
+
+
+def mask_hooks(module: nn.Module) -> Mapping[int, prune.BasePruningMethod]:
+    """The torch.nn.utils.prune hooks of one module, by hook id."""
+    return {k: h for k, h in module._forward_pre_hooks.items() if isinstance(h, prune.BasePruningMethod)}
+
+
+def _pruned_names(module: nn.Module) -> list[str]:
+    return list(dict.fromkeys(h._tensor_name for h in mask_hooks(module).values()))
+
+
+def _shadow(model: nn.Module) -> nn.Module:
+    """A copy of the module tree whose tensors are the model's own."""
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        for tensor in [*module._parameters.values(), *module._buffers.values()]:
+            if tensor is not None:
+                memo[id(tensor)] = tensor
+        for value in vars(module).values():
+            # A pruned weight is a non-leaf tensor, which deepcopy refuses.
+            if isinstance(value, Tensor):
+                memo[id(value)] = value.detach()
+            elif isinstance(value, list):
+                memo.update({id(t): t.detach() if t.grad_fn is not None else t for t in value if isinstance(t, Tensor)})
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise CaptureError(
+            "cannot fold the pruning masks of the model",
+            where=type(model).__name__,
+            why=f"its module tree cannot be copied ({type(error).__name__}: {error})",
+            do="Make the masks permanent with torch.nn.utils.prune.remove on each pruned weight first.",
+        ) from error
+
+
+# id of a pruned parameter -> the masks it has at its owners, each with what became of it there
+Folded = dict[int, list[tuple[Tensor, nn.Parameter]]]
+
+
+def _fold_hook(module: nn.Module, name: str, folded: Folded) -> Tensor:
+    original, mask = module._parameters.get(f"{name}_orig"), module._buffers.get(f"{name}_mask")
+    if original is None or mask is None:
+        raise CaptureError(
+            f'cannot fold the pruning mask of "{name}"',
+            where=type(module).__name__,
+            why=f'its hook is there but "{name}_orig" or "{name}_mask" is not',
+            do="Prune the weight again, or make it permanent with torch.nn.utils.prune.remove.",
+        )
+    keep = mask != 0
+    # A tied parameter with one mask at its owners stays tied.
+    tied = [value for other, value in folded.get(id(original), ()) if bool((other == mask).all())]
+    if tied:
+        value = tied[0]
+    elif original.dtype.itemsize == 1:  # 8-bit floats cannot be filled, and a mask of them is 0 or 1
+        value = torch.where(keep, original.detach().view(torch.uint8), 0).view(original.dtype)
+    else:
+        value = (original.detach() * mask.to(original.dtype)).masked_fill_(~keep, 0)
+    for hook_id in [k for k, h in mask_hooks(module).items() if h._tensor_name == name]:
+        del module._forward_pre_hooks[hook_id]
+    del module._parameters[f"{name}_orig"], module._buffers[f"{name}_mask"]
+    vars(module).pop(name, None)
+    if not tied:
+        value = nn.Parameter(value, requires_grad=original.requires_grad)
+        folded.setdefault(id(original), []).append((mask, value))
+    setattr(module, name, value)
+    return keep
+
+
+def _fold_parametrizations(module: nn.Module) -> dict[str, Tensor]:
+    lists = cast(nn.ModuleDict, module.parametrizations)
+    # In training mode spectral_norm would write to buffers that are the user's own.
+    lists.eval()
+    values = {name: getattr(module, name).detach().clone() for name in lists}
+    buffers = {name for name in lists if not isinstance(getattr(lists[name], "original", None), nn.Parameter)}
+    # parametrize.remove_parametrizations would edit the class, which the copy shares with the user's module.
+    del module._modules["parametrizations"]
+    module.__class__ = type(module).__mro__[1]
+    masks = {}
+    for name, value in values.items():
+        if name in buffers and not hasattr(lists[name], "original0"):
+            module.register_buffer(name, value)
+        else:
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
+        if not bool((value != 0).all()):
+            masks[name] = value != 0
+    return masks

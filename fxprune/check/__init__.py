@@ -1,0 +1,1 @@
+"""The oracle, the calls that it is asked on, and comparisons with it."""

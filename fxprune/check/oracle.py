@@ -1,0 +1,84 @@
+"""The oracle: a captured program with the selection applied as its weights are fetched, and nothing else changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fxprune.couple.removal import Removal
+from fxprune.graph.ops import HALF
+from fxprune.graph.program import Program, named_arguments, names_of_parameters
+from fxprune.select.selection import Selection
+
+from .calls import Call
+
+
+class Oracle(torch.fx.Interpreter):
+    """Runs a captured program with the selection's values and zeros applied as weights are fetched, one at a time.
+
+    `removal` says which slices of which tensors leave, and are zero here, and which statistics run over the rest. With
+    `wide` a program in half precision runs in float32, where rounding hides nothing.
+    """
+
+    def __init__(
+        self, program: Program, selection: Selection, removal: Removal | None = None, *, wide: bool = False
+    ) -> None:
+        super().__init__(program)
+        self._selection = selection
+        self._removal = removal or Removal()
+        self._wide = wide
+        self._canonical = names_of_parameters(program)
+
+    def fetch_attr(self, target: str) -> Any:
+        """The parameter or buffer with the selection's value, masked where the selection masks it."""
+        value = super().fetch_attr(target)
+        if not isinstance(value, Tensor):
+            return value
+        value = self._selection.apply(self._canonical.get(target, target), value.detach())
+        return self._widened(self._removal.apply(target, value))
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """The input of this name."""
+        return self._widened(super().placeholder(target, args, kwargs))
+
+    def fetch_args_kwargs_from_env(self, n: torch.fx.Node) -> tuple[Any, Any]:
+        """The arguments of a node, with dtypes among them as wide as the tensors."""
+        return pytree.tree_map(self._widened, super().fetch_args_kwargs_from_env(n))
+
+    def _widened(self, value: Any) -> Any:
+        if self._wide and isinstance(value, torch.dtype):
+            return torch.float32 if value in HALF else value
+        if self._wide and isinstance(value, Tensor) and value.dtype in HALF:
+            return value.float()
+        return value
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        """The node's value; a statistic over an axis that shrinks runs over what is kept of it."""
+        statistic = self._removal.statistics.get(n.name)
+        if statistic is None:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        return statistic.run(n, named_arguments(n.target, args, kwargs))
+
+    def outputs(self, call: Call) -> list[Any]:
+        """Flat outputs of one call."""
+        return run_flat(self, call)
+
+
+def run_flat(interpreter: torch.fx.Interpreter, call: Call) -> list[Any]:
+    """Flat outputs of one call of a program that an interpreter runs."""
+    program = interpreter.module
+    with torch.no_grad():
+        flat = program.graph.process_inputs(*_in_order(program, *call.copy()))  # pyright: ignore
+        return pytree.tree_leaves(interpreter.run(*flat, enable_io_processing=False))
+
+
+def _in_order(program: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    info = getattr(program.graph._codegen, "pytree_info", None)
+    if info is None:
+        return [*args, *kwargs.values()]
+    names = [n for n in info.orig_args if n != "self"]
+    return [*args, *(kwargs[n] for n in names[len(args) :])]

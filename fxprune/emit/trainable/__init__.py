@@ -1,0 +1,1 @@
+"""Results that train: ordinary modules of smaller parameters."""

@@ -1,0 +1,213 @@
+"""modes: how a model's train mode differs from the eval mode that it was captured in, node by node.
+
+The model is captured once more in train mode, on a copy of its module tree, and both graphs are walked side by side.
+Where they are the same ops, the arguments that differ are recorded by node name (batch-norm and dropout flags, SDPA's
+dropout_p), with what train mode does beside them: dropouts that the eval graph lacks, batch counters, regions without
+gradients. Where they are not, batch-norm and dropout are flipped by their flags and a note says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram, ShapesCollection
+from torch.fx import Node
+
+from fxprune.capture import admit
+from fxprune.capture.capture import Capture, apart, attempts, export_program
+from fxprune.capture.entry import TensorInput
+from fxprune.capture.hooks import fold_existing
+from fxprune.check.calls import Call, resized_call
+from fxprune.graph.note import Note
+from fxprune.graph.program import Program, arguments
+
+from .regions import Flat
+from .side_by_side import Mismatch, ModeArguments, Walk
+
+aten = torch.ops.aten
+
+_FLAGS = ("train", "training", "use_input_stats")
+
+
+def training_modes(
+    model: nn.Module | ExportedProgram,
+    captured: Capture,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    dynamic_shapes: Any = None,
+) -> tuple[dict[str, ModeArguments], list[Note]]:
+    """What train mode changes about the nodes of `captured.program`, by node name, and notes for the report.
+
+    `args`, `kwargs` and `dynamic_shapes` are those of the capture. The model is not changed.
+    """
+    if isinstance(model, ExportedProgram):
+        return _by_flags(captured.program, None, set(), None, "an ExportedProgram has one mode")
+    with admit.untouched(model):
+        try:
+            shadow = _shadow(fold_existing(model)[0])
+            cumulative = _start_training(shadow)
+        except Exception as error:
+            reason = f"no copy of the model could be set to train: {type(error).__name__}: {error}"
+            return _by_flags(captured.program, None, set(), None, reason)
+        state = {n for n, _ in [*shadow.named_parameters(remove_duplicate=False), *shadow.named_buffers()]}
+        evals = Flat(captured.program)
+        trains, reason = None, ""
+        for exported in _train_graphs(shadow, captured, tuple(args), dict(kwargs), dynamic_shapes):
+            if isinstance(exported, Exception):
+                reason = reason or f"{type(exported).__name__}: {str(exported).strip().splitlines()[0][:200]}"
+                continue
+            trains = Flat(exported, no_grad=True)
+            try:
+                modes = Walk(evals, trains, state, cumulative).modes()
+            except Mismatch as error:
+                reason = str(error)
+                continue
+            return modes, _unmoved(captured.program, modes)
+        return _by_flags(captured.program, shadow, cumulative, trains, reason)
+
+
+def _shadow(model: nn.Module) -> nn.Module:
+    """A copy of the module tree over the same storage, whose tensors are objects of their own."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in memo:
+                memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        others = [v for v in [*module._buffers.values(), *vars(module).values()] if isinstance(v, Tensor)]
+        for tensor in others:
+            memo.setdefault(id(tensor), tensor.detach())
+    return copy.deepcopy(model, memo)
+
+
+def _start_training(shadow: nn.Module) -> set[str]:
+    """Puts the copy in train mode; returns the paths of norms that average over all batches (momentum=None).
+
+    Their momentum hangs on the value of a counter, which export cannot follow, so they are given a number.
+    """
+    shadow.train()
+    cumulative = set()
+    for path, module in shadow.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum is None and module.training:
+            module.momentum = 0.1
+            cumulative.add(path)
+    # The capture runs under no_grad; with gradients on inside, the regions where the model has none can be told.
+    shadow.forward = torch.enable_grad()(shadow.forward)
+    return cumulative
+
+
+def _train_graphs(
+    shadow: nn.Module, captured: Capture, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> Iterator[Program | Exception]:
+    """The train graph with the sizes dynamic that may have been so at the capture, in the capture's own order."""
+    wants = [want for want in captured.entry.inputs if isinstance(want, TensorInput)]
+    dynamic = any(isinstance(size, str) for want in wants for size in want.sizes)
+    if isinstance(dynamic_shapes, ShapesCollection):
+        dynamic_shapes = dynamic_shapes.dynamic_shapes(shadow, args, kwargs)
+    tries = attempts(args, kwargs, dynamic_shapes, not dynamic)
+    if dynamic and dynamic_shapes is None:
+        tries.pop()
+    calls = [(args, kwargs)]
+    larger = resized_call(captured, Call("example", args, kwargs))
+    if larger is not None:
+        # A batch-norm does not train on an example of one value per channel.
+        calls.append((larger.args, larger.kwargs))
+    for shapes_of, _ in tries:
+        for call in calls:
+            own_args, own_kwargs = apart(*call)
+            try:
+                # Export prints the graph of a model that it gives up on; here that is no failure.
+                with contextlib.redirect_stderr(io.StringIO()):
+                    program = export_program(shadow, own_args, own_kwargs, shapes_of(own_args, own_kwargs)).module()
+            except ValueError as error:
+                yield error
+            except Exception as error:
+                yield error
+                break
+            else:
+                yield program
+                break
+
+
+def _by_flags(
+    program: Program, shadow: nn.Module | None, cumulative: set[str], trains: Flat | None, reason: str
+) -> tuple[dict[str, ModeArguments], list[Note]]:
+    """Flips the flags that ops have for it, where the module that calls the op trains. `reason` goes into the note."""
+    found: dict[str, ModeArguments] = {}
+    rates, buffers = _attention_rates(trains), dict(program.named_buffers(remove_duplicate=False))
+    places: dict[str, int] = defaultdict(int)
+    unknown = []
+    for node in program.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        path, given = _path(node), arguments(node)
+        owner = _module(shadow, path)
+        differs: dict[str, tuple[Any, Any]] = {}
+        for flag in _FLAGS:
+            if given.get(flag) is False and (owner is None or owner.training):
+                differs[flag] = (False, True)
+        if "dropout_p" in given:
+            place, places[path] = places[path], places[path] + 1
+            rate = rates[path][place] if place < len(rates[path]) else None
+            if rate is None:
+                unknown.append(node.name)
+            elif rate != given["dropout_p"]:
+                differs["dropout_p"] = (given["dropout_p"], rate)
+        if not differs:
+            continue
+        mean = given.get("running_mean") if node.target is aten.batch_norm.default else None
+        norm = str(mean.target).rpartition(".")[0] if isinstance(mean, Node) else None
+        counter = f"{norm}.num_batches_tracked".lstrip(".")
+        counter = counter if norm is not None and counter in buffers else None
+        # An eval momentum of 0 is what momentum=None looks like.
+        averages = norm in cumulative if shadow is not None else given.get("momentum") == 0.0
+        found[node.name] = ModeArguments(differs, {}, counter, counter is not None and averages)
+    note = f"train mode is not eval mode with other arguments ({reason}), so train() switches batch-norm and dropout "
+    note += "by their flags and nothing else"
+    if unknown:
+        note += f"; the dropout of {len(unknown)} attentions stays off"
+    return found, [Note(note, "warning")]
+
+
+def _attention_rates(trains: Flat | None) -> dict[str, list[float]]:
+    """Module path -> dropout_p of the attentions that it calls, in order."""
+    rates: dict[str, list[float]] = defaultdict(list)
+    for step in trains.steps if trains is not None else []:
+        if isinstance(step.node.target, torch._ops.OpOverload):
+            given = arguments(step.node)
+            if "dropout_p" in given:
+                rates[_path(step.node)].append(given["dropout_p"])
+    return rates
+
+
+def _path(node: Node) -> str:
+    """The path of the module whose forward calls an op; a module called twice has an @1 the second time."""
+    stack = [*node.meta.get("nn_module_stack", {}).values()]
+    return stack[-1][0].partition("@")[0] if stack else ""
+
+
+def _module(shadow: nn.Module | None, path: str) -> nn.Module | None:
+    try:
+        return shadow.get_submodule(path) if shadow is not None else None
+    except AttributeError:
+        return None
+
+
+def _unmoved(program: Program, modes: Mapping[str, ModeArguments]) -> list[Note]:
+    """A note where a batch-norm or dropout is the same in both modes, as where a model keeps its norms frozen."""
+    still = []
+    for node in program.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.name not in modes:
+            given = arguments(node)
+            if any(given.get(flag) is False for flag in _FLAGS) and given.get("p") != 0:
+                still.append(node.name)
+    if not still:
+        return []
+    rest = f" and {len(still) - 3} more" if len(still) > 3 else ""
+    return [Note(f"in train mode too the model runs these as in eval mode: {', '.join(still[:3])}{rest}")]

@@ -1,0 +1,1 @@
+"""Masks become constants, and weights go to the layouts that measured fastest."""

@@ -1,0 +1,169 @@
+"""choose: the layout that measures fastest for a site, on the device at hand; dense unless another clearly wins."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fxprune.measure.timing import interleave, interleave_graphs, median, undisturbed
+
+from . import LAYOUTS
+from .dense import best_dense, predict_dense
+from .gpu import GpuLayout
+from .remember import Memory, memory_of
+from .site import LEAST_ZEROS, Choice, Packed, Site, Timing
+
+# A sparse layout must beat dense by this factor at the geometric mean of the declared sizes, and lose at none.
+MARGIN = 1.05
+SECONDS_PER_SITE = 0.12
+_NO_MEMORY = "there is not enough memory on the device to pack it"
+
+
+class Chooser:
+    """Remembers what it measured: sites alike in shape, sparsity (to 2%), sizes and device are measured once.
+
+    What was measured on a GPU other processes know as well (`remember`).
+    """
+
+    def __init__(self, *, only: str | None = None) -> None:
+        self.only = only
+        self._known: dict[tuple[object, ...], Choice] = {}
+
+    def choose(self, site: Site) -> tuple[Choice, Packed | None]:
+        """The choice for a site, and its weight packed unless the choice is dense."""
+        refused: dict[str, str] = {}
+        fitting: list[str] = []
+        for name, layout in LAYOUTS.items():
+            fit = layout.fits(site)
+            if fit.ok:
+                fitting.append(name)
+            else:
+                refused[name] = fit.why
+        if self.only is not None:
+            return self._forced(site, refused, fitting)
+        zeros = 1 - int(torch.count_nonzero(site.weight)) / max(1, site.weight.numel())
+        if zeros < LEAST_ZEROS:
+            few = f"{zeros:.1%} zeros are too few; {LEAST_ZEROS:.0%} is the least that is tried"
+            return Choice("dense", few, {**refused, **dict.fromkeys(fitting, few)}, ()), None
+        if not fitting:
+            return Choice("dense", "no sparse layout fits", refused, ()), None
+        key = _likeness(site, fitting)
+        memory = _memory(site.weight)
+        known = self._known.get(key) or (None if memory is None else _recalled(memory, key, fitting))
+        if known is not None:
+            packed, refused = _pack(site, [known.layout] if known.layout != "dense" else [], refused)
+            if packed or known.layout == "dense":
+                self._known[key] = known
+                return dataclasses.replace(known, reused=True), packed.get(known.layout)
+        choice, packed = _measure(site, fitting, refused)
+        if _NO_MEMORY in choice.refused.values():
+            return choice, packed  # There may be enough for the next.
+        self._known[key] = choice
+        if memory is not None and choice.timings:
+            memory.put(str(key), choice)
+        return choice, packed
+
+    def _forced(self, site: Site, refused: dict[str, str], fitting: list[str]) -> tuple[Choice, Packed | None]:
+        if self.only is not None and self.only in fitting:
+            return Choice(self.only, "asked for by options", refused, ()), LAYOUTS[self.only].pack(site)
+        why = "asked for by options" if self.only == "dense" else f"{self.only} does not fit"
+        return Choice("dense", why, refused, ()), None
+
+
+def _memory(weight: Tensor) -> Memory | None:
+    return memory_of(weight.device) if weight.is_cuda else None
+
+
+def _recalled(memory: Memory, key: tuple[object, ...], fitting: list[str]) -> Choice | None:
+    """What another process chose for a site alike; None where it chose nothing that fits this one."""
+    found = memory.get(str(key))
+    try:
+        choice = Choice(**{**found, "timings": tuple(Timing(**each) for each in found["timings"])}) if found else None
+    except (KeyError, TypeError):
+        return None
+    is_whole = choice is not None and isinstance(choice.refused, dict) and choice.layout in ("dense", *fitting)
+    return choice if is_whole else None
+
+
+def _likeness(site: Site, fitting: list[str]) -> tuple[object, ...]:
+    """What sites alike agree on: also which layouts fit, and what each would store."""
+    weight = site.weight
+    layouts = [(name, LAYOUTS[name]) for name in fitting]
+    stored = [
+        (n, round(50 * f.bytes_of(weight) / weight.nbytes) if isinstance(f, GpuLayout) else 0) for n, f in layouts
+    ]
+    kept = int(torch.count_nonzero(weight)) / max(1, weight.numel())
+    threads = torch.get_num_threads()
+    return (*weight.shape, round(kept * 50), site.tokens, weight.dtype, weight.device, threads, tuple(stored))
+
+
+def _measure(site: Site, fitting: list[str], refused: dict[str, str]) -> tuple[Choice, Packed | None]:
+    packed, refused = _pack(site, fitting, refused)
+    fitting = list(packed)
+    if not fitting:
+        return Choice("dense", "no sparse layout could be packed", refused, ()), None
+    timings: list[Timing] = []
+    # A generator of its own, so that the user's random numbers go on as if nothing had been timed.
+    generator = torch.Generator().manual_seed(0)
+    gains: dict[str, list[float]] = {name: [] for name in fitting}
+    for tokens in site.tokens:
+        x = torch.randn(tokens, site.weight.shape[1], generator=generator).to(site.weight)
+        dense = best_dense(site, x)
+        sparse = [_bind(name, x, packed[name], site.bias) for name in fitting]
+        samples = _times([*dense, *sparse], x.device, SECONDS_PER_SITE / len(site.tokens))
+        if isinstance(samples, str):
+            return Choice("dense", samples, {**refused, **dict.fromkeys(fitting, samples)}, ()), None
+        baseline = min(samples[: len(dense)])
+        timings.append(Timing("dense", tokens, predict_dense(site, tokens), baseline))
+        for name, seconds in zip(fitting, samples[len(dense) :], strict=True):
+            timings.append(Timing(name, tokens, LAYOUTS[name].predict(site, tokens), seconds))
+            gains[name].append(baseline / seconds)
+    means = {name: math.exp(sum(map(math.log, g)) / len(g)) for name, g in gains.items()}
+    best = max(means, key=lambda name: means[name])
+    sizes = "/".join(map(str, site.tokens))
+    if means[best] >= MARGIN and min(gains[best]) >= 1.0:
+        why = f"{means[best]:.2f}x dense at {sizes} tokens{_limit(best)}"
+        choice = Choice(best, why, refused, tuple(timings))
+        return choice, packed[best]
+    for name in fitting:
+        refused = {**refused, name: f"{means[name]:.2f}x dense at {sizes} tokens; {MARGIN:.2f}x is asked"}
+    choice = Choice("dense", "no sparse layout is clearly faster", refused, tuple(timings))
+    return choice, None
+
+
+def _pack(site: Site, fitting: list[str], refused: dict[str, str]) -> tuple[dict[str, Packed], dict[str, str]]:
+    """The weight in each layout that there is memory to pack it for, and what was refused."""
+    packed: dict[str, Packed] = {}
+    for name in fitting:
+        try:
+            packed[name] = LAYOUTS[name].pack(site)
+        except torch.OutOfMemoryError:
+            refused = {**refused, name: _NO_MEMORY}
+    return packed, refused
+
+
+def _times(functions: list[Callable[[], Tensor]], device: torch.device, seconds: float) -> list[float] | str:
+    """Seconds of each function, or why they could not be timed."""
+    if device.type != "cuda":
+        return [undisturbed(samples) for samples in interleave(functions, seconds=seconds)]
+    try:
+        # A kernel's time on a GPU strays to both sides, so that medians are compared.
+        return [median(samples) for samples in interleave_graphs(functions, device, seconds=seconds)]
+    except RuntimeError as error:  # Among them torch.OutOfMemoryError.
+        return f"it could not be timed ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+
+
+def _limit(name: str) -> str:
+    """What to tell of a layout whose kernel is for few tokens."""
+    layout = LAYOUTS[name]
+    most = layout.most if isinstance(layout, GpuLayout) else None
+    return "" if most is None else f"; a call with more than {most} tokens unpacks it first"
+
+
+def _bind(name: str, x: Tensor, packed: Packed, bias: Tensor | None) -> Callable[[], Tensor]:
+    layout = LAYOUTS[name]
+    return lambda: layout.call(x, packed, bias, "")

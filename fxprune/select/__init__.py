@@ -1,0 +1,1 @@
+"""The decision: scores and amounts become what stays of every weight and group."""
