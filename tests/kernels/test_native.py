@@ -1,0 +1,121 @@
+"""Building and loading the C++ kernels: the cache, two processes at once, other flags, and no compiler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fxprune.errors import BuildError
+from fxprune.kernels import native
+from fxprune.kernels.native import build
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Packs a weight, multiplies at several sizes, and prints the state and the largest relative error.
+PROGRAM = """
+import torch
+from fxprune.kernels import native
+from fxprune.lower.layouts.nonzeros import Nonzeros
+from fxprune.lower.layouts.site import Site
+torch.manual_seed(0)
+layout, worst = Nonzeros(), 0.0
+w = torch.randn(90, 200) * (torch.rand(90, 200) < 0.2)
+bias = torch.randn(90)
+site = Site("w", "n", w, bias, (64,), "gelu")
+fit = layout.fits(site)
+for tokens in (0, 1, 3, 8, 30, 65):
+    x = torch.randn(tokens, 200)
+    y = layout.call(x, layout.pack(site), bias, "gelu")
+    exact = torch.nn.functional.gelu(torch.nn.functional.linear(x.double(), w.double(), bias.double()))
+    assert y.shape == exact.shape
+    worst = max([worst, *((y - exact).abs() / exact.abs().clamp(min=1)).flatten().tolist()])
+print(native.status().available, native.status().isa or "-", worst, fit.ok, fit.why, sep="|")
+"""
+
+
+def start(cache: Path, **environment: str) -> subprocess.Popen[str]:
+    env = {**os.environ, "FXPRUNE_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1", **environment}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", PROGRAM], env=env, cwd=ROOT, text=True, stdout=pipe, stderr=pipe)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[str, str, float, str, str]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "warn" not in err.lower(), err
+    available, isa, worst, fits, why = out.strip().split("|")
+    return available, isa, float(worst), fits, why
+
+
+def objects(cache: Path) -> list[Path]:
+    return sorted(cache.iterdir()) if cache.exists() else []
+
+
+needs_compiler = pytest.mark.skipif(not native.status().available, reason=native.status().detail)
+
+
+def test_status_says_what_runs() -> None:
+    status = native.status()
+    assert status.detail and bool(status.isa) == status.available
+    assert native.load() is status
+
+
+def test_switched_off_the_plain_kernel_answers(tmp_path: Path) -> None:
+    available, _, worst, fits, why = finish(start(tmp_path, FXPRUNE_NATIVE="0"))
+    assert (available, fits) == ("False", "True") and worst < 1e-5
+    assert "slow" in why and "FXPRUNE_NATIVE=0" in why
+    assert objects(tmp_path) == []
+
+
+def test_without_a_compiler_the_plain_kernel_answers(tmp_path: Path) -> None:
+    available, _, worst, _, why = finish(start(tmp_path, CXX="no-such-compiler"))
+    assert available == "False" and "no-such-compiler" in why and worst < 1e-5
+
+
+def test_a_failing_compiler_is_reported(tmp_path: Path) -> None:
+    available, _, worst, _, why = finish(start(tmp_path, FXPRUNE_NATIVE_FLAGS="--no-such-flag"))
+    assert available == "False" and "compile" in why and worst < 1e-5
+    assert objects(tmp_path) == []
+
+
+@needs_compiler
+def test_two_processes_build_at_once_and_a_third_reuses(tmp_path: Path) -> None:
+    for answer in [finish(p) for p in (start(tmp_path), start(tmp_path))]:
+        assert answer[0] == "True" and answer[2] < 1e-5
+    built = objects(tmp_path)
+    assert len(built) == 1 and built[0].suffix == ".so"
+    stamp = built[0].stat().st_mtime_ns
+    assert finish(start(tmp_path))[0] == "True"
+    assert objects(tmp_path) == built and built[0].stat().st_mtime_ns == stamp
+
+
+@needs_compiler
+@pytest.mark.skipif(native.status().isa != "AVX-512", reason="needs a CPU with AVX-512 beside AVX2")
+def test_avx2_build_gives_the_same(tmp_path: Path) -> None:
+    answer = finish(start(tmp_path, FXPRUNE_NATIVE_FLAGS="-mno-avx512f"))
+    assert answer[:2] == ("True", "AVX2") and answer[2] < 1e-5
+
+
+@needs_compiler
+def test_the_key_follows_flags_sources_and_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = build.compiler()
+    keys = {build.key(command)}
+    monkeypatch.setenv("FXPRUNE_NATIVE_FLAGS", "-O1")
+    keys.add(build.key(command))
+    monkeypatch.setattr(build, "cpu", lambda: "another machine")
+    keys.add(build.key(command))
+    monkeypatch.setattr(build, "SOURCE", Path(__file__))
+    keys.add(build.key(command))
+    assert len(keys) == 4
+
+
+def test_an_unwritable_cache_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FXPRUNE_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    if native.status().available:
+        with pytest.raises(BuildError, match="FXPRUNE_CACHE_DIR"):
+            build.build()
