@@ -26,9 +26,8 @@ from fxprune.emit.settings import Settings
 from fxprune.emit.trainable.module import TrainableModule
 from fxprune.graph.environment import check_level, variable
 from fxprune.graph.note import Note
-from fxprune.graph.program import Program, copy_program, count_elements
+from fxprune.graph.program import Program, copy_program, count_elements, put_values
 from fxprune.graph.trace import Trace
-from fxprune.graph.values import put_values
 from fxprune.graph.verify import verify
 from fxprune.lower.fold import fold
 from fxprune.lower.layouts.choose import Chooser

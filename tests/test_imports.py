@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "fxprune"
 KERNELS = "triton_kernels"
 TOP = "__init__"
-MOST_NAMES = 50
-MOST_FLOORS = 11
+MOST_NAMES = 20
+MOST_FLOORS = 9
 
 # room -> what it imports, from the highest floor down.
 BENEATH = {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxprune.graph.memory import MAY_COPY, aliased, written
+from fxprune.graph.memory import MAY_COPY, Memory, written
 from fxprune.graph.program import Program, arguments, names_of_parameters
 
 from .axis import Axis, Conflict, Size, atoms, freeze
@@ -44,17 +44,10 @@ class _Walk:
         self.ruled: list[tuple[Node, Here, Any, Value, dict[str, Any]]] = []
         self.missing: dict[str, int] = {}
         self._first_name = names_of_parameters(program)
-        self._place: dict[Node, int] = {}
-        # Node -> the first node of its memory, and that one -> all nodes that are or may be the same memory.
-        self._memory: dict[Node, Node] = {}
-        self._sharing: dict[Node, list[Node]] = {}
+        self._memory = Memory(program.graph)
 
     def visit(self, node: Node) -> None:
         """Give the node's value its axes and tie them."""
-        self._place[node] = len(self._place)
-        before = aliased(node) if node.op == "call_function" else None
-        self._memory[node] = self._memory[before] if before is not None else node
-        self._sharing.setdefault(self._memory[node], []).append(node)
         if node.op == "get_attr":
             self._fetch(node)
         elif node.op == "placeholder":
@@ -133,17 +126,15 @@ class _Walk:
         """After a write in place, every earlier value over that memory is zero only where the result is."""
         results = list(_flat([out]))
         zero, seen = set().union(*(d.zero for d in results)), set().union(*(d.atoms() for d in results))
-        sharing = [n for n in self._sharing[self._memory[target]] if self._place[n] < self._place[node]]
+        place = self._memory.place[node]
+        sharing = self._memory.sharing_before(target, place)
         held = list(_flat(self.values.get(n) for n in sharing))
         for dims in held:
             dims.zero = {atom for atom in dims.zero if atom in zero or atom not in seen}
         for dims in _flat([self.values.get(target)]):
             dims.zero |= zero & dims.atoms()
-        if any(n.target in MAY_COPY for n in sharing) and any(self._is_read_after(n, node) for n in sharing):
+        if any(n.target in MAY_COPY for n in sharing) and any(self._memory.last_read[n] > place for n in sharing):
             _freeze_all([*held, *results], f"written in place through what may be a copy ({node.name})")
-
-    def _is_read_after(self, earlier: Node, node: Node) -> bool:
-        return any(self._place.get(user, 0) > self._place[node] for user in earlier.users)
 
     def coupling(self) -> Coupling:
         """What was found, by groups in the order of the program's parameters."""

@@ -14,7 +14,7 @@ from fxprune.capture.capture import capture
 from fxprune.check.calls import Call
 from fxprune.check.compare import outputs
 from fxprune.couple.couple import couple
-from fxprune.graph.values import put_values
+from fxprune.graph.program import put_values
 from fxprune.select.selection import Selection
 from fxprune.shrink.shrink import shrink
 from tests.oracle import snapshot

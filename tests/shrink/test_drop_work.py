@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxprune.graph import needs
+from fxprune.graph import memory
 from fxprune.graph.program import Program
 from fxprune.shrink.drop import blocks, drop
 from fxprune.shrink.drop.blocks import find_blocks
@@ -49,7 +49,7 @@ def chain_of(depth: int, name: str) -> tuple[Program, list[str]]:
 
 def lines_run(act: Callable[[], Any]) -> int:
     """How many lines of the modules that drop blocks, loops over one line included, `act` runs."""
-    count, files = 0, {module.__file__ for module in (blocks, drop, needs)}
+    count, files = 0, {module.__file__ for module in (blocks, drop, memory)}
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal count
@@ -69,7 +69,7 @@ def test_what_belongs_to_the_program_is_found_once_for_all_blocks(monkeypatch: p
     program, paths = chain_of(8, "sums")
     calls: Counter[str] = Counter()
     once = [(blocks, name) for name in ("varying_tensors", "names_of_parameters", "calls_by_module")]
-    for module, name in [*once, *((needs, name) for name in ("aliased", "written", "checks_inputs"))]:
+    for module, name in [*once, *((memory, name) for name in ("aliased", "written", "checks_inputs"))]:
         original = getattr(module, name)
 
         def counted(*args: Any, name: str = name, original: Callable[..., Any] = original) -> Any:

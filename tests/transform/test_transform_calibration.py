@@ -14,7 +14,7 @@ import fxprune
 from fxprune import Channels, Drop, Plan, Rule, Unstructured
 from fxprune.capture.capture import capture
 from fxprune.errors import InputError
-from fxprune.graph.values import put_values
+from fxprune.graph.program import put_values
 from fxprune.select.selection import Selection
 
 QUICK = {"compile": False, "measure": False}

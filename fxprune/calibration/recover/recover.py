@@ -25,8 +25,7 @@ from fxprune.couple.couple import couple
 from fxprune.couple.coupling import Coupling
 from fxprune.couple.removal import removal
 from fxprune.errors import InputError
-from fxprune.graph.program import Program, names_of_parameters
-from fxprune.graph.values import put_values
+from fxprune.graph.program import Program, names_of_parameters, put_values
 from fxprune.select.decide import check_values, choose_selection
 from fxprune.select.selection import Recovery, Selection
 from fxprune.shrink.drop.blocks import find_blocks

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxprune.couple.rules import packet_name
-from fxprune.graph.memory import written
-from fxprune.graph.needs import Memory
+from fxprune.graph.memory import Memory, written
 from fxprune.graph.program import Program, arguments, fetch_any
 
 from .known import Known, State, holds_tensors, size_of, widened

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from fxprune.errors import PlanError
-from fxprune.graph.needs import Memory, Needs
+from fxprune.graph.memory import Memory, Needs
 from fxprune.graph.program import Program, fetch, names_of_parameters
 from fxprune.plan.plan import Plan, near
 from fxprune.select.selection import Selection

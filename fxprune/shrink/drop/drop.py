@@ -16,8 +16,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import PlanError
-from fxprune.graph.memory import live
-from fxprune.graph.needs import Memory
+from fxprune.graph.memory import Memory, Needs
 from fxprune.graph.program import Program, copy_program, drop_unused
 
 from .blocks import Block, Bypass, calls_by_module
@@ -55,7 +54,7 @@ def drop_blocks(program: Program, blocks: Sequence[Block]) -> Program:
         exit.replace_all_uses_with(entry)
         if sizes(exit.meta["val"].stride()) != sizes(entry.meta["val"].stride()):
             restrided.update(dict.fromkeys(readers, block.path))
-    needed = live(graph, gone)
+    needed = Needs(graph, Memory(graph)).needed(gone)
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and node not in needed:
             graph.erase_node(node)
