@@ -18,6 +18,7 @@ from fxprune.capture.capture import Capture
 from fxprune.capture.constants import fold_constants
 from fxprune.capture.from_dynamo import Traced
 from fxprune.emit.settings import Settings
+from fxprune.graph.environment import hidden
 from fxprune.graph.program import Program, fetch
 from fxprune.lower.fold import fold_masks
 from fxprune.lower.layouts.choose import Chooser
@@ -51,13 +52,14 @@ def fxprune(
     if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
         log.warning("backend fxprune: torch.autocast is on, so the graph is compiled dense; packed ops are float32")
         return _inductor(gm, example_inputs, settings)
+    untraced = "backend fxprune: the graph is compiled dense, it could not be traced to ATen: %s"
     try:
         traced = Traced(gm, example_inputs)
         first = _lower(traced.bind(example_inputs), settings)
     except InputError:
         raise
     except Exception as error:
-        log.warning("backend fxprune: the graph is compiled dense, it could not be traced to ATen: %s", error)
+        log.warning(untraced, hidden(error))
         return _inductor(gm, example_inputs, settings)
     compiled = _inductor(first, [traced.values[i] for i in traced.free], settings)
     programs: dict[tuple[Any, ...], Callable[..., Any]] = {_key(traced, example_inputs): compiled}

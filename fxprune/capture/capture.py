@@ -20,11 +20,12 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import CaptureError, InputError
 from fxprune.graph import compat
+from fxprune.graph.environment import hidden
 from fxprune.graph.memory import writes
 from fxprune.graph.note import Note
 from fxprune.graph.program import Program
 
-from .entry import EntryCheck, TensorInput, entry_check
+from .entry import EntryCheck, ForeignGuard, TensorInput, entry_check
 from .hooks import fold_existing
 from .own_masks import fold_constant_masks
 
@@ -72,20 +73,28 @@ def capture(
         last = index == len(tries) - 1
         # Marks that a failed attempt left would make the next one dynamic as well, so each has tensors of its own.
         own_args, own_kwargs = apart(args, kwargs)
+        # What torch.export raises while it runs the user's code may be anything.
         try:
             exported = export_program(shadow, own_args, own_kwargs, shapes_of(own_args, own_kwargs))
-            forward = type(shadow).forward.__get__(shadow)
-            return _finish(exported, exported.module(), forward, args, kwargs, existing, notes, fold_masks)
-        except InputError:
-            raise
-        except LookupError as error:
-            if last:
-                raise _capture_error(model, error) from error
-            reason = f"a condition speaks of something that is not an input ({error})"
+            unlifted = exported.module()
         except Exception as error:
             if last:
                 raise _capture_error(model, error) from error
             reason = str(error).strip().split("\n", 1)[0][:200]
+        else:
+            forward = type(shadow).forward.__get__(shadow)
+            try:
+                return _finish(exported, unlifted, forward, args, kwargs, existing, notes, fold_masks)
+            except InputError:
+                raise
+            except ForeignGuard as error:
+                if last:
+                    raise _capture_error(model, error) from error
+                reason = str(error)
+            except Exception as error:
+                if last:
+                    raise _capture_error(model, error) from error
+                reason = hidden(error)[:200]
         notes.append(Note(f"{note}: {reason}", "fallback"))
     raise AssertionError("unreachable: the last attempt returns or raises")
 

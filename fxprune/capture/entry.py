@@ -196,6 +196,10 @@ def _guard_function(guards: tuple[tuple[str, str], ...]) -> Callable[[Sequence[A
     return function
 
 
+class ForeignGuard(LookupError):
+    """A condition of a capture speaks of something that is not an input, so that no call can be held to it."""
+
+
 def entry_check(
     program: torch.fx.GraphModule,
     exported: torch.export.ExportedProgram,
@@ -205,7 +209,7 @@ def entry_check(
 ) -> EntryCheck:
     """Reads sizes, ranges, constants and guards off a captured program.
 
-    Raises LookupError where a guard speaks of something that is not an input: then only a capture without dynamic
+    Raises ForeignGuard where a guard speaks of something that is not an input: then only a capture without dynamic
     sizes is safe.
     """
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
@@ -224,7 +228,7 @@ def entry_check(
             condition = condition.replace(source, f"a[{index}]")
             readable = readable.replace(source, paths[index])
         if "L[" in condition:
-            raise LookupError(code)
+            raise ForeignGuard(f"a condition speaks of something that is not an input ({code})")
         guards.append((condition, readable))
     return EntryCheck(tuple(names), tuple(paths), inputs, tuple(dict.fromkeys(guards)), spec)
 

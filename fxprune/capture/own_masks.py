@@ -142,7 +142,8 @@ class _Constants:
             try:
                 with torch.no_grad():
                     value = node.target(*args, **kwargs)  # pyright: ignore
-            except Exception:  # What cannot be computed here is no constant; the model computes it.
+            except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError):
+                # What cannot be computed here is no constant; the model computes it.
                 value = None
             self._known[node] = value if isinstance(value, Tensor) else None
         return self._known[node]

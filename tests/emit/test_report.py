@@ -60,10 +60,13 @@ def test_the_trace_writes_each_stage_with_its_change(tmp_path: Path, monkeypatch
     monkeypatch.setenv("FXPRUNE_TRACE", str(tmp_path / "new" / "trace"))
     quick(perceptron(), X)
     files = {path.name: path.read_text() for path in (tmp_path / "new" / "trace").iterdir()}
-    assert sorted(files) == ["00_capture.txt", "01_fold.txt", "02_lower.txt"]
-    assert "aten.linear" in files["00_capture.txt"] and "# change" not in files["00_capture.txt"]
-    assert "# 0.weight: nonzeros" in files["02_lower.txt"]
-    change = files["02_lower.txt"].partition("# change")[2]
+    stages = ("capture", "couple", "select", "shrink", "fold", "lower", "emit")
+    assert sorted(files) == [f"{place:02d}_{stage}.txt" for place, stage in enumerate(stages)]
+    assert "aten.linear" in files["00_capture.txt"]
+    assert all("# change" not in files[name] for name in sorted(files)[:5])
+    assert "# 0.weight: " in files["02_select.txt"] and "zeros" in files["02_select.txt"]
+    assert "# 0.weight: nonzeros" in files["05_lower.txt"]
+    change = files["05_lower.txt"].partition("# change")[2]
     assert "nonzeros_linear" in change and "-" in change
 
 
@@ -73,9 +76,8 @@ def test_the_trace_of_channels_shows_the_groups_and_the_smaller_graph(
     monkeypatch.setenv("FXPRUNE_TRACE", str(tmp_path))
     quick(perceptron(), X, plan=Plan([Rule("0.weight", Channels(0.5, align=1))]))
     files = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert {"01_couple.txt", "02_shrink.txt"} < files.keys()
     assert "0.weight[0]" in files["01_couple.txt"] and "free" in files["01_couple.txt"]
-    assert "# change" in files["02_shrink.txt"]
+    assert "# 0.weight[0]: 12 stay" in files["03_shrink.txt"] and "# change" in files["03_shrink.txt"]
 
 
 def test_check_2_holds_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from fxprune.capture.capture import Capture, apart, attempts, export_program
 from fxprune.capture.entry import TensorInput
 from fxprune.capture.hooks import fold_existing
 from fxprune.check.calls import Call, resized_call
+from fxprune.graph.environment import words_of
 from fxprune.graph.note import Note
 from fxprune.graph.program import Program, arguments
 
@@ -54,14 +55,14 @@ def training_modes(
             shadow = _shadow(fold_existing(model)[0])
             cumulative = _start_training(shadow)
         except Exception as error:
-            reason = f"no copy of the model could be set to train: {type(error).__name__}: {error}"
+            reason = f"no copy of the model could be set to train: {words_of(error)}"
             return _by_flags(captured.program, None, set(), None, reason)
         state = {n for n, _ in [*shadow.named_parameters(remove_duplicate=False), *shadow.named_buffers()]}
         evals = Flat(captured.program)
         trains, reason = None, ""
         for exported in _train_graphs(shadow, captured, tuple(args), dict(kwargs), dynamic_shapes):
             if isinstance(exported, Exception):
-                reason = reason or f"{type(exported).__name__}: {str(exported).strip().splitlines()[0][:200]}"
+                reason = reason or words_of(exported)[:200]
                 continue
             trains = Flat(exported, no_grad=True)
             try:

@@ -7,7 +7,6 @@ The ops exist as soon as this module is imported. Their C++ kernels are compiled
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxprune.errors import BuildError, InputError
+from fxprune.graph.environment import variable
 
 from . import build
 
@@ -65,7 +65,7 @@ status = load
 
 
 def _load() -> Status:
-    if os.environ.get("FXPRUNE_NATIVE", "1") == "0":
+    if variable("FXPRUNE_NATIVE") == "0":
         return Status(False, "switched off by FXPRUNE_NATIVE=0")
     try:
         path = build.build()

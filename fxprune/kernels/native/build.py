@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from fxprune.errors import BuildError
+from fxprune.graph.environment import variable
 
 HERE = Path(__file__).parent
 SOURCE = HERE / "nonzeros.cpp"
@@ -28,7 +29,7 @@ TIMEOUT = 300
 
 def cache_dir() -> Path:
     """FXPRUNE_CACHE_DIR, else fxprune/ in the user's cache directory."""
-    chosen = os.environ.get("FXPRUNE_CACHE_DIR")
+    chosen = variable("FXPRUNE_CACHE_DIR")
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxprune"
@@ -47,7 +48,7 @@ def compiler() -> list[str]:
 
 def flags() -> list[str]:
     """The compiler's flags; FXPRUNE_NATIVE_FLAGS adds to them (e.g. -mno-avx512f)."""
-    return [*FLAGS, *shlex.split(os.environ.get("FXPRUNE_NATIVE_FLAGS", ""))]
+    return [*FLAGS, *shlex.split(variable("FXPRUNE_NATIVE_FLAGS"))]
 
 
 @cache
