@@ -28,15 +28,15 @@ from fxprune.shrink.drop.drop import drop_blocks
 from .arithmetic import plain
 from .batches import capture_for, read_calls
 from .fit import METHODS, Outcome, fit_shared, fit_weight
-from .padding import find_layouts
+from .layer import input_of
+from .padding import find_padding
 from .progress import Saved, about
 from .rebatch import cut
-from .site import input_of
-from .stages import Stage, plan_stages
+from .segments import Segment, plan_segments
 from .stream import Fitted, stream
 from .tasks import Asked, read_plan
 
-# Bytes of activations that are held between two stages; the rest goes to files.
+# Bytes of activations that are held between two segments; the rest goes to files.
 MEMORY = 4e9
 
 
@@ -101,8 +101,8 @@ def calibrate_calls(
     program = _without(captured.program, dropped)
     coupling = couple(program) if any(isinstance(rule.sparsity, Channels) for rule in plan.rules) else None
     read = [input_of(use) for places in uses(program).values() for use in places if use.kind in ("linear", "conv")]
-    layouts = find_layouts(program, data, read)
-    asked = read_plan(captured, program, plan, coupling, method, data, layouts)
+    paddings = find_padding(program, data, read)
+    asked = read_plan(captured, program, plan, coupling, method, data, paddings)
     if not asked.start.mask and not asked.start.keep:
         raise InputError(
             "cannot calibrate a model that is not pruned",
@@ -121,24 +121,26 @@ def calibrate_calls(
             saved.add({name: fit_shared(watched, asked.tasks[name], tensors, method)})
 
     def solve(entries: Sequence[Fitted]) -> dict[str, Tensor]:
-        found = {e.site.name: fit_weight(e, asked.tasks[e.site.name], tensors, method) for e in entries}
+        found = {e.layer.name: fit_weight(e, asked.tasks[e.layer.name], tensors, method) for e in entries}
         saved.add(found)
         return _values(found.values())
 
-    def solved(stage: Stage) -> dict[str, Tensor] | None:
-        names = [site.name for site in stage.sites]
+    def solved(segment: Segment) -> dict[str, Tensor] | None:
+        names = [layer.name for layer in segment.layers]
         return _values(saved.outcomes[n] for n in names) if saved.outcomes.keys() >= set(names) else None
 
-    stages = plan_stages(program, asked.sites.values())
-    with tqdm(total=len(stages) * len(data), desc="calibrate", disable=None if progress else True, leave=False) as bar:
+    segments = plan_segments(program, asked.layers.values())
+    with tqdm(
+        total=len(segments) * len(data), desc="calibrate", disable=None if progress else True, leave=False
+    ) as bar:
         stream(
             program,
-            stages,
+            segments,
             data,
             solve,
             values=_values(saved.outcomes[name] for name in asked.shared),
             removal=removal(coupling, asked.early) if coupling is not None else None,
-            layouts=layouts,
+            paddings=paddings,
             solved=solved,
             limit=memory,
             step=bar.update,

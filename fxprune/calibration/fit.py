@@ -1,4 +1,4 @@
-"""fit: what one weight becomes, from what its site saw."""
+"""fit: what one weight becomes, from what its layer saw."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from fxprune.calibration.solvers.problem import Goal, Problem, damped
 from fxprune.calibration.solvers.sparsegpt import sparsegpt
 from fxprune.calibration.solvers.units import Units, choose_units
 from fxprune.calibration.solvers.wanda import wanda
+from fxprune.graph.program import arguments
 from fxprune.plan.matrix import from_matrix, to_matrix
 from fxprune.plan.patterns import SemiStructured, Unstructured
 from fxprune.select.project import keep_highest
 from fxprune.select.selection import Fit
 
 from .finite import check_squares, is_finite
+from .layer import Layer
 from .measure_inputs import Watched
-from .site import Site, named
 from .stream import Fitted
 
 
@@ -89,12 +90,12 @@ class Outcome:
 
 @torch.no_grad()
 def fit_weight(entry: Fitted, task: Task, tensors: Mapping[str, Tensor], method: str) -> Outcome:
-    """Solves one weight for what its site saw. `tensors` are the dense model's by name; they are only read.
+    """Solves one weight for what its layer saw. `tensors` are the dense model's by name; they are only read.
 
     "magnitude" leaves the weights that stay as they are. A weight that received no input, or whose best values its
     dtype cannot hold, keeps its values. Raises InputError where the inputs are too large to be squared.
     """
-    whole = tensors[entry.site.name]
+    whole = tensors[entry.layer.name]
     weight, alive = _matrices(whole, task, entry.windows.groups if entry.windows is not None else 1)
     if not entry.inputs.count:
         return _unfitted(whole, task, weight, alive, _UNREAD)
@@ -253,19 +254,19 @@ def _problem(
     """The least squares of a weight [g, r, n], and the factor [g, r, 1] that its rows were multiplied by."""
     gram, added = damped(entry.inputs.centred_gram(), entry.inputs.count)
     cross = entry.outputs.centred_cross(entry.inputs)
-    check_squares(entry.site.name, gram, cross)
+    check_squares(entry.layer.name, gram, cross)
     # The damping pulls towards the weight as it is, so that what the data do not tell stays.
-    scale = _scale(entry.site, weight, tensors)
+    scale = _scale(entry.layer, weight, tensors)
     linear = (cross + added[:, None, :].to(cross.dtype) * weight.to(cross.dtype)) * scale
     target = solve(factor(gram.double()), linear.double())
     return Problem(gram.float(), target.float(), linear.float(), alive), scale
 
 
-def _scale(site: Site, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+def _scale(layer: Layer, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     """What a batch-norm multiplies each output by, [g, r, 1]: rows are compared as what reads them sees them."""
-    if site.norm is None:
+    if layer.norm is None:
         return weight.new_ones(*weight.shape[:2], 1)
-    given = named(site.norm)
+    given = arguments(layer.norm)
     scale = (tensors[str(given["running_var"].target)].double() + float(given["eps"])).rsqrt()
     if given["weight"] is not None:
         scale = scale * tensors[str(given["weight"].target)].double().abs()
@@ -276,15 +277,15 @@ def _scale(site: Site, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
 
 def _constants(entry: Fitted, weight: Tensor, tensors: Mapping[str, Tensor], method: str) -> dict[str, Tensor]:
     """The new bias or running mean, and for "magnitude" the running variance."""
-    shift = entry.site.shift
+    shift = entry.layer.shift
     if shift is None:
         return {}
     moved = entry.outputs.mean(entry.inputs) - (weight @ entry.inputs.mean.unsqueeze(-1)).squeeze(-1)
     old = tensors[shift.name]
     value = moved.reshape(-1) if shift.sign > 0 else old.double() - moved.reshape(-1)
     values = {shift.name: value.to(old.dtype)}
-    if entry.site.norm is not None and method == "magnitude":
-        name = str(named(entry.site.norm)["running_var"].target)
+    if entry.layer.norm is not None and method == "magnitude":
+        name = str(arguments(entry.layer.norm)["running_var"].target)
         values[name] = _variance(entry, weight, tensors[name])
     return values
 

@@ -14,9 +14,9 @@ from fxprune.graph.weights import Use
 
 from .batches import Batch
 from .finite import is_finite, refuse_activations
+from .layer import input_of
 from .moments import Inputs
-from .padding import Layout, positions
-from .site import input_of
+from .padding import Padding, positions
 from .unfold import Windows, windows_of_use
 
 
@@ -49,11 +49,11 @@ def measure_inputs(
     uses: Mapping[str, Sequence[Use]],
     full: set[str],
     batches: Sequence[Batch],
-    layouts: Mapping[str, Layout],
+    paddings: Mapping[str, Padding],
 ) -> dict[str, Watched]:
     """The inputs of weights by name, each with its uses (linear or convolution); of those in `full` the Gram matrix.
 
-    `layouts` says of the nodes that they read how padding lies in them. Raises InputError where activations are not
+    `paddings` says of the nodes that they read how padding lies in them. Raises InputError where activations are not
     finite.
     """
     found = {name: Watched(gram=name in full) for name in uses}
@@ -63,7 +63,7 @@ def measure_inputs(
             windows = windows_of_use(program, name, use) if use.kind == "conv" else None
             watched.setdefault(use.node, []).append((name, found[name], input_of(use), windows))
     for batch in batches:
-        _Watching(program, watched, batch, layouts).run(*batch.flat, enable_io_processing=False)
+        _Watching(program, watched, batch, paddings).run(*batch.flat, enable_io_processing=False)
     return found
 
 
@@ -73,10 +73,10 @@ _Watch = tuple[str, Watched, Node, Windows | None]
 
 class _Watching(torch.fx.Interpreter):
     def __init__(
-        self, program: Program, watched: Mapping[Node, list[_Watch]], batch: Batch, layouts: Mapping[str, Layout]
+        self, program: Program, watched: Mapping[Node, list[_Watch]], batch: Batch, paddings: Mapping[str, Padding]
     ) -> None:
         super().__init__(program)
-        self._watched, self._batch, self._layouts = watched, batch, layouts
+        self._watched, self._batch, self._paddings = watched, batch, paddings
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().placeholder(target, args, kwargs)
@@ -85,8 +85,8 @@ class _Watching(torch.fx.Interpreter):
     def run_node(self, n: Node) -> Any:
         for name, entry, source, windows in self._watched.get(n, ()):
             x = self.env[source]
-            layout = self._layouts.get(source.name, Layout.UNKNOWN)
-            rows = positions(x, self._batch.valid, layout) if windows is None else windows.rows(x)
+            padding = self._paddings.get(source.name, Padding.UNKNOWN)
+            rows = positions(x, self._batch.valid, padding) if windows is None else windows.rows(x)
             if not is_finite(rows if windows is None else x):
                 raise refuse_activations(name, n, "dense", self._batch, x)
             entry.add(rows)

@@ -27,7 +27,7 @@ _PROJECTIONS = 4
 _LEAKS = 0.1
 
 
-class Layout(Enum):
+class Padding(Enum):
     """How the rows of a tensor lie to a mask's positions [b, s].
 
     SAMPLES by samples, as the mask; TURNED by positions, as its transpose; WITHOUT no row is padding; UNKNOWN some are,
@@ -41,8 +41,11 @@ class Layout(Enum):
 
 
 @torch.no_grad()
-def find_layouts(program: Program, batches: Iterable[Batch], nodes: Iterable[Node]) -> dict[str, Layout]:
-    """The layout of each of these nodes by name, from the batch whose mask tells most; empty where no mask hides."""
+def find_padding(program: Program, batches: Iterable[Batch], nodes: Iterable[Node]) -> dict[str, Padding]:
+    """How padding lies in each of these nodes, by name, from the batch whose mask tells most.
+
+    Empty where no mask hides anything.
+    """
     masked = [batch for batch in batches if batch.valid is not None and bool(batch.valid.any())]
     if not masked:
         return {}
@@ -50,13 +53,13 @@ def find_layouts(program: Program, batches: Iterable[Batch], nodes: Iterable[Nod
     valid, other, watched = batch.valid, _with_other_text(batch), set(nodes)
     assert valid is not None
     if other is None:
-        return dict.fromkeys((node.name for node in watched), Layout.UNKNOWN)
+        return dict.fromkeys((node.name for node in watched), Padding.UNKNOWN)
     sides = []
     for flat in (batch.flat, other):
         side = _Prints(program, watched, valid)
         side.run(*flat, enable_io_processing=False)
         sides.append(side.prints)
-    return {name: _layout(before, sides[1][name], valid) for name, before in sides[0].items()}
+    return {name: _padding(before, sides[1][name], valid) for name, before in sides[0].items()}
 
 
 def _symmetric(valid: Tensor | None) -> bool:
@@ -106,39 +109,39 @@ def _prints(x: Tensor, valid: Tensor) -> Tensor | None:
     return rows @ onto.to(rows.device)
 
 
-def _layout(before: Tensor | None, after: Tensor | None, valid: Tensor) -> Layout:
+def _padding(before: Tensor | None, after: Tensor | None, valid: Tensor) -> Padding:
     if before is None or after is None or before.shape != after.shape:
-        return Layout.UNKNOWN
+        return Padding.UNKNOWN
     size = before.nan_to_num(0.0, 0.0, 0.0).square().mean().sqrt()
     moved = ~((before - after).abs() <= _MOVED * size).all(1) & ~(before.isnan() & after.isnan()).all(1)
     if not bool(moved.any()):
-        return Layout.WITHOUT
+        return Padding.WITHOUT
     if len(moved) != valid.numel():
-        return Layout.UNKNOWN
+        return Padding.UNKNOWN
     leaks = {
-        Layout.SAMPLES: float(moved[valid.reshape(-1)].float().mean()),
-        Layout.TURNED: float(moved[valid.T.reshape(-1)].float().mean()),
+        Padding.SAMPLES: float(moved[valid.reshape(-1)].float().mean()),
+        Padding.TURNED: float(moved[valid.T.reshape(-1)].float().mean()),
     }
-    best = min(leaks, key=lambda layout: leaks[layout])
-    return best if leaks[best] <= _LEAKS else Layout.UNKNOWN
+    best = min(leaks, key=lambda padding: leaks[padding])
+    return best if leaks[best] <= _LEAKS else Padding.UNKNOWN
 
 
-def counting(leading: Sequence[int], valid: Tensor | None, layout: Layout) -> Tensor | None:
+def counting(leading: Sequence[int], valid: Tensor | None, padding: Padding) -> Tensor | None:
     """The rows that count of a tensor whose rows have these `leading` sizes, bool of them; None where all do."""
-    if valid is None or layout not in (Layout.SAMPLES, Layout.TURNED):
+    if valid is None or padding not in (Padding.SAMPLES, Padding.TURNED):
         return None
-    turned = valid if layout is Layout.SAMPLES else valid.T
+    turned = valid if padding is Padding.SAMPLES else valid.T
     if tuple(leading) == tuple(turned.shape):
         return turned
     return turned.reshape(-1) if tuple(leading) == (turned.numel(),) else None
 
 
-def positions(x: Tensor, valid: Tensor | None, layout: Layout) -> Tensor:
+def positions(x: Tensor, valid: Tensor | None, padding: Padding) -> Tensor:
     """x [..., n] -> [1, rows, n], without the rows that are padding, as far as these are known."""
-    counts = counting(x.shape[:-1], valid, layout)
+    counts = counting(x.shape[:-1], valid, padding)
     return (x.reshape(-1, x.shape[-1]) if counts is None else x[counts]).unsqueeze(0)
 
 
-def hides_padding(x: Tensor, valid: Tensor | None, layout: Layout) -> bool:
+def hides_padding(x: Tensor, valid: Tensor | None, padding: Padding) -> bool:
     """Whether rows of x [..., n] are padding that `positions` does not leave out."""
-    return valid is not None and layout is not Layout.WITHOUT and counting(x.shape[:-1], valid, layout) is None
+    return valid is not None and padding is not Padding.WITHOUT and counting(x.shape[:-1], valid, padding) is None

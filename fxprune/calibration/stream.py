@@ -1,4 +1,4 @@
-"""stream: the dense and the partly pruned program side by side, stage by stage, over all batches."""
+"""stream: the dense and the partly pruned program side by side, segment by segment, over all batches."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fxprune.select.selection import Selection
 
 from .batches import Batch
 from .finite import is_finite, refuse_activations
+from .layer import Branch, Layer, is_routed, is_sum, other_operand
 from .moments import Inputs, Outputs
-from .padding import Layout, hides_padding, positions
-from .site import Branch, Site, is_routed, is_sum, other_operand
+from .padding import Padding, hides_padding, positions
+from .segments import Segment
 from .spill import Shelf
-from .stages import Stage
 from .unfold import Windows, windows_of
 
 Env = dict[Node, Any]
@@ -56,16 +56,16 @@ class Side:
 
 
 class Fitted:
-    """What one site saw: inputs (shared by the sites that read the same) and wanted outputs.
+    """What one layer saw: inputs (shared by the layers that read the same) and wanted outputs.
 
-    `routed` says that values decide which rows come to the site. The two programs may decide otherwise, so both its
+    `routed` says that values decide which rows come to the layer. The two programs may decide otherwise, so both its
     inputs and its outputs are then the dense one's. `padded` says that padding among its rows could not be told apart.
     """
 
-    def __init__(self, site: Site, inputs: Inputs, windows: Windows | None, layout: Layout) -> None:
-        self.site, self.inputs, self.windows, self.layout = site, inputs, windows, layout
+    def __init__(self, layer: Layer, inputs: Inputs, windows: Windows | None, padding: Padding) -> None:
+        self.layer, self.inputs, self.windows, self.padding = layer, inputs, windows, padding
         self.outputs = Outputs()
-        self.routed = is_routed(site.x)
+        self.routed = is_routed(layer.x)
         self.padded = False
 
 
@@ -75,55 +75,55 @@ Solve = Callable[[Sequence[Fitted]], Mapping[str, Tensor]]
 @torch.no_grad()
 def stream(
     program: Program,
-    stages: Sequence[Stage],
+    segments: Sequence[Segment],
     batches: Sequence[Batch],
     solve: Solve,
     *,
     values: Mapping[str, Tensor] | None = None,
     removal: Removal | None = None,
-    layouts: Mapping[str, Layout] | None = None,
-    solved: Callable[[Stage], Mapping[str, Tensor] | None] = lambda _: None,
+    paddings: Mapping[str, Padding] | None = None,
+    solved: Callable[[Segment], Mapping[str, Tensor] | None] = lambda _: None,
     limit: float,
     step: Callable[[], object] = lambda: None,
 ) -> int:
-    """Runs every stage over all batches; after each, `solve` answers with new values for the pruned side.
+    """Runs every segment over all batches; after each, `solve` answers with new values for the pruned side.
 
-    `solved` may answer them beforehand, and the stage then only runs. `layouts` says of the nodes that weights read how
-    padding lies in them. `limit` is how many bytes of activations stay in memory. Answers the largest number of bytes
-    that were remembered between two stages. Raises InputError where activations are not finite.
+    `solved` may answer them beforehand, and the segment then only runs. `paddings` says of the nodes that weights read
+    how padding lies in them. `limit` is how many bytes of activations stay in memory. Answers the largest number of
+    bytes that were remembered between two segments. Raises InputError where activations are not finite.
     """
     sides = Side(program, {}), Side(program, values or {}, removal)
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     by_name = {node.name: node for node in program.graph.nodes}
     shelf = Shelf(limit)
     with contextlib.closing(shelf):
-        before: Sequence[Site] = ()
-        for index, stage in enumerate(stages):
-            known = solved(stage)
-            fitted = _fitted(stage, program, layouts or {})
+        before: Sequence[Layer] = ()
+        for index, segment in enumerate(segments):
+            known = solved(segment)
+            fitted = _fitted(segment, program, paddings or {})
             for number, batch in enumerate(batches):
                 if index:
                     held = shelf.take(number)
                     dense, pruned = ({by_name[k]: v for k, v in held[side].items()} for side in ("dense", "pruned"))
                 else:
                     dense, pruned = (_copied(placeholders, batch) for _ in sides)
-                sides[1].run([site.node for site in before], pruned)
-                sides[1].run(stage.nodes, pruned)
-                sides[0].run(stage.nodes, dense)
-                sides[0].run([site.node for site in stage.sites], dense)
+                sides[1].run([layer.node for layer in before], pruned)
+                sides[1].run(segment.nodes, pruned)
+                sides[0].run(segment.nodes, dense)
+                sides[0].run([layer.node for layer in segment.layers], dense)
                 if known is None:
                     _sum_up(fitted, dense, pruned, batch, sides)
                 shelf.put(
                     number,
                     {
-                        "dense": {n.name: dense[n] for n in stage.dense if n in dense},
-                        "pruned": {n.name: pruned[n] for n in stage.pruned if n in pruned},
+                        "dense": {n.name: dense[n] for n in segment.dense if n in dense},
+                        "pruned": {n.name: pruned[n] for n in segment.pruned if n in pruned},
                     },
                 )
                 del dense, pruned
                 step()
             sides[1].set(known if known is not None else solve(fitted))
-            before = stage.sites
+            before = segment.layers
         return shelf.largest
 
 
@@ -133,72 +133,72 @@ def _copied(placeholders: Sequence[Node], batch: Batch) -> Env:
     return {node: value.clone() if isinstance(value, Tensor) else value for node, value in pairs}
 
 
-def _fitted(stage: Stage, program: Program, layouts: Mapping[str, Layout]) -> list[Fitted]:
-    """One entry a site; sites that read one input in one way share their sums over it."""
+def _fitted(segment: Segment, program: Program, paddings: Mapping[str, Padding]) -> list[Fitted]:
+    """One entry a layer; layers that read one input in one way share their sums over it."""
     shared: dict[Any, Inputs] = {}
     found = []
-    for site in stage.sites:
+    for layer in segment.layers:
         windows = None
-        if site.kind == "conv":
-            shape = program.get_parameter(site.name).shape
-            windows = windows_of(site.node.target, site.node.args, dict(site.node.kwargs), shape)
-        key = (site.x, windows, site.shift is not None)
+        if layer.kind == "conv":
+            shape = program.get_parameter(layer.name).shape
+            windows = windows_of(layer.node.target, layer.node.args, dict(layer.node.kwargs), shape)
+        key = (layer.x, windows, layer.shift is not None)
         if key not in shared:
-            shared[key] = Inputs(centred=site.shift is not None)
-        found.append(Fitted(site, shared[key], windows, layouts.get(site.x.name, Layout.UNKNOWN)))
+            shared[key] = Inputs(centred=layer.shift is not None)
+        found.append(Fitted(layer, shared[key], windows, paddings.get(layer.x.name, Padding.UNKNOWN)))
     return found
 
 
 def _sum_up(fitted: Sequence[Fitted], dense: Env, pruned: Env, batch: Batch, sides: tuple[Side, Side]) -> None:
     rows: dict[int, Tensor] = {}
     for entry in fitted:
-        site = entry.site
-        wanted = dense[site.node]
+        layer = entry.layer
+        wanted = dense[layer.node]
         if not entry.routed:
-            wanted = wanted + _correction(site, dense, pruned, sides[0])
-        if site.bias is not None and site.shift is None:
+            wanted = wanted + _correction(layer, dense, pruned, sides[0])
+        if layer.bias is not None and layer.shift is None:
             wanted = wanted - _bias(entry, dense)
-        given = positions(wanted, batch.valid, entry.layout) if entry.windows is None else entry.windows.out(wanted)
+        given = positions(wanted, batch.valid, entry.padding) if entry.windows is None else entry.windows.out(wanted)
         if not is_finite(given):
-            own = dense[site.node]
-            if is_finite(positions(own, batch.valid, entry.layout) if entry.windows is None else own):
-                raise refuse_activations(site.name, site.node, "pruned", batch, wanted)
-            raise refuse_activations(site.name, site.node, "dense", batch, own)
-        x = sides[0].value(site.x, dense) if entry.routed else sides[1].value(site.x, pruned)
+            own = dense[layer.node]
+            if is_finite(positions(own, batch.valid, entry.padding) if entry.windows is None else own):
+                raise refuse_activations(layer.name, layer.node, "pruned", batch, wanted)
+            raise refuse_activations(layer.name, layer.node, "dense", batch, own)
+        x = sides[0].value(layer.x, dense) if entry.routed else sides[1].value(layer.x, pruned)
         if entry.windows is None:
-            entry.padded |= hides_padding(x, batch.valid, entry.layout)
+            entry.padded |= hides_padding(x, batch.valid, entry.padding)
         else:
-            entry.padded |= batch.valid is not None and entry.layout is not Layout.WITHOUT
+            entry.padded |= batch.valid is not None and entry.padding is not Padding.WITHOUT
         if id(entry.inputs) not in rows:
-            read = positions(x, batch.valid, entry.layout) if entry.windows is None else entry.windows.rows(x)
+            read = positions(x, batch.valid, entry.padding) if entry.windows is None else entry.windows.rows(x)
             if not is_finite(read if entry.windows is None else x):
-                raise refuse_activations(site.name, site.node, "pruned", batch, x)
+                raise refuse_activations(layer.name, layer.node, "pruned", batch, x)
             rows[id(entry.inputs)] = entry.inputs.add(read)
         entry.outputs.add(given, rows[id(entry.inputs)], entry.inputs)
 
 
 def _bias(entry: Fitted, dense: Env) -> Tensor:
-    assert entry.site.bias is not None
-    bias = dense[entry.site.bias]
+    assert entry.layer.bias is not None
+    bias = dense[entry.layer.bias]
     return bias if entry.windows is None else bias.reshape(-1, *[1] * len(entry.windows.kernel))
 
 
-def _correction(site: Site, dense: Env, pruned: Env, side: Side) -> Tensor | float:
+def _correction(layer: Layer, dense: Env, pruned: Env, side: Side) -> Tensor | float:
     """What the output must gain so that the last sum on its way comes out as the dense one, [as the output].
 
     The way only moves elements, scales them by constants and adds to them, so its inverse is its transpose over the
     squares of the scales.
     """
-    branch = site.branch
+    branch = layer.branch
     if branch is None:
         return 0.0
     if len(branch.way) == 1:
         (other,) = branch.others.values()
         return dense[other] - pruned[other]
     with torch.enable_grad():
-        start = dense[site.node].detach().clone().requires_grad_()
-        end = _follow(branch, site.node, start, dense, dense, side)
-    missing = end.detach() - _follow(branch, site.node, start.detach(), dense, pruned, side)
+        start = dense[layer.node].detach().clone().requires_grad_()
+        end = _follow(branch, layer.node, start, dense, dense, side)
+    missing = end.detach() - _follow(branch, layer.node, start.detach(), dense, pruned, side)
     (back,) = torch.autograd.grad(end, start, missing, retain_graph=True)
     (scale,) = torch.autograd.grad(end, start, torch.ones_like(end))
     back, scale = (t.float() if t.dtype in HALF else t for t in (back, scale))

@@ -27,11 +27,11 @@ from fxprune.select.units import keep_channels
 
 from .batches import Batch
 from .fit import Task
+from .layer import Layer, find_layers
 from .measure_inputs import Watched, measure_inputs
-from .padding import Layout
-from .readers import Readers, alike, find_readers, inputs_dim, unit_energy
-from .site import Site, find_sites
+from .padding import Padding
 from .unfold import windows_of_use
+from .unit_readers import Readers, find_readers, inputs_dim, read_one_way, unit_energy
 
 # Scores that a method replaces by its own; any other was asked for, and decides the mask.
 _DEFAULT = ("l1", "l2", "norm")
@@ -44,7 +44,7 @@ class Asked:
     """What is to be done.
 
     start   the selection by amounts: masks and kept units that a solver may still change
-    sites   the weights to fit in turn, by name, and `tasks` what is asked of each
+    layers   the weights to fit in turn, by name, and `tasks` what is asked of each
     early   group -> units that stay, for groups that are decided before anything is fitted
     shared  weights to fit beforehand, on the dense inputs of all their uses
     without weights that are masked or lose inputs and cannot be fitted, and why
@@ -52,7 +52,7 @@ class Asked:
     """
 
     start: Selection
-    sites: dict[str, Site]
+    layers: dict[str, Layer]
     tasks: dict[str, Task]
     early: dict[str, Tensor]
     shared: dict[str, Watched]
@@ -76,9 +76,9 @@ def read_plan(
     coupling: Coupling | None,
     method: str,
     batches: Sequence[Batch],
-    layouts: Mapping[str, Layout],
+    paddings: Mapping[str, Padding],
 ) -> Asked:
-    """What `plan` asks of a program. `layouts` says how padding lies in inputs.
+    """What `plan` asks of a program. `paddings` says how padding lies in inputs.
 
     Runs the dense model once over the data where amounts are pooled over several weights, where groups of channels
     leave, and for weights that are read at several places. Raises PlanError and InputError as `transform` does.
@@ -92,23 +92,23 @@ def read_plan(
     shared: dict[str, Watched] = {}
     if method != "magnitude":
         touched = dict.fromkeys([*start.mask, *(n for found in readers.values() for n in found)])
-        read = [n for n in touched if n in places and alike(program, n, places[n])]
+        read = [n for n in touched if n in places and read_one_way(program, n, places[n])]
         several = [n for n in read if len(places[n]) > 1]
         pooled = [n for n in read if n in start.mask and rules.is_pooled(n)]
         watched = {n: places[n] for n in (*several, *pooled, *(n for found in readers.values() for n in found))}
-        seen = measure_inputs(program, watched, set(several), batches, layouts) if watched else {}
+        seen = measure_inputs(program, watched, set(several), batches, paddings) if watched else {}
         start = _pool_anew(captured, program, plan, coupling, start, rules, seen, places)
         if coupling is not None:
             notes += _rank_units(program, plan, coupling, start, rules, readers, seen, places)
         shared = {name: seen[name] for name in several}
-    sites, without = find_sites(program, [*start.mask, *_members(coupling, start)], captured.existing)
-    late = _late(coupling, start, rules, readers, sites) if method in _CHOOSING else {}
+    layers, without = find_layers(program, [*start.mask, *_members(coupling, start)], captured.existing)
+    late = _late(coupling, start, rules, readers, layers) if method in _CHOOSING else {}
     decided_late = {units.group for units in late.values()}
     early = {name: kept for name, kept in start.keep.items() if name not in decided_late}
     cuts = coupling.kept(early) if coupling is not None else {}
     shared = {name: found for name, found in shared.items() if name in start.mask or name in cuts}
     tasks = {}
-    for name in (*sites, *shared):
+    for name in (*layers, *shared):
         inputs, goal, settled, note = inputs_dim(places[name]), None, start.mask.get(name), ""
         zeros = 0 if settled is None else settled.numel() - settled.kept()
         staying = dict(cuts.get(name, ())).get(inputs)
@@ -121,7 +121,7 @@ def read_plan(
         tasks[name] = Task(name, inputs, goal, keep, zeros, staying, late.get(name), note)
     lose = {n for n in without if n in places and _summed(program, n, places[n][0]) in dict(cuts.get(n, ()))}
     without = {n: why for n, why in without.items() if n not in shared and (n in start.mask or n in lose)}
-    return Asked(start, sites, tasks, early, shared, without, notes)
+    return Asked(start, layers, tasks, early, shared, without, notes)
 
 
 class _Rules:
@@ -274,7 +274,7 @@ def _rank_units(
 
 
 def _late(
-    coupling: Coupling | None, start: Selection, rules: _Rules, readers: Readers, sites: Mapping[str, Site]
+    coupling: Coupling | None, start: Selection, rules: _Rules, readers: Readers, layers: Mapping[str, Layer]
 ) -> dict[str, Units]:
     """Weight -> the group to decide when it is fitted: one that it alone reads, and one for each weight."""
     late: dict[str, Units] = {}
@@ -285,6 +285,6 @@ def _late(
             continue
         ((weight, index),) = found.items()
         counts = index[index >= 0].bincount(minlength=group.size)
-        if weight in sites and weight not in late and bool((counts == counts[0]).all()):
+        if weight in layers and weight not in late and bool((counts == counts[0]).all()):
             late[weight] = Units(name, index, len(kept))
     return late

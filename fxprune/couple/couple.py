@@ -19,7 +19,7 @@ from fxprune.graph.memory import MAY_COPY, Memory, written
 from fxprune.graph.program import Program, arguments, names_of_parameters
 
 from .axis import Axis, Conflict, Size, atoms, freeze
-from .coupling import Call, Coupling, Group, Member
+from .coupling import Coupling, Group, Member, Ruled
 from .rules import RULES, Dims, Here, Value, packet_name, tensors
 
 
@@ -149,7 +149,7 @@ class _Walk:
                 for atom in dict.fromkeys(atoms(axis)):
                     members.setdefault(atom, []).append(Member(name, dim))
         groups = [Group(_group_name(atom, found, self.names), atom, tuple(found)) for atom, found in members.items()]
-        calls = {node: Call(rule, out, given, tuple(here.summed)) for node, here, rule, out, given in self.ruled}
+        calls = {node: Ruled(rule, out, given, tuple(here.summed)) for node, here, rule, out, given in self.ruled}
         return Coupling(groups, self.names, self.values, calls, self.written, dict(self.missing))
 
     def _producers(self) -> dict[Axis, set[str]]:

@@ -59,7 +59,7 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Call:
+class Ruled:
     """One node with its rule, its output's axes, and its arguments with axes in place of tensors.
 
     `summed` are the axes over which it sums.
@@ -89,14 +89,14 @@ class Coupling:
         groups: list[Group],
         tensors: Mapping[str, Dims],
         values: Mapping[Node, Any],
-        calls: Mapping[Node, Call],
+        calls: Mapping[Node, Ruled],
         written: Mapping[str, list[Axis]],
         missing: Mapping[str, int],
     ) -> None:
         self.groups = groups
         self.tensors = tensors
         self.values = values
-        self.calls = calls
+        self.ruled = calls
         self.missing = missing
         self._written = written
         self._written_by_atom: dict[Axis, list[Axis]] = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .axis import Axis, atoms
-from .coupling import Call, Coupling
+from .coupling import Coupling, Ruled
 from .indices import kept_indices
 from .rules import STATISTICS, Dims, Resize, packet_name
 
@@ -76,18 +76,18 @@ def removal(coupling: Coupling, keep: Mapping[str, Tensor]) -> Removal:
     by_atom = coupling.atoms_of(keep)
     statistics = {
         node.name: _statistic(call, by_atom)
-        for node, call in coupling.calls.items()
+        for node, call in coupling.ruled.items()
         if packet_name(node.target) in STATISTICS and _changes(call, by_atom)
     }
     return Removal(coupling.kept(keep), statistics)
 
 
-def _changes(call: Call, by_atom: Mapping[Axis, Tensor]) -> bool:
+def _changes(call: Ruled, by_atom: Mapping[Axis, Tensor]) -> bool:
     assert isinstance(call.out, Dims)
     return any(atom.mixed and atom in by_atom for axis in call.out.axes for atom in atoms(axis))
 
 
-def _statistic(call: Call, by_atom: Mapping[Axis, Tensor]) -> Statistic:
+def _statistic(call: Ruled, by_atom: Mapping[Axis, Tensor]) -> Statistic:
     assert isinstance(call.out, Dims)
     cuts = {name: _cuts(dims, by_atom) for name, dims in call.arguments.items() if isinstance(dims, Dims)}
     sizes = Resize(by_atom, lambda *_: None)  # pyright: ignore[reportArgumentType]

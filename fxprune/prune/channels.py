@@ -21,7 +21,7 @@ from .place import owners, place, start_mask
 from .undo import unchanged_on_failure
 
 
-class Channels(BasePruningMethod):
+class ByChannel(BasePruningMethod):
     """A method that takes `amount` of the channels along `dim`."""
 
     PRUNING_TYPE = "structured"
@@ -75,7 +75,7 @@ class Channels(BasePruningMethod):
         return hook
 
 
-class RandomStructured(Channels, torch_prune.RandomStructured):
+class RandomStructured(ByChannel, torch_prune.RandomStructured):
     """Prunes `amount` of the channels along `dim` at random, from `generator` or torch's own."""
 
     def __init__(self, amount: float, dim: int = -1, *, generator: torch.Generator | None = None) -> None:
@@ -114,7 +114,7 @@ class RandomStructured(Channels, torch_prune.RandomStructured):
         return cls._prune_channels(module, name, kwargs, None, model, include_bias)
 
 
-class LnStructured(Channels, torch_prune.LnStructured):
+class LnStructured(ByChannel, torch_prune.LnStructured):
     """Prunes the `amount` of channels along `dim` that have the lowest norm.
 
     Args:

@@ -16,7 +16,7 @@ from .masked import masked, packed, unpacked_like
 from .place import Place
 
 
-class Memory:
+class Snapshot:
     """What one module was before pruning: its class, attributes, tables and the state of its pruning hooks."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -68,10 +68,10 @@ class Memory:
 
 
 @contextmanager
-def unchanged_on_failure(places: Iterable[Place]) -> Iterator[list[Memory]]:
+def unchanged_on_failure(places: Iterable[Place]) -> Iterator[list[Snapshot]]:
     """Restore the modules of `places` if the body raises, whatever it raises."""
     modules = {id(each.module): each.module for each in places}
-    memories = [Memory(module) for module in modules.values()]
+    memories = [Snapshot(module) for module in modules.values()]
     try:
         yield memories
     except BaseException:

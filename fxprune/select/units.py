@@ -210,7 +210,7 @@ def _members(group: Group, coupling: Coupling, tensors: Mapping[str, Tensor], sc
 def _batch_norm_weights(coupling: Coupling) -> set[str]:
     """The parameters by which batch-norms multiply the channels of activations."""
     found = set()
-    for node, call in coupling.calls.items():
+    for node, call in coupling.ruled.items():
         if node.target is torch.ops.aten.batch_norm.default:
             x, weight = call.arguments["input"], call.arguments["weight"]
             # What has a source is a parameter or made of one: a batch-norm over such is a weight's standardisation.

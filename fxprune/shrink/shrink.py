@@ -54,7 +54,7 @@ def shrink(
         node = copies[old.name]
         if old.target is aten.sym_size.int:
             _pin_size(node, coupling.values.get(old.args[0]), by_atom)
-        elif old in coupling.calls:
+        elif old in coupling.ruled:
             _resize_call(node, coupling, old, by_atom, copies)
     if constants:
         nodes = {node.name: node for node in program.graph.nodes}
@@ -141,7 +141,7 @@ def _scaler(graph: torch.fx.Graph, *, before: Node | None = None, after: Node | 
 def _resize_call(
     node: Node, coupling: Coupling, old: Node, by_atom: Mapping[Axis, Tensor], copies: Mapping[str, Node]
 ) -> None:
-    call = coupling.calls[old]
+    call = coupling.ruled[old]
     if call.rule.resize is None or not call.carries(by_atom):
         return
     make = _scaler(node.graph, before=node)

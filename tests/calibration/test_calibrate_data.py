@@ -195,7 +195,7 @@ def stop_after(count: int, error: type[BaseException], monkeypatch: pytest.Monke
     def fit(entry: Any, *rest: Any) -> Any:
         if len(done) == count:
             raise error
-        done.append(entry.site.name)
+        done.append(entry.layer.name)
         return real(entry, *rest)
 
     monkeypatch.setattr(calibrate_file, "fit_weight", fit)
@@ -227,7 +227,7 @@ def test_an_interrupted_calibration_goes_on(kind: str, error: Any, tmp_path: Pat
             found = quietly(dense, plan, x.split(7), checkpoint=str(file))
             assert differ(expected, found) == 0 and found.fits == expected.fits
             assert quietly(dense, plan, [x], checkpoint=file).fits == expected.fits
-            # What a stage had not finished is fitted anew; what was finished is not, and nothing is the third time.
+            # What a segment had not finished is fitted anew; what was finished is not, and nothing is the third time.
             assert len(done) == fitted if count == 0 else len(done) <= fitted
             assert len(done) < fitted or count < fitted - 1
     assert tensors_of(dense) == before and [path.name for path in tmp_path.iterdir()] == ["calibration.pt"]

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from fxprune import Plan, Rule, Unstructured
 from fxprune.calibration.batches import batch_of, capture_for, read_calls
 from fxprune.calibration.calibrate import calibrate
-from fxprune.calibration.padding import Layout, counting, find_layouts, hides_padding, positions
+from fxprune.calibration.layer import input_of
+from fxprune.calibration.padding import Padding, counting, find_padding, hides_padding, positions
 from fxprune.calibration.recover.matching import Distance
-from fxprune.calibration.site import input_of
 from fxprune.check.compare import outputs
 from fxprune.graph.weights import uses
 from fxprune.select.selection import Selection
@@ -166,32 +166,32 @@ def test_layouts_of_every_kind() -> None:
     captured = capture_for(model, calls)
     batch = batch_of(captured, calls[0])
     places = {name: input_of(found[0]) for name, found in uses(captured.program).items() if found[0].kind == "linear"}
-    found = find_layouts(captured.program, [batch], places.values())
+    found = find_padding(captured.program, [batch], places.values())
     kinds = {name: found[node.name] for name, node in places.items()}
     assert kinds == {
-        "same.weight": Layout.SAMPLES,
-        "turned.weight": Layout.TURNED,
-        "pooled.weight": Layout.WITHOUT,
-        "mixed.weight": Layout.UNKNOWN,
+        "same.weight": Padding.SAMPLES,
+        "turned.weight": Padding.TURNED,
+        "pooled.weight": Padding.WITHOUT,
+        "mixed.weight": Padding.UNKNOWN,
     }
     whole = {"input_ids": torch.ones(3, 4, dtype=torch.int64), "attention_mask": torch.ones(3, 4)}
-    assert find_layouts(captured.program, [batch_of(captured, read_calls([whole])[0])], places.values()) == {}
+    assert find_padding(captured.program, [batch_of(captured, read_calls([whole])[0])], places.values()) == {}
 
 
 def test_positions() -> None:
     x = torch.arange(24.0).reshape(2, 3, 4)
     valid = torch.tensor([[True, True, False], [True, False, False]])
     first = torch.stack([x[0, 0], x[0, 1], x[1, 0]]).unsqueeze(0)
-    assert torch.equal(positions(x, valid, Layout.SAMPLES), first)
-    assert torch.equal(positions(x.reshape(6, 4), valid, Layout.SAMPLES), first)
-    assert torch.equal(positions(x.transpose(0, 1), valid, Layout.TURNED), first[:, [0, 2, 1]])
-    assert torch.equal(positions(x.transpose(0, 1).reshape(6, 4), valid, Layout.TURNED), first[:, [0, 2, 1]])
-    for layout in (Layout.WITHOUT, Layout.UNKNOWN):
-        assert torch.equal(positions(x, valid, layout), x.reshape(1, 6, 4))
-    assert torch.equal(positions(x, None, Layout.SAMPLES), x.reshape(1, 6, 4))
-    assert positions(torch.ones(4), None, Layout.WITHOUT).shape == (1, 1, 4)
-    assert counting((5,), valid, Layout.SAMPLES) is None
-    told = [hides_padding(x, valid, layout) for layout in Layout]
+    assert torch.equal(positions(x, valid, Padding.SAMPLES), first)
+    assert torch.equal(positions(x.reshape(6, 4), valid, Padding.SAMPLES), first)
+    assert torch.equal(positions(x.transpose(0, 1), valid, Padding.TURNED), first[:, [0, 2, 1]])
+    assert torch.equal(positions(x.transpose(0, 1).reshape(6, 4), valid, Padding.TURNED), first[:, [0, 2, 1]])
+    for padding in (Padding.WITHOUT, Padding.UNKNOWN):
+        assert torch.equal(positions(x, valid, padding), x.reshape(1, 6, 4))
+    assert torch.equal(positions(x, None, Padding.SAMPLES), x.reshape(1, 6, 4))
+    assert positions(torch.ones(4), None, Padding.WITHOUT).shape == (1, 1, 4)
+    assert counting((5,), valid, Padding.SAMPLES) is None
+    told = [hides_padding(x, valid, padding) for padding in Padding]
     assert told == [False, True, False, True]  # [2, 3, 4] is not [3, 2, 4]
 
 

@@ -1,4 +1,4 @@
-"""Both programs side by side: what an output is corrected by, what is held between two stages, and where."""
+"""Both programs side by side: what an output is corrected by, what is held between two segments, and where."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from fxprune import Plan, Rule, Unstructured
 from fxprune.calibration import stream as streaming
 from fxprune.calibration.calibrate import calibrate
-from fxprune.calibration.site import find_sites
+from fxprune.calibration.layer import find_layers
+from fxprune.calibration.segments import plan_segments
 from fxprune.calibration.spill import Shelf
-from fxprune.calibration.stages import plan_stages
 from fxprune.calibration.stream import Side
 from fxprune.capture.capture import capture
 from tests.structured_oracle import net
@@ -138,15 +138,17 @@ def model_of(chain: Callable[..., Any]) -> Any:
 
 def staged(model: Any, x: Tensor) -> tuple[Any, dict[str, Any]]:
     program = capture(model, (x,), {}).program
-    sites, _ = find_sites(program, ["pre.weight", "lin.weight"])
-    return program, {site.name: site for stage in plan_stages(program, sites.values()) for site in stage.sites}
+    layers, _ = find_layers(program, ["pre.weight", "lin.weight"])
+    return program, {
+        layer.name: layer for segment in plan_segments(program, layers.values()) for layer in segment.layers
+    }
 
 
 @pytest.mark.parametrize("chain", CHAINS, ids=lambda f: f.__name__)
 def test_the_wanted_output_makes_the_sum_the_dense_one(chain: Any) -> None:
     model, x = model_of(chain), torch.randn(3, 6, 8)
-    program, sites = staged(model, x)
-    branch = sites["lin.weight"].branch
+    program, layers = staged(model, x)
+    branch = layers["lin.weight"].branch
     assert branch is not None
     nodes = [n for n in program.graph.nodes if n.op == "call_function"]
     nodes = nodes[: nodes.index(branch.way[-1])]
@@ -156,12 +158,12 @@ def test_the_wanted_output_makes_the_sum_the_dense_one(chain: Any) -> None:
         env: dict[Any, Any] = {next(n for n in program.graph.nodes if n.op == "placeholder"): x.clone()}
         side.run(nodes, env)
         envs.append(env)
-    site, (dense, pruned) = sites["lin.weight"], envs
-    correction = streaming._correction(site, dense, pruned, sides[0])
-    assert isinstance(correction, Tensor) and correction.shape == dense[site.node].shape
+    layer, (dense, pruned) = layers["lin.weight"], envs
+    correction = streaming._correction(layer, dense, pruned, sides[0])
+    assert isinstance(correction, Tensor) and correction.shape == dense[layer.node].shape
     # What the whole way comes to with the dense operands, and with the pruned ones and the corrected output.
-    expected = streaming._follow(branch, site.node, dense[site.node], dense, dense, sides[0])
-    moved = streaming._follow(branch, site.node, dense[site.node] + correction, dense, pruned, sides[0])
+    expected = streaming._follow(branch, layer.node, dense[layer.node], dense, dense, sides[0])
+    moved = streaming._follow(branch, layer.node, dense[layer.node] + correction, dense, pruned, sides[0])
     torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-5)
     for other in branch.others.values():
         assert float((pruned[other] - dense[other]).abs().max()) > 0.1
@@ -171,8 +173,8 @@ def test_the_wanted_output_makes_the_sum_the_dense_one(chain: Any) -> None:
     "chain", [twice_read, curved, gated, repeated, batch_statistics, with_factor], ids=lambda f: f.__name__
 )
 def test_a_way_that_cannot_be_gone_back_is_no_branch(chain: Any) -> None:
-    _, sites = staged(model_of(chain), torch.randn(3, 6, 8))
-    assert sites["lin.weight"].branch is None
+    _, layers = staged(model_of(chain), torch.randn(3, 6, 8))
+    assert layers["lin.weight"].branch is None
 
 
 def test_the_other_side_is_known_only_when_all_of_it_is_written() -> None:
@@ -191,13 +193,15 @@ def test_the_other_side_is_known_only_when_all_of_it_is_written() -> None:
     for forward, known in ((late, False), (early, False)):
         model = net(forward, pre=nn.Linear(8, 8), lin=nn.Linear(8, 8), last=nn.Linear(8, 8))
         program = capture(model, (torch.randn(3, 6, 8),), {}).program
-        sites, _ = find_sites(program, ["pre.weight", "lin.weight", "last.weight"])
-        # The memory is written after the linear has read it, so no stage knows it when the linear is fitted.
-        found = [s for stage in plan_stages(program, sites.values()) for s in stage.sites if s.name == "lin.weight"]
+        layers, _ = find_layers(program, ["pre.weight", "lin.weight", "last.weight"])
+        # The memory is written after the linear has read it, so no segment knows it when the linear is fitted.
+        found = [
+            s for segment in plan_segments(program, layers.values()) for s in segment.layers if s.name == "lin.weight"
+        ]
         assert len(found) == 1 and (found[0].branch is not None) == known
 
 
-# --- what is held between two stages -----------------------------------------------------------------------------
+# --- what is held between two segments -----------------------------------------------------------------------------
 
 
 def test_a_shelf_gives_back_what_was_put() -> None:

@@ -17,8 +17,8 @@ from fxprune.errors import InputError
 from fxprune.lower.layouts import LAYOUTS, Bitmap, Nonzeros, Nonzeros8, choose, cusparselt, gpu
 from fxprune.lower.layouts.choose import Chooser
 from fxprune.lower.layouts.gpu import GpuLayout
-from fxprune.lower.layouts.remember import Memory
-from fxprune.lower.layouts.site import Fit, Site
+from fxprune.lower.layouts.remember import Choices
+from fxprune.lower.layouts.site import Site, Verdict
 from tests.kernels.kernel_case import same_bits, sparse
 from triton_kernels import activation, prune24
 
@@ -134,7 +134,7 @@ def test_what_cannot_be_packed_or_timed_is_told_and_stays_dense(monkeypatch: pyt
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
     weight = weight_for("bitmap")
-    monkeypatch.setattr(Nonzeros, "fits", lambda self, site: Fit.no("left out"))
+    monkeypatch.setattr(Nonzeros, "fits", lambda self, site: Verdict.no("left out"))
     with monkeypatch.context() as patch:
         patch.setattr(Bitmap, "split", no_memory)
         patch.setattr(Nonzeros8, "split", no_memory)
@@ -152,7 +152,7 @@ def test_what_cannot_be_packed_or_timed_is_told_and_stays_dense(monkeypatch: pyt
 @pytest.mark.usefixtures("anywhere")
 def test_a_choice_is_not_reused_for_a_weight_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = iter([[3.0, 1.0, 2.0, 2.0], [3.0, 2.0, 1.0]])
-    monkeypatch.setattr(Nonzeros, "fits", lambda self, site: Fit.no("left out"))
+    monkeypatch.setattr(Nonzeros, "fits", lambda self, site: Verdict.no("left out"))
     monkeypatch.setattr(choose, "best_dense", lambda site, x: [lambda: x])
     monkeypatch.setattr(choose, "_times", lambda *_: next(taken))
     chooser, two = Chooser(), weight_for("semi24", 33, 320)
@@ -170,11 +170,11 @@ def test_a_choice_is_not_reused_for_a_weight_that_does_not_fit(monkeypatch: pyte
 @pytest.mark.usefixtures("anywhere")
 def test_choices_outlive_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     taken = iter([[3.0, 1.0, 2.0, 2.0], [3.0, 4.0, 4.0, 4.0]])
-    monkeypatch.setattr(Nonzeros, "fits", lambda self, site: Fit.no("left out"))
+    monkeypatch.setattr(Nonzeros, "fits", lambda self, site: Verdict.no("left out"))
     monkeypatch.setattr(choose, "best_dense", lambda site, x: [lambda: x])
     monkeypatch.setattr(choose, "_times", lambda *_: next(taken))
     file = tmp_path / "deep" / "choices.json"
-    monkeypatch.setattr(choose, "_memory", lambda weight: Memory(file))
+    monkeypatch.setattr(choose, "_memory", lambda weight: Choices(file))
     weight = weight_for("semi24", 33, 320)
     first, _ = Chooser().choose(site_of(weight))
     again, packed = Chooser().choose(site_of(weight))
@@ -188,7 +188,7 @@ def test_choices_outlive_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         choice, packed = Chooser().choose(site_of(weight))
         assert choice.layout == "dense" and not choice.reused and packed is None
         assert Chooser().choose(site_of(weight))[0].reused
-    monkeypatch.setattr(choose, "_memory", lambda weight: Memory(file / "below"))
+    monkeypatch.setattr(choose, "_memory", lambda weight: Choices(file / "below"))
     taken = iter([[3.0, 1.0, 2.0, 2.0]])
     assert Chooser().choose(site_of(weight))[0].layout == "semi24"
     assert [f.name for f in file.parent.iterdir()] == ["choices.json"]

@@ -11,8 +11,8 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from fxprune.calibration.batches import Batch
-from fxprune.calibration.padding import Layout, counting, find_layouts
-from fxprune.calibration.site import find_sites
+from fxprune.calibration.layer import find_layers
+from fxprune.calibration.padding import Padding, counting, find_padding
 from fxprune.errors import InputError
 from fxprune.graph.ops import HALF, NORMS
 from fxprune.graph.program import Program
@@ -34,10 +34,10 @@ def nodes_to_match(program: Program, pruned: Iterable[str]) -> list[str]:
     without such sums has the outputs of its `pruned` weights instead.
     """
     every = [name for name, places in uses(program).items() if any(use.kind for use in places)]
-    sites, _ = find_sites(program, every)
-    found = {_behind(site.branch.way[-1]) for site in sites.values() if site.branch is not None}
+    layers, _ = find_layers(program, every)
+    found = {_behind(layer.branch.way[-1]) for layer in layers.values() if layer.branch is not None}
     if not found:
-        found = {site.node for site in find_sites(program, pruned)[0].values()}
+        found = {layer.node for layer in find_layers(program, pruned)[0].values()}
     names = [node.name for node in program.graph.nodes if node in found]
     if len(names) <= _MOST:
         return names
@@ -50,7 +50,7 @@ def _behind(node: Node) -> Node:
     return users[0] if len(users) == 1 and users[0].target in NORMS and users[0].args[0] is node else node
 
 
-def alike(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[str]:
+def same_shape(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[str]:
     """The nodes that have floating values of one shape on both sides."""
     return [
         name
@@ -73,7 +73,7 @@ class Distance:
         self._program, self._loss = program, loss
         self._outputs = pytree.tree_leaves(program.graph.output_node().args)
         self._matched = [n for n in program.graph.nodes if n.name in taps or n in self._outputs]
-        self._layouts: Mapping[str, Layout] | None = None
+        self._paddings: Mapping[str, Padding] | None = None
         self._padded: set[str] = set()
 
     def __call__(self, student: Seen, teacher: Seen, batch: Batch) -> Tensor:
@@ -105,15 +105,15 @@ class Distance:
 
     def _valid(self, batch: Batch) -> Callable[[str, Tensor], Tensor | None]:
         """Node, its value -> which of its leading one or two sizes count, bool; None where all do."""
-        if batch.valid is not None and self._layouts is None:
-            self._layouts = find_layouts(self._program, [batch], self._matched)
-        layouts = self._layouts or {}
+        if batch.valid is not None and self._paddings is None:
+            self._paddings = find_padding(self._program, [batch], self._matched)
+        paddings = self._paddings or {}
 
         def valid(name: str, value: Tensor) -> Tensor | None:
-            layout = layouts.get(name, Layout.UNKNOWN)
-            if batch.valid is None or layout is Layout.WITHOUT:
+            padding = paddings.get(name, Padding.UNKNOWN)
+            if batch.valid is None or padding is Padding.WITHOUT:
                 return None
-            found = (counting(value.shape[:dims], batch.valid, layout) for dims in (2, 1))
+            found = (counting(value.shape[:dims], batch.valid, padding) for dims in (2, 1))
             counts = next((each for each in found if each is not None), None)
             if counts is None:
                 self._padded.add(name)

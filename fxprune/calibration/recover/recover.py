@@ -32,7 +32,7 @@ from fxprune.shrink.drop.blocks import find_blocks
 from fxprune.shrink.drop.drop import drop_blocks
 
 from .feed import Feed
-from .matching import Distance, Loss, alike, nodes_to_match
+from .matching import Distance, Loss, nodes_to_match, same_shape
 from .student import Student, Tapped, make_student, whole_values
 from .train import Length, Standing, Trainer
 
@@ -151,7 +151,7 @@ def _taps(program: Program, student: Student, selection: Selection, batch: Batch
     names = nodes_to_match(program, [*selection.mask, *student.cuts])
     runner = Tapped(student.program, names)
     runner.values = student.values()
-    return alike(runner.forward(batch.flat)[0], Tapped(program, names).forward(batch.flat)[0])
+    return same_shape(runner.forward(batch.flat)[0], Tapped(program, names).forward(batch.flat)[0])
 
 
 def _about(model: nn.Module, selection: Selection, held_out: list[Call], words: tuple[str, ...]) -> str:

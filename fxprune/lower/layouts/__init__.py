@@ -8,7 +8,7 @@ from .cusparselt import CuSparseLt
 from .nonzeros import Nonzeros
 from .nonzeros8 import Nonzeros8
 from .semi24 import Semi24
-from .site import Fit, Layout, Packed, Site
+from .site import Layout, Packed, Site, Verdict
 
 _ALL: tuple[Layout, ...] = (Nonzeros(), Semi24(), CuSparseLt(), Blocks(), Nonzeros8(), Bitmap())
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in _ALL}
@@ -18,7 +18,7 @@ __all__ = [
     "Bitmap",
     "Blocks",
     "CuSparseLt",
-    "Fit",
+    "Verdict",
     "Layout",
     "Nonzeros",
     "Nonzeros8",

@@ -14,7 +14,7 @@ from fxprune.measure.timing import interleave, interleave_graphs, median, undist
 from . import LAYOUTS
 from .dense import best_dense, predict_dense
 from .gpu import GpuLayout
-from .remember import Memory, memory_of
+from .remember import Choices, choices_of
 from .site import LEAST_ZEROS, Choice, Packed, Site, Timing
 
 # A sparse layout must beat dense by this factor at the geometric mean of the declared sizes, and lose at none.
@@ -38,11 +38,11 @@ class Chooser:
         refused: dict[str, str] = {}
         fitting: list[str] = []
         for name, layout in LAYOUTS.items():
-            fit = layout.fits(site)
-            if fit.ok:
+            verdict = layout.fits(site)
+            if verdict.ok:
                 fitting.append(name)
             else:
-                refused[name] = fit.why
+                refused[name] = verdict.why
         if self.only is not None:
             return self._forced(site, refused, fitting)
         zeros = 1 - int(torch.count_nonzero(site.weight)) / max(1, site.weight.numel())
@@ -74,11 +74,11 @@ class Chooser:
         return Choice("dense", why, refused, ()), None
 
 
-def _memory(weight: Tensor) -> Memory | None:
-    return memory_of(weight.device) if weight.is_cuda else None
+def _memory(weight: Tensor) -> Choices | None:
+    return choices_of(weight.device) if weight.is_cuda else None
 
 
-def _recalled(memory: Memory, key: tuple[object, ...], fitting: list[str]) -> Choice | None:
+def _recalled(memory: Choices, key: tuple[object, ...], fitting: list[str]) -> Choice | None:
     """What another process chose for a site alike; None where it chose nothing that fits this one."""
     found = memory.get(str(key))
     try:

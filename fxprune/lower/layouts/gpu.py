@@ -19,7 +19,7 @@ from fxprune.errors import InputError
 from fxprune.kernels.triton import activation as activations
 from fxprune.kernels.triton import cannot_run_on
 
-from .site import Fit, Packed, Site
+from .site import Packed, Site, Verdict
 
 FLOATS = (torch.float16, torch.bfloat16)
 # Bytes a second that a GPU with tensor cores reads at least; only orders the report's predictions.
@@ -45,12 +45,12 @@ class GpuLayout(abc.ABC):
     def __init__(self) -> None:
         _known[self.name] = self
 
-    def fits(self, site: Site) -> Fit:
+    def fits(self, site: Site) -> Verdict:
         """Whether `site` can be stored so, and if not why."""
         why = cannot_run(site.weight) or self.refuses(site)
         if not why and self.most is not None and min(site.tokens, default=1) > self.most:
             why = f"its kernel is for up to {self.most} tokens"
-        return Fit.no(why) if why else Fit.yes()
+        return Verdict.no(why) if why else Verdict.yes()
 
     @abc.abstractmethod
     def refuses(self, site: Site) -> str:

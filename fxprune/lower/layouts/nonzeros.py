@@ -24,7 +24,7 @@ from torch.fx import Graph, Node
 
 from fxprune.kernels import native
 
-from .site import Fit, Packed, Site
+from .site import Packed, Site, Verdict
 
 # Seconds of `predict` on one thread: per nonzero and 8 tokens, per nonzero and tile of up to 64 tokens, per
 # nonzero for a single token, per element of x and y transposed, and per call. Fitted on an AVX-512 server.
@@ -43,22 +43,22 @@ class Nonzeros:
     op = torch.ops.fxprune.nonzeros_linear.default
     split_op = torch.ops.fxprune.nonzeros_linear_split.default
 
-    def fits(self, site: Site) -> Fit:
+    def fits(self, site: Site) -> Verdict:
         """Whether `site` can be stored so; `why` also says when only the slow plain-torch kernel runs."""
         weight = site.weight
         if weight.dtype != torch.float32:
-            return Fit(False, f"{weight.dtype} is not float32")
+            return Verdict(False, f"{weight.dtype} is not float32")
         if weight.device.type != "cpu":
-            return Fit(False, f"the weight is on {weight.device}, the kernel runs on the CPU")
+            return Verdict(False, f"the weight is on {weight.device}, the kernel runs on the CPU")
         if weight.dim() != 2:
-            return Fit(False, f"the weight has {weight.dim()} dimensions, not 2")
+            return Verdict(False, f"the weight has {weight.dim()} dimensions, not 2")
         if weight.numel() == 0:
-            return Fit(False, f"the weight is empty {tuple(weight.shape)}")
+            return Verdict(False, f"the weight is empty {tuple(weight.shape)}")
         if site.activation not in native.ACTIVATIONS:
-            return Fit(False, f"the kernel has no activation {site.activation!r}")
+            return Verdict(False, f"the kernel has no activation {site.activation!r}")
         state = native.status()
         slow = "" if state.available else "only the slow plain-torch kernel: "
-        return Fit(True, slow + state.detail)
+        return Verdict(True, slow + state.detail)
 
     def predict(self, site: Site, tokens: int) -> float:
         """Seconds of one call with `tokens` rows of x: nonzeros at the kernel's rate, plus the transposes."""

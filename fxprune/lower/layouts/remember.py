@@ -24,7 +24,7 @@ from fxprune.measure import timing
 from .site import Choice
 
 
-class Memory:
+class Choices:
     """Choices by key, and the file that they are kept in."""
 
     def __init__(self, file: Path) -> None:
@@ -59,7 +59,7 @@ class Memory:
 
 
 @cache
-def memory_of(device: torch.device) -> Memory:
+def choices_of(device: torch.device) -> Choices:
     """The memory of a GPU's choices."""
     digest = hashlib.sha256()
     triton = getattr(language.triton, "__version__", "")
@@ -69,4 +69,4 @@ def memory_of(device: torch.device) -> Memory:
     sources = [*(file for folder in folders for file in folder.glob("*.py")), Path(timing.__file__)]
     for source in sorted(sources):
         digest.update(source.read_bytes())
-    return Memory(cache_dir() / f"choices-{digest.hexdigest()[:24]}.json")
+    return Choices(cache_dir() / f"choices-{digest.hexdigest()[:24]}.json")

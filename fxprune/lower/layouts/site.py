@@ -1,4 +1,4 @@
-"""Site, Fit and Packed: what a layout is asked about, what it answers, and what it makes."""
+"""Site, Verdict and Packed: what a layout is asked about, what it answers, and what it makes."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class Site:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fit:
+class Verdict:
     """Whether a layout can hold a site's weight; if not, why in words."""
 
     ok: bool
     why: str = ""
 
     @staticmethod
-    def yes(why: str = "") -> Fit:
-        return Fit(True, why)
+    def yes(why: str = "") -> Verdict:
+        return Verdict(True, why)
 
     @staticmethod
-    def no(why: str) -> Fit:
-        return Fit(False, why)
+    def no(why: str) -> Verdict:
+        return Verdict(False, why)
 
 
 @dataclasses.dataclass
@@ -68,7 +68,7 @@ class Layout(Protocol):
 
     name: str
 
-    def fits(self, site: Site) -> Fit: ...
+    def fits(self, site: Site) -> Verdict: ...
 
     def predict(self, site: Site, tokens: int) -> float: ...
 

@@ -188,7 +188,7 @@ class _Search:
         return tensor if name is None else self._selection.apply(name, tensor)
 
     def _collect(self, node: torch.fx.Node, get: object) -> None:
-        call = self._coupling.calls.get(node)
+        call = self._coupling.ruled.get(node)
         for reader in readers(node, call, get, self._own) if call is not None and call.summed else []:  # pyright: ignore
             self._readers.append(reader)
             for atom in reader.summed:

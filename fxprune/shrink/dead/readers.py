@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxprune.couple.axis import Axis, atoms
-from fxprune.couple.coupling import Call
+from fxprune.couple.coupling import Ruled
 from fxprune.couple.rules import Dims, packet_name
 from fxprune.graph.ops import HALF
 from fxprune.graph.program import arguments, node_of
@@ -50,7 +50,7 @@ class Reader:
     is_fixed: bool = True
 
 
-def readers(node: Node, call: Call, get: Callable[[Any], Any], own: Collection[str] = ()) -> list[Reader]:
+def readers(node: Node, call: Ruled, get: Callable[[Any], Any], own: Collection[str] = ()) -> list[Reader]:
     """The sums of one op over axes that could shrink; `get` says what is known of its arguments.
 
     `own` names the weights that one op alone reads, which may be changed for it.
@@ -77,7 +77,7 @@ def readers(node: Node, call: Call, get: Callable[[Any], Any], own: Collection[s
 
 
 def _of_product(
-    node: Node, op: str, call: Call, summed: frozenset[Axis], states: Mapping[str, Any], own: Collection[str]
+    node: Node, op: str, call: Ruled, summed: frozenset[Axis], states: Mapping[str, Any], own: Collection[str]
 ) -> Reader:
     x_name, w_name, _ = OPERANDS[op]
     left, right = states[x_name], states[w_name]

@@ -19,7 +19,7 @@ from fxprune.graph.program import Program, fetch, names_of_parameters
 from fxprune.plan.plan import Plan, near
 from fxprune.select.selection import Selection
 
-from .residual import Ways, alike, source, varying_tensors, ways_back
+from .residual import Ways, same_kind, source, varying_tensors, ways_back
 
 _OUTPUT = "the model's output"
 _NO_STACK = "_empty_nn_module_stack"  # the key of nodes that export made for sizes, in no module
@@ -184,7 +184,7 @@ def _why_not(facts: _Facts, exit: Node, nodes: list[Node], inside: set[Node], wa
         return f"no residual sum: its input {_described(ways.changed[0])} becomes {_described(exit)}"
     if ways.sumless:
         return f"no residual sum: no branch is added on the way from {ways.sumless[0].name} to {exit.name}"
-    if inputs and not any(alike(node, exit) for node in inputs):
+    if inputs and not any(same_kind(node, exit) for node in inputs):
         return f"its shape changes from {_described(inputs[0])} to {_described(exit)}"
     ends = ", ".join(f"{node.name} ({node.target})" for node in list(dict.fromkeys(ways.ends))[:3])
     return f"no residual sum found: the ways back from {exit.name} end at {ends}"

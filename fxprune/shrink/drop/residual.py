@@ -197,13 +197,13 @@ def source(node: Node, written: set[Node]) -> Node:
     """
     while node.target in _CASTS | DROPOUTS | _VIEWS | _PARTS and node not in written:
         previous = node.args[0]
-        if not isinstance(previous, Node) or previous in written or not alike(previous, node):
+        if not isinstance(previous, Node) or previous in written or not same_kind(previous, node):
             return node
         node = previous
     return node
 
 
-def alike(a: Node, b: Node) -> bool:
+def same_kind(a: Node, b: Node) -> bool:
     """Whether two tensors have the same shape, symbolic sizes included, dtype and device."""
     x, y = a.meta.get("val"), b.meta.get("val")
     return _same_shape(a, b) and x.dtype == y.dtype and x.device == y.device  # pyright: ignore
@@ -217,7 +217,7 @@ def sizes(shape: Any) -> tuple[Any, ...]:
 def _arrive(found: Ways, node: Node, exit: Node, norms: int, pending: bool, summed: bool) -> None:
     if not summed:
         found.sumless.append(node)
-    elif pending or not alike(node, exit):
+    elif pending or not same_kind(node, exit):
         found.changed.append(node)
     else:
         found.entries.setdefault(node, norms)

@@ -13,15 +13,15 @@ from fxprune.graph.program import Program
 from fxprune.graph.weights import Use
 from fxprune.plan.matrix import to_matrix
 
+from .layer import is_weight
 from .measure_inputs import Watched
-from .site import is_weight
 from .unfold import windows_of_use
 
 # group -> weight -> the unit at each of its inputs, int64 [shape[inputs]], -1 for none
 Readers = Mapping[str, Mapping[str, Tensor]]
 
 
-def alike(program: Program, name: str, places: Sequence[Use]) -> bool:
+def read_one_way(program: Program, name: str, places: Sequence[Use]) -> bool:
     """Whether a weight is read by linears or by convolutions alone, and always the same way round."""
     if not all(is_weight(program, name, use) for use in places):
         return False
@@ -44,7 +44,7 @@ def find_readers(
     """The readers of each of these groups; grouped convolutions, which mix few channels each, are none."""
     summing: dict[str, int] = {}
     for name, used in places.items():
-        if alike(program, name, used) and (used[0].kind == "linear" or _groups(program, name, used[0]) == 1):
+        if read_one_way(program, name, used) and (used[0].kind == "linear" or _groups(program, name, used[0]) == 1):
             summing[name] = inputs_dim(used)
     found: dict[str, dict[str, Tensor]] = {}
     for group in groups:

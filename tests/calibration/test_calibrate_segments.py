@@ -1,4 +1,4 @@
-"""The order in which weights are fitted: whatever the graph, both programs can be run stage by stage."""
+"""The order in which weights are fitted: whatever the graph, both programs can be run segment by segment."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxprune.calibration.batches import Batch
-from fxprune.calibration.site import find_sites
-from fxprune.calibration.stages import Stage, plan_stages
+from fxprune.calibration.layer import find_layers
+from fxprune.calibration.segments import Segment, plan_segments
 from fxprune.calibration.stream import Fitted, stream
 from fxprune.capture.capture import capture
 from fxprune.check.calls import Call
@@ -113,9 +113,9 @@ def captured(forward: Callable[..., Any]) -> tuple[Any, Program, Tensor]:
     return model, capture(model, (x.clone(),), {}).program, x
 
 
-def sites_of(program: Program) -> list[Any]:
+def layers_of(program: Program) -> list[Any]:
     names = [name for name, p in program.named_parameters() if name.endswith(".weight")]
-    return list(find_sites(program, names)[0].values())
+    return list(find_layers(program, names)[0].values())
 
 
 @pytest.mark.parametrize("forward", FORWARDS, ids=lambda f: f.__name__)
@@ -123,16 +123,16 @@ def sites_of(program: Program) -> list[Any]:
 @pytest.mark.parametrize("some", [False, True])
 def test_dense_weights_give_the_same_on_both_sides(forward: Any, limit: int, some: bool) -> None:
     model, program, x = captured(forward)
-    sites = sites_of(program)
-    sites = sites[::2] if some else sites
+    layers = layers_of(program)
+    layers = layers[::2] if some else layers
     calls = [x, torch.randn(5, 8), torch.randn(5, 8)]
     seen: dict[str, Fitted] = {}
-    inputs = {site.name: [] for site in sites}
-    wanted = {site.name: [] for site in sites}
+    inputs = {layer.name: [] for layer in layers}
+    wanted = {layer.name: [] for layer in layers}
 
     def solve(entries: Any) -> dict[str, Tensor]:
         for entry in entries:
-            seen[entry.site.name] = entry
+            seen[entry.layer.name] = entry
         return {}
 
     with recorded(model, inputs, wanted):
@@ -140,10 +140,10 @@ def test_dense_weights_give_the_same_on_both_sides(forward: Any, limit: int, som
             with torch.no_grad():
                 model(call.clone())
     before = [call.clone() for call in calls]
-    stages = plan_stages(program, sites)
-    stream(program, stages, [Batch((call,)) for call in calls], solve, limit=limit)
+    segments = plan_segments(program, layers)
+    stream(program, segments, [Batch((call,)) for call in calls], solve, limit=limit)
     assert all(torch.equal(a, b) for a, b in zip(calls, before, strict=True))
-    assert seen.keys() == {site.name for site in sites}
+    assert seen.keys() == {layer.name for layer in layers}
     for name, entry in seen.items():
         # Both sides agree, so the wanted output is the layer's own on its own input.
         x_all, y_all = torch.cat(inputs[name]).double(), torch.cat(wanted[name]).double()
@@ -179,38 +179,38 @@ class recorded:
 @pytest.mark.parametrize("forward", FORWARDS, ids=lambda f: f.__name__)
 def test_every_site_is_in_one_stage_after_what_it_depends_on(forward: Any) -> None:
     _, program, _ = captured(forward)
-    sites = sites_of(program)
-    stages = plan_stages(program, sites)
-    assert all(stage.sites for stage in stages)
-    fitted = [site.node for stage in stages for site in stage.sites]
-    assert sorted(map(str, fitted)) == sorted(str(site.node) for site in sites)
-    place = {site.node: index for index, stage in enumerate(stages) for site in stage.sites}
-    for site in sites:
-        waiting, found = list(site.node.all_input_nodes), set()
+    layers = layers_of(program)
+    segments = plan_segments(program, layers)
+    assert all(segment.layers for segment in segments)
+    fitted = [layer.node for segment in segments for layer in segment.layers]
+    assert sorted(map(str, fitted)) == sorted(str(layer.node) for layer in layers)
+    place = {layer.node: index for index, segment in enumerate(segments) for layer in segment.layers}
+    for layer in layers:
+        waiting, found = list(layer.node.all_input_nodes), set()
         while waiting:
             node = waiting.pop()
             if node not in found:
                 found.add(node)
                 waiting += node.all_input_nodes
-        assert all(place[node] < place[site.node] for node in found if node in place)
+        assert all(place[node] < place[layer.node] for node in found if node in place)
 
 
-def place_of(stages: list[Stage]) -> dict[str, int]:
-    return {site.name: index for index, stage in enumerate(stages) for site in stage.sites}
+def place_of(segments: list[Segment]) -> dict[str, int]:
+    return {layer.name: index for index, segment in enumerate(segments) for layer in segment.layers}
 
 
 def test_what_does_not_depend_on_each_other_shares_a_stage() -> None:
     _, program, _ = captured(branches)
-    assert place_of(plan_stages(program, sites_of(program))) == {
+    assert place_of(plan_segments(program, layers_of(program))) == {
         "a.weight": 0,
         "b.weight": 0,
         "c.weight": 0,
         "d.weight": 1,
     }
     _, program, _ = captured(residual)
-    stages = plan_stages(program, sites_of(program))
-    assert place_of(stages) == {"a.weight": 0, "b.weight": 1, "c.weight": 2, "d.weight": 3}
-    assert [bool(site.branch) for stage in stages for site in stage.sites] == [False, True, False, True]
+    segments = plan_segments(program, layers_of(program))
+    assert place_of(segments) == {"a.weight": 0, "b.weight": 1, "c.weight": 2, "d.weight": 3}
+    assert [bool(layer.branch) for segment in segments for layer in segment.layers] == [False, True, False, True]
 
 
 def test_a_sum_whose_other_side_is_not_known_yet_is_no_branch() -> None:
@@ -219,7 +219,9 @@ def test_a_sum_whose_other_side_is_not_known_yet_is_no_branch() -> None:
 
     model, x = net(forward, **lin(8, 8, 8, 8)), torch.randn(4, 8)
     program = capture(model, (x,), {}).program
-    known = {site.name: site.branch for stage in plan_stages(program, sites_of(program)) for site in stage.sites}
+    known = {
+        layer.name: layer.branch for segment in plan_segments(program, layers_of(program)) for layer in segment.layers
+    }
     # The deepest side repairs what the others could not; they do not know it yet.
     assert known["a.weight"] is None and known["d.weight"] is not None
     assert known["b.weight"] is None and known["c.weight"] is None
@@ -232,10 +234,10 @@ def test_two_sides_of_one_sum_are_not_both_given_its_error() -> None:
 
     model, x = net(forward, **lin(8, 8, 8)), torch.randn(4, 8)
     program = capture(model, (x,), {}).program
-    stages = plan_stages(program, sites_of(program))
+    segments = plan_segments(program, layers_of(program))
     # Both would add what is missing; the later waits for the first, and makes up for it.
-    assert place_of(stages) == {"a.weight": 0, "b.weight": 1, "c.weight": 2}
-    found = {site.name: site.branch is not None for stage in stages for site in stage.sites}
+    assert place_of(segments) == {"a.weight": 0, "b.weight": 1, "c.weight": 2}
+    found = {layer.name: layer.branch is not None for segment in segments for layer in segment.layers}
     assert found == {"a.weight": False, "b.weight": False, "c.weight": True}
 
 
@@ -246,9 +248,9 @@ def test_the_last_of_parallel_branches_makes_up_for_the_residual_stream_too() ->
 
     model, x = net(forward, **lin(8, 8, 8)), torch.randn(4, 8)
     program = capture(model, (x,), {}).program
-    stages = plan_stages(program, sites_of(program))
-    assert place_of(stages) == {"a.weight": 0, "b.weight": 1, "c.weight": 2}
-    branches = {site.name: site.branch for stage in stages for site in stage.sites}
+    segments = plan_segments(program, layers_of(program))
+    assert place_of(segments) == {"a.weight": 0, "b.weight": 1, "c.weight": 2}
+    branches = {layer.name: layer.branch for segment in segments for layer in segment.layers}
     assert branches["b.weight"] is None and len(branches["c.weight"].others) == 2
 
 
@@ -261,13 +263,13 @@ def test_a_side_that_writes_to_what_the_other_reads_is_not_waited_for() -> None:
 
     model, x = net(forward, **lin(8, 8, 8)), torch.randn(4, 8)
     program = capture(model, (x,), {}).program
-    stages = plan_stages(program, sites_of(program))
-    assert place_of(stages) == {"a.weight": 0, "b.weight": 1, "c.weight": 2}
+    segments = plan_segments(program, layers_of(program))
+    assert place_of(segments) == {"a.weight": 0, "b.weight": 1, "c.weight": 2}
 
 
 def test_nothing_to_fit_has_no_stages() -> None:
     _, program, _ = captured(residual)
-    assert plan_stages(program, []) == []
+    assert plan_segments(program, []) == []
 
 
 def test_the_program_of_the_test_is_the_model() -> None:

@@ -1,4 +1,4 @@
-"""site: where a weight meets its input, and what its output may be corrected by."""
+"""layer: where a weight meets its input, and what its output may be corrected by."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.graph.memory import DROPOUTS, written
 from fxprune.graph.ops import SUMS
-from fxprune.graph.program import Program, named_arguments, names_of_parameters
+from fxprune.graph.program import Program, arguments, names_of_parameters
 from fxprune.graph.weights import Use, uses
 
 aten = torch.ops.aten
@@ -77,7 +77,7 @@ class Shift:
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class Layer:
     """The one place where a weight is multiplied with activations.
 
     name    the weight's first name
@@ -99,24 +99,24 @@ class Site:
     branch: Branch | None = None
 
 
-def find_sites(
+def find_layers(
     program: Program, names: Iterable[str], held: Collection[str] = ()
-) -> tuple[dict[str, Site], dict[str, str]]:
-    """The sites of weights by name, and why the others have none.
+) -> tuple[dict[str, Layer], dict[str, str]]:
+    """The layers of weights by name, and why the others have none.
 
     A weight has one where exactly one linear or convolution reads it, as it is or transposed. Biases that are `held`
     must stay as they are.
     """
     found = uses(program)
     vectors = _own_vectors(program).difference(held)
-    sites, without = {}, {}
+    layers, without = {}, {}
     for name in names:
         why = _why_not(program, name, found.get(name, []))
         if why:
             without[name] = why
             continue
-        sites[name] = _site(name, found[name][0], vectors)
-    return sites, without
+        layers[name] = _layer(name, found[name][0], vectors)
+    return layers, without
 
 
 def _why_not(program: Program, name: str, found: list[Use]) -> str:
@@ -138,29 +138,29 @@ def _why_not(program: Program, name: str, found: list[Use]) -> str:
     return ""
 
 
-def _site(name: str, use: Use, vectors: set[str]) -> Site:
+def _layer(name: str, use: Use, vectors: set[str]) -> Layer:
     node = use.node
     if use.kind == "linear":
         x, bias = use.x, use.bias
         inputs = 0 if use.transposed else 1
     else:
-        arguments = named(node)
-        x, bias, inputs = arguments["input"], arguments.get("bias"), 1
+        given = arguments(node)
+        x, bias, inputs = given["input"], given.get("bias"), 1
     norm = _norm_behind(node) if use.kind == "conv" else None
     shift = None
     if bias is not None:
         shift = Shift(str(bias.target)) if str(bias.target) in vectors else None
     elif norm is not None:
-        mean = str(named(norm)["running_mean"].target)
+        mean = str(arguments(norm)["running_mean"].target)
         shift = Shift(mean, -1) if mean in vectors else None
-    return Site(name, node, x, use.kind, inputs, bias, shift, norm, _branch(node))
+    return Layer(name, node, x, use.kind, inputs, bias, shift, norm, _branch(node))
 
 
 def is_weight(program: Program, name: str, use: Use) -> bool:
     """Whether a use of kind "conv" has the parameter as its weight, and not as its bias or its input."""
     if use.kind != "conv":
         return True
-    at = named(use.node)["weight"]
+    at = arguments(use.node)["weight"]
     while at.op == "call_function" and at.all_input_nodes:
         at = at.all_input_nodes[0]
     return names_of_parameters(program).get(str(at.target)) == name
@@ -174,12 +174,7 @@ def is_routed(node: Node) -> bool:
 
 def input_of(use: Use) -> Node:
     """The activations that a linear or convolution multiplies a weight with."""
-    return use.x if use.kind == "linear" else named(use.node)["input"]
-
-
-def named(node: Node) -> dict[str, Any]:
-    """The arguments of an op by the names in its schema."""
-    return named_arguments(node.target, node.args, node.kwargs)
+    return use.x if use.kind == "linear" else arguments(use.node)["input"]
 
 
 def _own_vectors(program: Program) -> set[str]:
@@ -206,7 +201,7 @@ def _norm_behind(node: Node) -> Node | None:
     users = list(node.users)
     if len(users) != 1 or users[0].target is not aten.batch_norm.default or users[0].args[0] is not node:
         return None
-    given = named(users[0])
+    given = arguments(users[0])
     constants = [given[name] for name in ("weight", "bias", "running_mean", "running_var")]
     if given["running_mean"] is None or given["running_var"] is None or given["training"]:
         return None
@@ -260,7 +255,7 @@ def _carries(user: Node, at: Node) -> bool:
 
 def _of_the_batch(node: Node) -> bool:
     """Whether a batch-norm takes the statistics of the batch, which every element of it changes."""
-    given = named(node)
+    given = arguments(node)
     return given["running_mean"] is None or bool(given["training"])
 
 

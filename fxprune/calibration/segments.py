@@ -1,7 +1,7 @@
-"""stages: in which order the weights of a graph are fitted, and what must be remembered in between.
+"""segments: in which order the weights of a graph are fitted, and what must be remembered in between.
 
 A weight is fitted on what the weights before it, already fitted, let through. Weights that do not depend on each other
-(query, key and value) share a stage, but for those whose outputs meet in one sum: the last of them makes up for the
+(query, key and value) share a segment, but for those whose outputs meet in one sum: the last of them makes up for the
 others.
 """
 
@@ -15,26 +15,26 @@ from torch.fx import Node
 from fxprune.graph.memory import base, written
 from fxprune.graph.program import Program
 
-from .site import Branch, Site
+from .layer import Branch, Layer
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-    """Nodes to run, in the graph's order, then sites to fit.
+class Segment:
+    """Nodes to run, in the graph's order, then layers to fit.
 
-    `dense` and `pruned` are the nodes whose values the two sides must remember for later stages. The pruned side cannot
-    run a site before it is fitted, so it runs those of one stage at the start of the next.
+    `dense` and `pruned` are the nodes whose values the two sides must remember for later segments. The pruned side
+    cannot run a layer before it is fitted, so it runs those of one segment at the start of the next.
     """
 
     nodes: tuple[Node, ...]
-    sites: tuple[Site, ...]
+    layers: tuple[Layer, ...]
     dense: frozenset[Node]
     pruned: frozenset[Node]
 
 
-def plan_stages(program: Program, sites: Iterable[Site]) -> list[Stage]:
-    """The stages of a program for these sites; nodes that no site needs are in none of them."""
-    by_node = {site.node: site for site in sites}
+def plan_segments(program: Program, layers: Iterable[Layer]) -> list[Segment]:
+    """The segments of a program for these layers; nodes that no layer needs are in none of them."""
+    by_node = {layer.node: layer for layer in layers}
     order = {node: place for place, node in enumerate(program.graph.nodes)}
     before = _dependencies(program)
     level = _levels(before, by_node)
@@ -46,35 +46,35 @@ def plan_stages(program: Program, sites: Iterable[Site]) -> list[Stage]:
             if not _needs(before, making, node):
                 before[node] += making
                 level = _levels(before, by_node)
-    for node, site in by_node.items():
-        if (branch := site.branch) is not None:
+    for node, layer in by_node.items():
+        if (branch := layer.branch) is not None:
             unknown = [end for end in branch.others if not _is_known(branch, end, node, level, by_node, order)]
             if unknown:
-                by_node[node] = dataclasses.replace(site, branch=branch.before(unknown[0]))
+                by_node[node] = dataclasses.replace(layer, branch=branch.before(unknown[0]))
     needed = _needed(by_node, before)
     count = 1 + max((level[node] for node in by_node), default=-1)
-    stages = []
+    segments = []
     for at in range(count):
         mine = [n for n in needed if level[n] == at and n.op not in ("placeholder", "get_attr")]
         mine.sort(key=order.__getitem__)
         later = {n for n in needed if level[n] > at}
         dense = {d for n in later for d in n.all_input_nodes if level[d] <= at}
-        # A site's own inputs are read once more, when the pruned side runs it.
+        # A layer's own inputs are read once more, when the pruned side runs it.
         again = {d for n in mine if n in by_node for d in n.all_input_nodes}
         pruned = {d for d in dense | again if not (d in by_node and level[d] == at)}
-        stages.append(
-            Stage(
+        segments.append(
+            Segment(
                 tuple(n for n in mine if n not in by_node),
                 tuple(by_node[n] for n in mine if n in by_node),
                 frozenset(n for n in dense if n.op != "get_attr"),
                 frozenset(n for n in pruned if n.op != "get_attr"),
             )
         )
-    return stages
+    return segments
 
 
-def _levels(before: Mapping[Node, list[Node]], by_node: Mapping[Node, Site]) -> dict[Node, int]:
-    """The stage at which each node can run, or be fitted: one more than that of the sites before it."""
+def _levels(before: Mapping[Node, list[Node]], by_node: Mapping[Node, Layer]) -> dict[Node, int]:
+    """The segment at which each node can run, or be fitted: one more than that of the layers before it."""
     level: dict[Node, int] = {}
     waiting: list[Node] = list(before)[::-1]
     while waiting:
@@ -102,8 +102,8 @@ def _needs(before: Mapping[Node, list[Node]], nodes: list[Node], node: Node) -> 
     return False
 
 
-def _meetings(by_node: Mapping[Node, Site], order: Mapping[Node, int]) -> dict[Node, list[tuple[Node, Branch]]]:
-    """Sum -> the sites whose way leads through it, both in the graph's order."""
+def _meetings(by_node: Mapping[Node, Layer], order: Mapping[Node, int]) -> dict[Node, list[tuple[Node, Branch]]]:
+    """Sum -> the layers whose way leads through it, both in the graph's order."""
     found: dict[Node, list[tuple[Node, Branch]]] = {}
     for node in sorted(by_node, key=order.__getitem__):
         if (branch := by_node[node].branch) is not None:
@@ -117,10 +117,10 @@ def _is_known(
     end: Node,
     node: Node,
     level: Mapping[Node, int],
-    by_node: Mapping[Node, Site],
+    by_node: Mapping[Node, Layer],
     order: Mapping[Node, int],
 ) -> bool:
-    """Whether what the sum `end` adds to a site's output is known when the site is fitted."""
+    """Whether what the sum `end` adds to a layer's output is known when the layer is fitted."""
     return all(level[n] + (n in by_node) <= level[node] for n in _making(branch, end, order))
 
 
@@ -151,11 +151,11 @@ def _dependencies(program: Program) -> dict[Node, list[Node]]:
     return before
 
 
-def _needed(by_node: Mapping[Node, Site], before: Mapping[Node, list[Node]]) -> set[Node]:
-    """The sites, the sums that take in their outputs, and what all these need."""
+def _needed(by_node: Mapping[Node, Layer], before: Mapping[Node, list[Node]]) -> set[Node]:
+    """The layers, the sums that take in their outputs, and what all these need."""
     waiting = list(by_node)
-    for site in by_node.values():
-        waiting += site.branch.way[-1:] if site.branch is not None else ()
+    for layer in by_node.values():
+        waiting += layer.branch.way[-1:] if layer.branch is not None else ()
     found: set[Node] = set()
     while waiting:
         node = waiting.pop()
