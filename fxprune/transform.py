@@ -230,24 +230,26 @@ def _lower(job: Job) -> Iterable[str]:
     chooser = Chooser(only=job.settings.layout)
     sizes = batches(job.captured, job.settings.tune_for)
     job.program, job.lowered = lower(job.program, job.shrunk[1].mask, chooser, sizes)
-    # What was not packed lives on; the dense copies of what was may go.
-    compat.return_memory(sum(w.dense_bytes for w in job.lowered))
     return [f"{w.name}: {w.choice.layout}, {w.choice.why}" for w in job.lowered]
 
 
 def _emit(job: Job) -> Iterable[str]:
     assert job.program is not None
-    report, is_smaller = job.report, bool(job.report.groups or job.report.dropped)
+    # What was not packed lives on; the dense copies of what was may go.
+    dense_bytes = sum(w.dense_bytes for w in job.lowered)
+    compat.return_memory(dense_bytes)
+    report, (program, left) = job.report, job.shrunk
     found = deliver(
         job.captured,
-        *job.shrunk,
-        job.program,
-        job.lowered,
-        job.example,
-        job.expected,
-        job.settings,
-        is_smaller,
-        job.whole,
+        program,
+        left,
+        packed=job.program,
+        lowered=job.lowered,
+        example=job.example,
+        expected=job.expected,
+        settings=job.settings,
+        is_smaller=bool(report.groups or report.dropped),
+        whole=job.whole,
     )
     job.result = found.result
     job.tell(found.notes, found.checks)
@@ -255,8 +257,8 @@ def _emit(job: Job) -> Iterable[str]:
     if found.is_whole:
         report.groups, report.parameters, report.dead = [], None, None
         job.selection = dataclasses.replace(job.selection, dead={})
-    report.weights = weight_reports(job.shrunk[1], found.lowered)
-    compat.return_memory(sum(w.dense_bytes for w in found.lowered))
+    report.weights = weight_reports(left, found.lowered)
+    compat.return_memory(dense_bytes)
     return [found.compiled]
 
 

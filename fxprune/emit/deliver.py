@@ -59,6 +59,7 @@ def deliver(
     captured: Capture,
     program: Program,
     selection: Selection,
+    *,
     packed: Program,
     lowered: list[Lowered],
     example: Call,
