@@ -352,7 +352,7 @@ def _refuse(plan: Plan | None, selection: Selection | None, calibration: Any) ->
     if selection is not None and not isinstance(selection, Selection):
         raise InputError(
             f"cannot use a {type(selection).__name__} as a selection",
-            why="it is not an fxprune Selection",
+            why="it is not an fxprune.select.Selection",
             do="Pass the selection of an earlier result: selection=result.selection.",
         )
     if plan is not None and selection is not None:

@@ -178,7 +178,7 @@ def _refuse(
         raise InputError(
             f"cannot use a {type(selection).__name__} as a selection",
             where="selection=",
-            why="it is not an fxprune Selection",
+            why="it is not an fxprune.select.Selection",
             do="Pass what calibrate returned, or result.selection of a transform.",
         )
     if not selection.keep and not selection.drop and all(m.kept() == m.numel() for m in selection.mask.values()):
