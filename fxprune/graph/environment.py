@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
 
 # README has this table for users.
 VARIABLES = {
@@ -35,9 +34,8 @@ def words_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def hidden(error: Exception, expected: type[Exception] | Collection[type[Exception]] = ()) -> str:
-    """What a note says of an error that is answered by doing less. FXPRUNE_CHECK raises it, unless it is `expected`."""
-    kinds = expected if isinstance(expected, type) else tuple(expected)
-    if check_level() and not isinstance(error, kinds):
+def hidden(error: Exception) -> str:
+    """What a note says of an error that is answered by doing less. Under FXPRUNE_CHECK it is raised instead."""
+    if check_level():
         raise error
     return words_of(error)
