@@ -43,8 +43,8 @@ from benchmarks.accuracy_minilm import MiniLm
 from benchmarks.accuracy_mnist import Mnist
 from benchmarks.machine import describe_machine, slug
 from fxprune.calibration.calibrate import calibrate
-from fxprune.calibration.fit import METHODS
 from fxprune.calibration.recover.recover import recover
+from fxprune.calibration.solvers import METHODS
 from fxprune.errors import CheckError, FxPruneError
 from fxprune.select.selection import Selection
 from fxprune.transform import transform

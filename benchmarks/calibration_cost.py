@@ -27,7 +27,7 @@ from tabulate import tabulate
 from benchmarks.accuracy_decoder import Decoder, Size
 from benchmarks.machine import describe_machine, slug
 from fxprune.calibration.calibrate import calibrate
-from fxprune.calibration.fit import SOLVERS
+from fxprune.calibration.solvers import SOLVERS
 from fxprune.calibration.solvers.problem import Goal, Problem, damped
 from fxprune.plan.patterns import Unstructured
 from fxprune.plan.plan import Plan, Rule
@@ -69,7 +69,7 @@ def solved(method: str, problem: Problem, sparsity: float) -> Row:
     """Solve one weight and return the seconds and what it loses."""
     goal = Goal(Unstructured(sparsity), round(sparsity * problem.target.numel()))
     start = time.perf_counter()
-    weight, keep = SOLVERS[method](problem, goal)
+    weight, keep = SOLVERS[method].solve(problem, goal)
     seconds = time.perf_counter() - start
     assert int((~keep).sum()) == goal.count
     return {"method": method, "seconds": seconds, "loss": problem.loss(weight)}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from tqdm import tqdm
 
+from fxprune.calibration.solvers import METHODS
 from fxprune.capture import admit
 from fxprune.check.calls import Call
 from fxprune.couple.couple import couple
@@ -27,7 +28,7 @@ from fxprune.shrink.drop.drop import drop_blocks
 
 from .arithmetic import plain
 from .batches import capture_for, read_calls
-from .fit import METHODS, Outcome, fit_shared, fit_weight
+from .fit import Outcome, fit_shared, fit_weight
 from .layer import input_of
 from .padding import find_padding
 from .progress import Saved, about

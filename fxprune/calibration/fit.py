@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from fxprune.calibration.solvers.admm import admm
+from fxprune.calibration.solvers import SOLVERS
 from fxprune.calibration.solvers.cholesky import factor, solve
 from fxprune.calibration.solvers.least_squares import refit
 from fxprune.calibration.solvers.problem import Goal, Problem, damped
-from fxprune.calibration.solvers.sparsegpt import sparsegpt
 from fxprune.calibration.solvers.units import Units, choose_units
-from fxprune.calibration.solvers.wanda import wanda
 from fxprune.graph.program import arguments
 from fxprune.plan.matrix import from_matrix, to_matrix
 from fxprune.plan.patterns import SemiStructured, Unstructured
@@ -25,17 +23,6 @@ from .finite import check_squares, is_finite
 from .layer import Layer
 from .measure_inputs import Watched
 from .stream import Fitted
-
-
-def sparsegpt_refit(problem: Problem, goal: Goal) -> tuple[Tensor, Tensor]:
-    """The mask of SparseGPT, then least squares on it: (weight, keep), both [g, r, n]."""
-    start, keep = sparsegpt(problem, goal)
-    return refit(problem, keep, start), keep
-
-
-Solver = Callable[[Problem, Goal], tuple[Tensor, Tensor]]
-SOLVERS: dict[str, Solver] = {"wanda": wanda, "sparsegpt": sparsegpt, "refit": sparsegpt_refit, "admm": admm}
-METHODS = ("magnitude", *SOLVERS)
 
 # Least squares on r rows of n inputs err elsewhere by about n / (r - n) more than on these rows.
 _ENOUGH = 8
@@ -208,10 +195,10 @@ def _divides(goal: Goal | None, columns: int) -> bool:
 
 def _solve(problem: Problem, goal: Goal | None, method: str) -> tuple[Tensor, Tensor | None]:
     if goal is not None:
-        return SOLVERS[method](problem, goal)
+        return SOLVERS[method].solve(problem, goal)
     if problem.alive is None:
         return problem.target, None
-    if method == "wanda":
+    if method in SOLVERS and not SOLVERS[method].refits:
         return problem.target * problem.alive, problem.alive
     return refit(problem, problem.alive), problem.alive
 

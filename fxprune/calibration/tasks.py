@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from fxprune.calibration.solvers import SOLVERS
 from fxprune.calibration.solvers.problem import Goal
 from fxprune.calibration.solvers.units import Units
 from fxprune.capture.capture import Capture
@@ -35,8 +36,6 @@ from .unit_readers import Readers, find_readers, inputs_dim, read_one_way, unit_
 
 # Scores that a method replaces by its own; any other was asked for, and decides the mask.
 _DEFAULT = ("l1", "l2", "norm")
-# The methods that choose the units of a group when they come to the weight that reads them.
-_CHOOSING = ("sparsegpt", "refit", "admm")
 
 
 @dataclasses.dataclass
@@ -102,7 +101,9 @@ def read_plan(
             notes += _rank_units(program, plan, coupling, start, rules, readers, seen, places)
         shared = {name: seen[name] for name in several}
     layers, without = find_layers(program, [*start.mask, *_members(coupling, start)], captured.existing)
-    late = _late(coupling, start, rules, readers, layers) if method in _CHOOSING else {}
+    # Where the others can make up for units that leave, these are chosen when it comes to the weight that reads them.
+    chooses = method in SOLVERS and SOLVERS[method].refits
+    late = _late(coupling, start, rules, readers, layers) if chooses else {}
     decided_late = {units.group for units in late.values()}
     early = {name: kept for name, kept in start.keep.items() if name not in decided_late}
     cuts = coupling.kept(early) if coupling is not None else {}

@@ -10,7 +10,7 @@ from fxprune.errors import InputError
 
 Score = Callable[[Tensor], Tensor]
 
-# What a plan can name and save; `fxprune.select.elements` has the arithmetic. Of elements, and of units.
+# What a plan can name and save; `fxprune.select.score` and `unit_score` have the arithmetic. Of elements, and of units.
 SCORE_NAMES = ("l1", "l2", "random", "lamp")
 UNIT_SCORE_NAMES = ("norm", "random", "bn_scale", "fpgm", "lamp")
 

@@ -11,11 +11,10 @@ from torch.nn import functional as F
 
 from fxprune import Blocks, Channels, Plan, Rule, SemiStructured, Unstructured
 from fxprune.calibration.calibrate import calibrate
+from fxprune.calibration.solvers import METHODS
 from fxprune.errors import FxPruneError, InputError, PlanError
 from tests.calibration.calibrate_case import HALF, model, tensors_of
 from tests.structured_oracle import net
-
-METHODS = ("magnitude", "wanda", "sparsegpt", "refit", "admm")
 
 
 def refused(

@@ -13,8 +13,8 @@ from torch.nn.utils import prune
 from fxprune import Blocks, Plan, Rule, SemiStructured, Unstructured
 from fxprune.calibration import rebatch as cutting
 from fxprune.calibration.calibrate import calibrate
-from fxprune.calibration.fit import METHODS
 from fxprune.calibration.recover.recover import recover
+from fxprune.calibration.solvers import METHODS
 from fxprune.select.selection import Selection
 from tests.calibration.calibrate_case import HALF, KINDS, applied, differ, model, off, tensors_of
 from tests.structured_oracle import net

@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 
 from fxprune import Blocks, Drop, Existing, Plan, Rule, Unstructured
 from fxprune.calibration.calibrate import calibrate
-from fxprune.calibration.fit import METHODS
+from fxprune.calibration.solvers import METHODS
 from fxprune.plan.scores import Scores
 from fxprune.select.selection import Selection
 from tests.calibration.calibrate_case import HALF, applied, chain, model, off, tensors_of

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from fxprune import Blocks, SemiStructured, Unstructured
-from fxprune.calibration.fit import SOLVERS, sparsegpt_refit
-from fxprune.calibration.solvers import cholesky, least_squares
+from fxprune.calibration.solvers import SOLVERS, cholesky, least_squares
 from fxprune.calibration.solvers.admm import admm
 from fxprune.calibration.solvers.least_squares import refit
 from fxprune.calibration.solvers.problem import Goal, Problem, damped, shrinkage
-from fxprune.calibration.solvers.sparsegpt import WIDTH, sparsegpt
+from fxprune.calibration.solvers.sparsegpt import WIDTH, sparsegpt, sparsegpt_refit
 from fxprune.calibration.solvers.units import Units, choose_units
 from fxprune.calibration.solvers.wanda import wanda
 from fxprune.select.project import keep_highest
@@ -190,7 +189,7 @@ def wanted(goal: Goal, shape: tuple[int, ...]) -> int:
 def test_every_pattern_gets_its_count(method: str, pattern: str, groups: int) -> None:
     goal = PATTERNS[pattern]
     problem = problem_of(correlated(60, 24, groups), 16 // groups)
-    weight, keep = SOLVERS[method](problem, goal)
+    weight, keep = SOLVERS[method].solve(problem, goal)
     assert weight.shape == keep.shape == problem.target.shape and keep.dtype is torch.bool
     assert int((~keep).sum()) == wanted(goal, tuple(keep.shape))
     assert not bool(weight[~keep].any()) and bool(weight[keep].all())
@@ -210,7 +209,7 @@ def test_zeros_that_are_there_stay_and_count_first(method: str, pattern: str) ->
         alive = torch.ones(1, 16, 24, dtype=torch.bool)
         alive[0, :4, 4:12] = False
     problem = problem_of(correlated(60, 24), 16, alive)
-    weight, keep = SOLVERS[method](problem, goal)
+    weight, keep = SOLVERS[method].solve(problem, goal)
     assert not bool((keep & ~alive).any()) and not bool(weight[~keep].any())
     gone = int((~keep).sum())
     if pattern in ("whole", "tiles"):
@@ -270,7 +269,7 @@ def test_admm_loses_no_more_than_magnitude_with_least_squares(share: float) -> N
         goal = Goal(Unstructured(share), round(share * 24 * 48))
         by_magnitude = problem.loss(refit(problem, problem.keep(problem.target.abs(), goal)))
         for method in losses:
-            losses[method].append(problem.loss(SOLVERS[method](problem, goal)[0]))
+            losses[method].append(problem.loss(SOLVERS[method].solve(problem, goal)[0]))
         assert losses["admm"][-1] <= by_magnitude
         # Least squares on a mask never loses more than other values on this mask.
         assert losses["refit"][-1] <= losses["sparsegpt"][-1] + 1e-6
@@ -304,7 +303,7 @@ def test_hard_matrices(kind: str, method: str) -> None:
     x = hard_inputs()[kind]
     problem = problem_of(x, 8)
     for goal in (PATTERNS["2:4"], Goal(Unstructured(0.5), 64), Goal(Blocks(0.5, (4, 4)), 4)):
-        weight, keep = SOLVERS[method](problem, goal)
+        weight, keep = SOLVERS[method].solve(problem, goal)
         assert bool(weight.isfinite().all()) and int((~keep).sum()) == 64
         if method in ("refit", "admm") and isinstance(goal.pattern, Unstructured):
             assert abs(excess(problem, weight, normal_equations(problem, keep))) < 1e-6

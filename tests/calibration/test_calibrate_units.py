@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fxprune import Channels, Plan, Rule, SemiStructured, Unstructured
 from fxprune.calibration.calibrate import calibrate
-from fxprune.calibration.fit import METHODS
+from fxprune.calibration.solvers import METHODS
 from fxprune.capture.capture import capture
 from fxprune.couple.couple import couple
 from fxprune.select.selection import Selection

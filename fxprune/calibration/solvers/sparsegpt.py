@@ -10,6 +10,7 @@ from fxprune.select.project import project
 
 from .by_row import even_quotas, keep_rows, spread
 from .cholesky import factor
+from .least_squares import refit
 from .problem import Goal, Problem
 
 # Columns whose masks are decided together, as in the paper.
@@ -94,3 +95,9 @@ def _counts(problem: Problem, goal: Goal, width: int) -> list[Tensor]:
         left = max(0, count - int((~alive).sum()))
         living, sizes = living.sum((0, 1)), sizes.sum((0, 1))
     return list((sizes - living + spread(left, living)).unbind(-1))
+
+
+def sparsegpt_refit(problem: Problem, goal: Goal) -> tuple[Tensor, Tensor]:
+    """The mask of SparseGPT, then least squares on it: (weight, keep), both [g, r, n]."""
+    start, keep = sparsegpt(problem, goal)
+    return refit(problem, keep, start), keep

@@ -93,9 +93,7 @@ def _likeness(site: Site, fitting: list[str]) -> tuple[object, ...]:
     """What sites alike agree on: also which layouts fit, and what each would store."""
     weight = site.weight
     layouts = [(name, LAYOUTS[name]) for name in fitting]
-    stored = [
-        (n, round(50 * f.bytes_of(weight) / weight.nbytes) if isinstance(f, GpuLayout) else 0) for n, f in layouts
-    ]
+    stored = [(name, round(50 * layout.bytes_of(weight) / weight.nbytes)) for name, layout in layouts]
     kept = int(torch.count_nonzero(weight)) / max(1, weight.numel())
     threads = torch.get_num_threads()
     return (*weight.shape, round(kept * 50), site.tokens, weight.dtype, weight.device, threads, tuple(stored))

@@ -70,6 +70,10 @@ class Nonzeros:
         per_nonzero = -(-tokens // 8) * _PER_NONZERO_8 + -(-tokens // 64) * _PER_NONZERO_TILE
         return _PER_CALL + (nonzeros * per_nonzero + tokens * (o + i) * _PER_ELEMENT) / threads
 
+    def bytes_of(self, weight: Tensor) -> float:
+        """A value and a column for each nonzero."""
+        return 6 * int(torch.count_nonzero(weight))
+
     def pack(self, site: Site) -> Packed:
         """The weight's nonzeros (elements with any bit set, so -0.0 too), ready for the kernel."""
         weight = site.weight.detach().contiguous()

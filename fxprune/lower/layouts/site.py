@@ -62,6 +62,7 @@ class Layout(Protocol):
     """How a masked weight is stored and multiplied.
 
     `unpack(pack(site))` equals the site's weight bit for bit. `call` computes act(x @ weight.T + bias) for x [..., i].
+    `bytes_of` foretells the bytes of a packed weight, by which sites are alike.
     `lower` adds the same as one call to a graph, given a get_attr node for each packed tensor, and returns one node for
     each of `out_features`: the weight's rows dealt out in order, each result contiguous [..., out_features[j]].
     """
@@ -71,6 +72,8 @@ class Layout(Protocol):
     def fits(self, site: Site) -> Verdict: ...
 
     def predict(self, site: Site, tokens: int) -> float: ...
+
+    def bytes_of(self, weight: Tensor) -> float: ...
 
     def pack(self, site: Site) -> Packed: ...
 
