@@ -79,14 +79,6 @@ def builds() -> Iterator[Build]:
         types |= {"dy_stride": "i32", "x_stride": "i32"}
         side, warps = (64, 4) if kind == "fp32" else (128, 8)
         yield Build("masked", "_gradient_weight", types, {"PRECISION": precision, "SIDE": side, "DEPTH": 32}, warps)
-    for kind in ("bf16", "fp32"):
-        each = f"*{kind}"
-        for p, order in ((1.0, 1), (2.0, 2), (float("inf"), 0), (3.0, 3)):
-            constants = {"P": p, "KIND": order}
-            types = {"x": each, "sums": "*fp32", "length": "i32", "b": "i32", "c": "i32", "each": "i32"}
-            yield Build("norms", "_slices", types, {**constants, "BLOCK_C": 4, "BLOCK_B": 256})
-            types = {"x": each, "sums": "*fp32", "n": "i32", "h": "i32", "w": "i32"}
-            yield Build("norms", "_tiles", types, {**constants, "HIGH": 32, "WIDE": 32, "COUNT": 4})
     for kind in ("i16", "i32"):
         each = f"*{kind}"
         types = {"weight": each, "keep": "*u8", "groups": "i32", "n": "i32", "m": "i32"}

@@ -32,7 +32,7 @@ from benchmarks import gpu_linears, gpu_models
 from benchmarks.gpu_linears import SHAPES, close
 from benchmarks.machine import slug
 from fxprune.measure.timing import interleave_graphs, median
-from triton_kernels import masked, norms, prune24, select
+from triton_kernels import masked, prune24, select
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
@@ -94,48 +94,30 @@ def time_streams(given: argparse.Namespace, speed: float) -> list[Row]:
     o, i = SHAPES[0]
     weight = torch.randn(o, i, device=DEVICE, dtype=DTYPE)
     bits = prune24.select(weight, 2, 4)
-    expected = prune24.reference_pack(weight)
-    cases: list[tuple[str, str, Callable[[], Any], float, Callable[[], bool]]] = [
-        (
-            "prune24",
-            "pack",
-            lambda: prune24.pack(weight),
-            weight.numel() * (2 + 1 + 1 / 8),
-            lambda: all(torch.equal(a, b) for a, b in zip(prune24.pack(weight), expected, strict=True)),
-        ),
-        (
-            "norms",
-            "rows, p=2",
-            lambda: norms.slices(weight.unsqueeze(0)),
-            weight.numel() * 2,
-            lambda: close(norms.slices(weight.unsqueeze(0)), weight.float().norm(dim=1)) < 1e-5,
-        ),
-        (
-            "norms",
-            "tiles 64x64, p=2",
-            lambda: norms.tiles(weight, (64, 64)),
-            weight.numel() * 2,
-            lambda: close(norms.tiles(weight, (64, 64)), norms.reference_tiles(weight, (64, 64), 2.0)) < 1e-5,
-        ),
-    ]
     rows: list[Row] = []
-    for kernel, case, run, size, is_right in cases:
-        if given.only and kernel not in given.only:
-            continue
-        row: Row = {
-            "kernel": kernel,
-            "case": case,
-            "shape": f"{o}x{i}",
-            "limit": 1.0,
-            "error": 0.0 if is_right() else 1.0,
-        }
-        if not row["error"]:
-            row["sparse"] = median(interleave_graphs([run], DEVICE, seconds=SECONDS)[0])
-            row["ratio"] = size / speed / row["sparse"]
-        rows.append(row)
+    if not given.only or "prune24" in given.only:
+        rows.append(time_pack(weight, speed))
     if not given.only or "masked" in given.only:
         rows += time_masked(weight, bits)
     return rows
+
+
+def time_pack(weight: Tensor, speed: float) -> Row:
+    """Packing 2:4, against a copy's bandwidth."""
+    o, i = weight.shape
+    found, expected = prune24.pack(weight), prune24.reference_pack(weight)
+    is_right = all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    row: Row = {
+        "kernel": "prune24",
+        "case": "pack",
+        "shape": f"{o}x{i}",
+        "limit": 1.0,
+        "error": 0.0 if is_right else 1.0,
+    }
+    if is_right:
+        row["sparse"] = median(interleave_graphs([lambda: prune24.pack(weight)], DEVICE, seconds=SECONDS)[0])
+        row["ratio"] = weight.numel() * (2 + 1 + 1 / 8) / speed / row["sparse"]
+    return row
 
 
 def time_masked(weight: Tensor, bits: Tensor) -> list[Row]:

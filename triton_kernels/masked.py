@@ -32,12 +32,6 @@ def reference(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None = Non
     return torch.nn.functional.linear(x, torch.where(unpack(weight, bits), weight, 0.0), bias)
 
 
-def reference_gradients(dy: Tensor, x: Tensor, weight: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
-    """dy [m, o] -> dx [m, i] and dw [o, i], the definition."""
-    keep = unpack(weight, bits)
-    return dy @ torch.where(keep, weight, 0.0), torch.where(keep, dy.T @ x, 0.0)
-
-
 def forward(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [m, i] -> y [m, o]. Raises ValueError for tensors that the kernel cannot read."""
     _check(x, weight, bits, bias)

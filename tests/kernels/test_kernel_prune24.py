@@ -1,16 +1,14 @@
-"""triton_kernels.prune24 and norms: selection n of m, 2:4 packing and norms, held against torch."""
+"""triton_kernels.prune24: selection n of m and 2:4 packing, held against torch."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
 
 from fxprune.plan.patterns import SemiStructured
 from fxprune.select.project import project
-from tests.kernels.kernel_case import ARITHMETIC, DEVICES, FLOATS, bits_of, normal, poisoned, same_bits
-from triton_kernels import norms, prune24
+from tests.kernels.kernel_case import DEVICES, FLOATS, bits_of, poisoned, same_bits
+from triton_kernels import prune24
 
 CASES = [
     (5, 12, 2, 4),
@@ -66,50 +64,6 @@ def test_weights_that_do_not_fit_are_refused() -> None:
         (lambda: prune24.select(torch.randn(2, 4), 5, 4), "not 5 of 4"),
         (lambda: prune24.pack(torch.randn(4, 2).T), "contiguous float matrices, not torch.float32"),
         (lambda: prune24.pack(torch.randn(2, 4).double()), "not torch.float64"),
-        (lambda: norms.slices(torch.randn(2, 4)), "of 3 dimensions"),
-        (lambda: norms.slices(torch.randn(2, 3, 4), 0), "no norm of order 0"),
-        (lambda: norms.tiles(torch.randn(4, 6), (3, 2)), r"tiles 3x2 do not divide \[4, 6\]"),
     ):
         with pytest.raises(ValueError, match=why):
             call()
-
-
-ORDERS = [1.0, 2.0, 3.5, 0.5, math.inf]
-
-
-@pytest.mark.parametrize("p", ORDERS)
-@pytest.mark.parametrize(("device", "dtype"), ARITHMETIC)
-def test_norms_of_slices(device: str, dtype: torch.dtype, p: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    for size in ((1, 5, 300), (70, 65, 1), (3, 7, 9), (0, 3, 2), (2, 0, 2), (2, 1, 20000)):
-        x = normal(*size, dtype=dtype, device=device)
-        x[:, :1] = 0.0
-        with poisoned(monkeypatch):
-            found = norms.slices(x, p)
-        torch.testing.assert_close(found.double(), norms.reference_slices(x.double(), p).double(), rtol=2e-5, atol=0)
-        assert torch.equal(found, norms.slices(x, p))
-
-
-@pytest.mark.parametrize("p", ORDERS)
-@pytest.mark.parametrize(("device", "dtype"), ARITHMETIC)
-def test_norms_of_tiles(device: str, dtype: torch.dtype, p: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = (
-        (8, 12, (2, 3)),
-        (64, 96, (32, 32)),
-        (5, 7, (1, 7)),
-        (200, 6, (100, 2)),
-        (16, 5000, (1, 5000)),
-        (0, 4, (2, 2)),
-    )
-    for r, n, shape in cases:
-        x = normal(r, n, dtype=dtype, device=device)
-        x[:1] = 0.0
-        with poisoned(monkeypatch):
-            found = norms.tiles(x, shape, p)
-        torch.testing.assert_close(found, norms.reference_tiles(x, shape, p), rtol=2e-5, atol=0)
-
-
-@pytest.mark.parametrize("p", ORDERS)
-@pytest.mark.parametrize("device", DEVICES)
-def test_nan_is_no_norm_to_compare(device: str, p: float) -> None:
-    x = torch.tensor([[[1.0, torch.nan], [1.0, 2.0]]], device=device)
-    assert norms.slices(x, p).isnan().tolist() == [True, False]
