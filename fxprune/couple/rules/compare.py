@@ -5,19 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from fxprune.couple.axis import Axis, atoms
+from fxprune.couple.axis import Axis
 
 from .relation import Atoms, Dims, Here, by_dimension, dimension, relation, tie_broadcast
 
 _INEXACT = "compared over where its removed indices are not zero"
-
-
-def _zero_in_both(here: Here, first: Dims, second: Dims, compared: Axis) -> None:
-    """What both rows are compared over must be zero in both, else it freezes."""
-    here.summed.append(compared)
-    for atom in atoms(compared):
-        if not atom.frozen and atom not in first.zero & second.zero:
-            here.freeze(atom, _INEXACT)
 
 
 def _compared(out: Dims, x1: Dims, x2: Dims, dim: int) -> Iterator[tuple[list[Axis], Axis | None]]:
@@ -33,7 +25,7 @@ def _zero_of_similarity(here: Here, out: Dims, x1: Dims, x2: Dims, dim: int = 1,
     for found, target in _compared(out, x1, x2, dim):
         if target is None:
             for axis in found:
-                _zero_in_both(here, x1, x2, axis)
+                here.sums(axis, x1.zero & x2.zero, _INEXACT)
     # The product of a zero row with any other is zero, and so is the quotient.
     return (x1.zero | x2.zero) & out.atoms()
 
@@ -47,7 +39,7 @@ def cosine_similarity(here: Here, out: Dims, x1: Dims, x2: Dims, dim: int = 1, *
 
 
 def _zero_of_cdist(here: Here, out: Dims, x1: Dims, x2: Dims, **_: Any) -> Atoms:
-    _zero_in_both(here, x1, x2, x1[-1])
+    here.sums(x1[-1], x1.zero & x2.zero, _INEXACT)
     return set()
 
 
@@ -66,8 +58,7 @@ def cdist(here: Here, out: Dims, x1: Dims, x2: Dims, p: float = 2.0, **_: Any) -
 def pairwise_distance(here: Here, out: Dims, x1: Dims, x2: Dims, keepdim: bool = False, **_: Any) -> None:
     """the distance of rows along the last dimension, which freezes"""
     # Its epsilon is added to every difference, to those of removed indices too.
-    for axis in (x1[-1], x2[-1]):
-        here.freeze(axis, "a statistic that zeros change runs over it")
+    here.freeze_each((x1[-1], x2[-1]), "a statistic that zeros change runs over it")
     rest = Dims(out.axes[:-1] if keepdim else out.axes)
     tie_broadcast(here, rest, [Dims(x1.axes[:-1]), Dims(x2.axes[:-1])])
 

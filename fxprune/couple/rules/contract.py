@@ -71,34 +71,21 @@ def matmul(out: Dims, self: Dims, other: Dims, **_: Any) -> Reading:
     return _reading("* m k, * k n -> * m n", self, other)
 
 
-@contraction("addmm")
-def addmm(out: Dims, self: Dims, mat1: Dims, mat2: Dims, **_: Any) -> Reading:
-    """m k, k n, +m n -> m n"""
-    return _reading(f"m k, k n, +{_broadcast('m n', self)} -> m n", mat1, mat2, self)
+def _sum_with_product(op: str, product: str, result: str, first: str, second: str) -> None:
+    """Declare an op that adds `self`, which broadcasts to the result, to a product of two arguments."""
+
+    def read(out: Dims, self: Dims, **a: Any) -> Reading:
+        return _reading(f"{product}, +{_broadcast(result, self)} -> {result}", a[first], a[second], self)
+
+    read.__doc__ = f"{product}, +{result} -> {result}"
+    contraction(op)(read)
 
 
-@contraction("baddbmm")
-def baddbmm(out: Dims, self: Dims, batch1: Dims, batch2: Dims, **_: Any) -> Reading:
-    """b m k, b k n, +b m n -> b m n"""
-    return _reading(f"b m k, b k n, +{_broadcast('b m n', self)} -> b m n", batch1, batch2, self)
-
-
-@contraction("addbmm")
-def addbmm(out: Dims, self: Dims, batch1: Dims, batch2: Dims, **_: Any) -> Reading:
-    """b m k, b k n, +m n -> m n"""
-    return _reading(f"b m k, b k n, +{_broadcast('m n', self)} -> m n", batch1, batch2, self)
-
-
-@contraction("addmv")
-def addmv(out: Dims, self: Dims, mat: Dims, vec: Dims, **_: Any) -> Reading:
-    """m k, k, +m -> m"""
-    return _reading(f"m k, k, +{_broadcast('m', self)} -> m", mat, vec, self)
-
-
-@contraction("addr")
-def addr(out: Dims, self: Dims, vec1: Dims, vec2: Dims, **_: Any) -> Reading:
-    """m, n, +m n -> m n"""
-    return _reading(f"m, n, +{_broadcast('m n', self)} -> m n", vec1, vec2, self)
+_sum_with_product("addmm", "m k, k n", "m n", "mat1", "mat2")
+_sum_with_product("baddbmm", "b m k, b k n", "b m n", "batch1", "batch2")
+_sum_with_product("addbmm", "b m k, b k n", "m n", "batch1", "batch2")
+_sum_with_product("addmv", "m k, k", "m", "mat", "vec")
+_sum_with_product("addr", "m, n", "m n", "vec1", "vec2")
 
 
 def _letters(name: str, dims: Dims, contracted: dict[int, str]) -> list[str]:

@@ -57,8 +57,7 @@ def _conv(here: Here, out: Dims, input: Dims, weight: Dims, bias: Dims | None, g
         return
     here.tie(input[0], out[0])
     for dims in (out, input, weight):
-        for axis in dims.axes[2:]:
-            here.freeze(axis, _WINDOW)
+        here.freeze_each(dims.axes[2:], _WINDOW)
     w_in, w_out = (weight[0], weight[1]) if transposed else (weight[1], weight[0])
     try:
         _tie_channels(here, input[1], out[1], w_in, w_out, groups, transposed)

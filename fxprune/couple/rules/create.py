@@ -40,8 +40,7 @@ def triangle(here: Here, out: Dims, self: Dims, **_: Any) -> None:
 @relation("one_hot")
 def one_hot(here: Here, out: Dims, self: Dims, **_: Any) -> None:
     """one new dimension of classes"""
-    for a, b in zip(self.axes, out.axes):
-        here.tie(a, b)
+    here.tie_rows(self.axes, out.axes)
     here.freeze(out[-1], "its indices are values of another tensor")
 
 
@@ -61,8 +60,5 @@ def meshgrid(here: Here, out: list[Dims], tensors: list[Dims], indexing: str = "
 def diag_embed(here: Here, out: Dims, self: Dims, dim1: int = -2, dim2: int = -1, **_: Any) -> None:
     """the last dimension as the diagonal of two new ones; all three freeze"""
     chosen = {dimension(dim1, out), dimension(dim2, out)}
-    rest = [axis for i, axis in enumerate(out.axes) if i not in chosen]
-    for a, b in zip(self.axes, rest):
-        here.tie(a, b)
-    for axis in (self[-1], *(out[i] for i in chosen)):
-        here.freeze(axis, "positions along it matter")
+    here.tie_rows(self.axes, [axis for i, axis in enumerate(out.axes) if i not in chosen])
+    here.freeze_each((self[-1], *(out[i] for i in chosen)), "positions along it matter")

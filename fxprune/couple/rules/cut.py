@@ -16,17 +16,15 @@ PICKED = "picked by index"
 def _pieces(here: Here, axis: Axis, sizes: Sequence[int]) -> list[Axis] | None:
     """Consecutive pieces of an axis; None, and the axis frozen, where its structure does not allow them."""
     try:
-        wide = iter(cut(axis, [size for size in sizes if size]))
+        return cut(axis, sizes)
     except Conflict as conflict:
         here.freeze(axis, str(conflict))
         return None
-    return [next(wide) if size else Axis(0) for size in sizes]
 
 
 def _join(here: Here, out: Axis, parts: Sequence[Axis]) -> None:
     if any(part.root().size.symbols for part in (out, *parts)):
-        for part in (out, *parts):
-            here.freeze(part, "a concatenation of symbolic sizes")
+        here.freeze_each((out, *parts), "a concatenation of symbolic sizes")
         return
     wide = [part for part in parts if part.root().size.number]
     if wide:
@@ -40,9 +38,7 @@ def cat(here: Here, out: Dims, tensors: list[Dims], dim: int = 0, **_: Any) -> N
     # Legacy: an empty 1-D tensor may stand among others of any rank.
     full = [x for x in tensors if len(x) == len(out)]
     for x in full:
-        for i, (a, b) in enumerate(zip(x.axes, out.axes)):
-            if i != at:
-                here.tie(a, b)
+        here.tie_rows(x.axes, out.axes, besides=[at])
     _join(here, out[at], [x[at] for x in full])
 
 
@@ -66,8 +62,7 @@ def stack(here: Here, out: Dims, tensors: list[Dims], dim: int = 0, **_: Any) ->
     at = dimension(dim, out)
     rest = [axis for i, axis in enumerate(out.axes) if i != at]
     for x in tensors:
-        for a, b in zip(x.axes, rest):
-            here.tie(a, b)
+        here.tie_rows(x.axes, rest)
     here.freeze(out[at], PICKED)
 
 
@@ -88,22 +83,18 @@ def split(here: Here, out: list[Dims], self: Dims, dim: int = 0, **_: Any) -> No
     """consecutive pieces along a dimension"""
     at = dimension(dim, self)
     for piece in out:
-        for i, (a, b) in enumerate(zip(self.axes, piece.axes)):
-            if i != at:
-                here.tie(a, b)
+        here.tie_rows(self.axes, piece.axes, besides=[at])
     if self[at].root().size.symbols:
-        for axis in (self[at], *(piece[at] for piece in out)):
-            here.freeze(axis, "a cut through a symbolic size")
+        here.freeze_each((self[at], *(piece[at] for piece in out)), "a cut through a symbolic size")
         return
     whole = sum(_split_sizes(out, at)) == self[at].root().size.number
     found = _pieces(here, self[at], _split_sizes(out, at)) if whole else None
     if not whole:
         here.freeze(self[at], "pieces that overlap or leave gaps")
-    for piece, axis in zip(out, found or []):
-        here.tie(piece[at], axis)
+    pieces = [piece[at] for piece in out]
+    here.tie_rows(pieces, found or [])
     if found is None:
-        for piece in out:
-            here.freeze(piece[at], "a cut that goes through a view")
+        here.freeze_each(pieces, "a cut that goes through a view")
 
 
 def _bounds(size: int, start: Any, end: Any) -> tuple[int, int] | None:
@@ -137,9 +128,7 @@ def slice_(
 ) -> None:
     """a run of indices along a dimension"""
     at = dimension(dim, self)
-    for i, (a, b) in enumerate(zip(self.axes, out.axes)):
-        if i != at:
-            here.tie(a, b)
+    here.tie_rows(self.axes, out.axes, besides=[at])
     tie_slice(here, self[at], out[at], start, end, step)
 
 
@@ -151,8 +140,7 @@ def tie_slice(here: Here, x: Axis, y: Axis, start: Any, end: Any, step: Any) -> 
         if size == y.root().size and not start and step == 1:
             here.tie(x, y)
             return
-        here.freeze(x, "a cut through a symbolic size")
-        here.freeze(y, "a cut through a symbolic size")
+        here.freeze_each((x, y), "a cut through a symbolic size")
         return
     first, last = bounds
     if step != 1:
@@ -176,8 +164,7 @@ def _tie_strided(here: Here, x: Axis, y: Axis, first: int, last: int, step: Any)
         here.freeze(inner, PICKED)
         tie_view(here, [x], [y, inner])
         return
-    here.freeze(x, "a strided slice")
-    here.freeze(y, "a strided slice")
+    here.freeze_each((x, y), "a strided slice")
 
 
 def _narrow_ends(self: Dims, dim: int, start: Any, length: Any) -> tuple[Any, Any]:
@@ -204,9 +191,7 @@ def narrow(here: Here, out: Dims, self: Dims, dim: int, start: Any, length: Any,
 def select(here: Here, out: Dims, self: Dims, dim: int, index: Any, **_: Any) -> None:
     """one index along a dimension"""
     at = dimension(dim, self)
-    rest = [axis for i, axis in enumerate(self.axes) if i != at]
-    for a, b in zip(rest, out.axes):
-        here.tie(a, b)
+    here.tie_rows([axis for i, axis in enumerate(self.axes) if i != at], out.axes)
     here.freeze(self[at], PICKED)
 
 
@@ -221,14 +206,11 @@ def unbind(here: Here, out: list[Dims], self: Dims, dim: int = 0, **_: Any) -> N
 def glu(here: Here, out: Dims, self: Dims, dim: int = -1, **_: Any) -> None:
     """the first half of a dimension times the sigmoid of its second half"""
     at = dimension(dim, self)
-    for i, (a, b) in enumerate(zip(self.axes, out.axes)):
-        if i != at:
-            here.tie(a, b)
+    here.tie_rows(self.axes, out.axes, besides=[at])
     size = out[at].root().size
     halves = None if size.symbols else _pieces(here, self[at], [size.number, size.number])
     if halves is None:
-        here.freeze(self[at], "a cut through a symbolic size")
-        here.freeze(out[at], "a cut through a symbolic size")
+        here.freeze_each((self[at], out[at]), "a cut through a symbolic size")
         return
     here.tie(halves[0], halves[1])
     here.tie(halves[0], out[at])

@@ -73,13 +73,11 @@ def instance_norm(
 ) -> None:
     """b c *, c?, c?, c?, c? -> b c *, with a statistic over *"""
     mean, variance = a.get("running_mean"), a.get("running_var")
-    for x, y in zip(input.axes, out.axes):
-        here.tie(x, y)
+    here.tie_rows(input.axes, out.axes)
     for vector in (weight, bias, mean, variance):
         if vector is not None:
             here.tie(vector[0], out[1])
-    for axis in out.axes[2:]:
-        here.freeze(axis, "a statistic runs over it")
+    here.freeze_each(out.axes[2:], "a statistic runs over it")
 
 
 def _resize_shape(sizes: Resize, out: Dims, normalized_shape: Sequence[Any], **_: Any) -> dict[str, Any]:
@@ -107,13 +105,11 @@ def layer_norm(
     **_: Any,
 ) -> None:
     """* d, d?, d? -> * d, with a statistic over d"""
-    for a, b in zip(input.axes, out.axes):
-        here.tie(a, b)
+    here.tie_rows(input.axes, out.axes)
     last = out.axes[len(out) - len(normalized_shape) :]
     for vector in (weight, bias):
         if vector is not None:
-            for a, b in zip(vector.axes, last):
-                here.tie(a, b)
+            here.tie_rows(vector.axes, last)
     for axis in last:
         here.mix(axis, "a statistic runs over it")
 
@@ -145,13 +141,11 @@ def group_norm(
     here: Here, out: Dims, input: Dims, num_groups: int, weight: Dims | None = None, bias: Dims | None = None, **_: Any
 ) -> None:
     """b (g c) *, (g c)?, (g c)? -> b (g c) *, with a statistic over c and *"""
-    for a, b in zip(input.axes, out.axes):
-        here.tie(a, b)
+    here.tie_rows(input.axes, out.axes)
     for vector in (weight, bias):
         if vector is not None:
             here.tie(vector[0], out[1])
-    for axis in out.axes[2:]:
-        here.freeze(axis, "a statistic runs over it")
+    here.freeze_each(out.axes[2:], "a statistic runs over it")
     try:
         here.mix(split_groups(out[1], num_groups, here.name)[1], "a statistic runs over it")
     except Conflict as conflict:
@@ -161,10 +155,7 @@ def group_norm(
 def _zero_of_weight_norm(here: Here, out: Dims, v: Dims, dim: int = 0, **_: Any) -> Atoms:
     for i, axis in enumerate(v.axes):
         if i != dim:
-            here.summed.append(axis)
-        for atom in atoms(axis):
-            if i != dim and not atom.frozen and atom not in v.zero:
-                here.freeze(atom, "a statistic that its removed indices change runs over it")
+            here.sums(axis, v.zero, "a statistic that its removed indices change runs over it")
     return set(v.zero)
 
 

@@ -44,20 +44,16 @@ def index(here: Here, out: Dims, self: Dims, indices: list[Dims | None], **_: An
         # a mask takes several dimensions at once
         here.freeze_all([out, self, *given], "an index that is a mask")
         return
-    for a, b in zip(rest, others):
-        here.tie(a, b)
+    here.tie_rows(rest, others)
     for x in given:
-        for a, b in zip(reversed(x.axes), reversed(block)):
-            here.tie(a, b)
+        here.tie_rows(reversed(x.axes), reversed(block))
 
 
 @relation("index_select", zero=_zero_of_pick)
 def index_select(here: Here, out: Dims, self: Dims, dim: int, index: Dims, **_: Any) -> None:
     """indices along a dimension, picked by a tensor"""
     at = dimension(dim, self)
-    for i, (a, b) in enumerate(zip(self.axes, out.axes)):
-        if i != at:
-            here.tie(a, b)
+    here.tie_rows(self.axes, out.axes, besides=[at])
     here.freeze(self[at], PICKED)
     if len(index):
         here.tie(out[at], index[0])
@@ -78,8 +74,7 @@ def gather(here: Here, out: Dims, self: Dims, dim: int | None = None, index: Dim
         elif x.root().size == y.root().size:
             here.tie(x, y)
         else:
-            here.freeze(x, "only the first of its indices are read")
-            here.freeze(y, "only the first of its indices are read")
+            here.freeze_each((x, y), "only the first of its indices are read")
 
 
 def _zero_of_scatter(here: Here, out: Dims, **a: Any) -> Atoms:
@@ -110,8 +105,7 @@ def scatter(here: Here, out: Dims, self: Dims, dim: int, index: Dims, src: Any =
         here.tie(a, b)
         for row in rows:
             if i == at or row[i].root().size != a.root().size:
-                here.freeze(row[i], PICKED)
-                here.freeze(a, PICKED)
+                here.freeze_each((row[i], a), PICKED)
             else:
                 here.tie(row[i], a)
 
@@ -152,18 +146,14 @@ def slice_scatter(
     **a: Any,
 ) -> None:
     """a tensor written into a run of indices of another"""
-    for x, y in zip(self.axes, out.axes):
-        here.tie(x, y)
+    here.tie_rows(self.axes, out.axes)
     if "index" in a:
         select(here, src, self, dim, a["index"])
         return
     # written like a slice, but its bounds would have to follow
     at = dimension(dim, self)
-    here.freeze(self[at], PICKED)
-    here.freeze(src[at], PICKED)
-    for i, (x, y) in enumerate(zip(self.axes, src.axes)):
-        if i != at:
-            here.tie(x, y)
+    here.freeze_each((self[at], src[at]), PICKED)
+    here.tie_rows(self.axes, src.axes, besides=[at])
 
 
 @relation("masked_select", "masked_scatter", "nonzero", "nonzero_static", "unique_dim", "_unique2", "take", "put",
@@ -173,32 +163,14 @@ def by_value(here: Here, out: Any, **a: Any) -> None:
     here.freeze_all([out, *(v for v in a.values() if isinstance(v, Dims))], "what it picks depends on values")
 
 
-def _square(here: Here, out: Dims, self: Dims, chosen: set[int], why: str) -> None:
-    """The chosen dimensions freeze; the others stand in the same order at the front of the output, or stay in place."""
-    rest = [axis for i, axis in enumerate(self.axes) if i not in chosen]
-    for i in chosen:
-        here.freeze(self[i], why)
-    for a, b in zip(rest, out.axes):
-        here.tie(a, b)
-    for axis in out.axes[len(rest) :]:
-        here.freeze(axis, why)
-
-
 @relation("diagonal", zero=of_self)
 def diagonal(here: Here, out: Dims, self: Dims, **a: Any) -> None:
     """the diagonal of two dimensions, which freeze, as a last one"""
-    first, second = a.get("dim1", 0), a.get("dim2", 1)
-    _square(here, out, self, {dimension(first, self), dimension(second, self)}, "positions along it matter")
-
-
-def _tie_others(here: Here, out: Dims, self: Dims, chosen: set[int], why: str) -> None:
-    """Every dimension stays in its place; the chosen ones freeze."""
-    for i, (a, b) in enumerate(zip(self.axes, out.axes)):
-        if i in chosen:
-            here.freeze(a, why)
-            here.freeze(b, why)
-        else:
-            here.tie(a, b)
+    chosen = {dimension(a.get("dim1", 0), self), dimension(a.get("dim2", 1), self)}
+    here.freeze_each((self[i] for i in chosen), "positions along it matter")
+    rest = [axis for i, axis in enumerate(self.axes) if i not in chosen]
+    here.tie_rows(rest, out.axes)
+    here.freeze_each(out.axes[len(rest) :], "positions along it matter")
 
 
 @relation("diff", zero=carried)
@@ -208,23 +180,18 @@ def diff(
     """differences of neighbours along a dimension, which freezes"""
     for row in (self, prepend, append):
         if row is not None:
-            _tie_others(here, out, row, {dimension(dim, self)}, "its order matters")
+            here.tie_or_freeze(row.axes, out.axes, [dimension(dim, self)], "its order matters")
 
 
 @relation("rot90", zero=of_self)
 def rot90(here: Here, out: Dims, self: Dims, dims: Sequence[int] = (0, 1), **_: Any) -> None:
     """a rotation in the plane of two dimensions, which freeze"""
-    _tie_others(here, out, self, {dimension(d, self) for d in dims}, "its order matters")
+    here.tie_or_freeze(self.axes, out.axes, [dimension(d, self) for d in dims], "its order matters")
 
 
 @relation("flip", "fliplr", "flipud", "roll", zero=of_first)
 def moved(here: Here, out: Dims, self: Dims, dims: Any = (), **_: Any) -> None:
     """indices in another order along some dimensions, which freeze"""
     wanted = [dims] if isinstance(dims, int) else list(dims)
-    chosen = {dimension(d, self) for d in wanted} if wanted else set(range(len(self)))
-    for i, (a, b) in enumerate(zip(self.axes, out.axes)):
-        if i in chosen and is_wide(a):
-            here.freeze(a, "its order matters")
-            here.freeze(b, "its order matters")
-        else:
-            here.tie(a, b)
+    chosen = [dimension(d, self) for d in wanted] if wanted else range(len(self))
+    here.tie_or_freeze(self.axes, out.axes, [i for i in chosen if is_wide(self[i])], "its order matters")

@@ -86,14 +86,11 @@ pointwise("f(x) with f(0) not 0, or not known to be", nowhere,
     "greater", "greater_equal", "less", "less_equal", "not_equal", "ldexp",
 )  # fmt: skip
 pointwise("a clamp", _where(_clamps_around_zero), "clamp", "hardtanh", "clip", "clamp_min", "clamp_max")
+pointwise("x where above a threshold, else a value",
+    _where(lambda threshold, value, **_: threshold >= 0 and value == 0), "threshold",
+)  # fmt: skip
 pointwise("x ** n", _where(_positive_power), "pow")
 pointwise("x where not masked, else a value", _where(_fills_with_zero), "masked_fill")
-
-
-@relation("threshold", zero=_where(lambda threshold, value, **_: threshold >= 0 and value == 0))
-def threshold(here: Here, out: Dims, self: Dims, **_: Any) -> None:
-    """x where above a threshold, else a value"""
-    tie_broadcast(here, out, [self])
 
 
 def _zero_of_quotient(here: Here, out: Dims, **arguments: Any) -> Atoms:
@@ -143,22 +140,9 @@ def prelu(here: Here, out: Dims, self: Dims, weight: Dims, **_: Any) -> None:
         here.tie(weight[0], self[1])
 
 
-@relation("zeros_like", "zero", zero=lambda here, out, **_: out.atoms())
-def zeros_like(here: Here, out: Dims, self: Dims, **_: Any) -> None:
-    """zeros of the same shape"""
-    tie_broadcast(here, out, [self])
-
-
-@relation("fill")
-def fill(here: Here, out: Dims, self: Dims, **_: Any) -> None:
-    """one value in the same shape"""
-    tie_broadcast(here, out, [self])
-
-
-@relation("copy", zero=lambda here, out, self, src, **_: by_dimension(out, [src], every=True))
-def copy(here: Here, out: Dims, self: Dims, src: Dims, **_: Any) -> None:
-    """y broadcast to the shape of x"""
-    tie_broadcast(here, out, [self, src])
+pointwise("zeros of the same shape", lambda here, out, **_: out.atoms(), "zeros_like", "zero")
+pointwise("one value in the same shape", nowhere, "fill")
+pointwise("y broadcast to the shape of x", lambda here, out, src, **_: by_dimension(out, [src], every=True), "copy")
 
 
 @relation("to", "type_as", zero=of_first)

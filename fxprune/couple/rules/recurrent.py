@@ -51,14 +51,14 @@ def _tie_cell(here: Here, cell: Cell, gates: Axis, x: Axis, unit: Axis, state: A
     here.writes(cell.w_hh, unit)
 
 
-def _zero_of_cells(here: Here, cells: Sequence[Cell], unit: Axis, state: Axis, before: Dims | None) -> Atoms:
+def _zero_of_cells(here: Here, cells: Sequence[Cell], unit: Axis, state: Axis, hx: Any) -> Atoms:
     """Where units and states are zero after every step; freezes what a step would sum where it is not.
 
-    `before` is the state that a unit decays from; None where nothing of it is left after one step.
+    A unit decays from its state in `hx`, that of a cell where there are two; of a plain RNN nothing is left of it.
     """
     units = set(atoms(unit)).intersection(*(rows.zero for cell in cells for rows in cell.rows()))
-    if before is not None:
-        units &= before.zero
+    if not here.op.startswith("rnn"):
+        units &= (hx[1] if isinstance(hx, list) else hx).zero
     states = units
     projections = [cell.projection for cell in cells if cell.projection is not None]
     if projections:
@@ -101,8 +101,7 @@ def _zero_of_layers(
     cells = _cells(params, has_biases, num_layers * directions)
     for cell in cells[:directions]:
         here.sums(input[-1], input.zero | cell.w_ih.zero)
-    before = hx[1] if isinstance(hx, list) else None if here.op.startswith("rnn") else hx
-    zero = _zero_of_cells(here, cells, out[-1][-1], out[1][-1], before)
+    zero = _zero_of_cells(here, cells, out[-1][-1], out[1][-1], hx)
     for cell in cells[directions:]:
         here.sums(out[1][-1], zero | cell.w_ih.zero)
     return zero
@@ -137,8 +136,7 @@ def layers(
     for before, after in zip(hx if isinstance(hx, list) else [hx], out[1:]):
         here.tie(before[1], after[1])
         here.tie(before[2], after[2])
-        for axis in (before[0], after[0]):
-            here.freeze(axis, "one state of every layer and direction")
+        here.freeze_each((before[0], after[0]), "one state of every layer and direction")
         here.tie(after[1], out[1][1])
     x = input[-1]
     cells = _cells(params, has_biases, num_layers * directions)
@@ -160,8 +158,7 @@ def _cell(a: dict[str, Any]) -> Cell:
 def _zero_of_step(here: Here, out: Any, input: Dims, hx: Any, **a: Any) -> Atoms:
     cell, last = _cell(a), out[-1] if isinstance(out, list) else out
     here.sums(input[-1], input.zero | cell.w_ih.zero)
-    before = hx[1] if isinstance(hx, list) else None if here.op.startswith("rnn") else hx
-    return _zero_of_cells(here, [cell], last[-1], last[-1], before)
+    return _zero_of_cells(here, [cell], last[-1], last[-1], hx)
 
 
 @relation("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", zero=_zero_of_step)
@@ -170,7 +167,6 @@ def step(here: Here, out: Any, input: Dims, hx: Any, **a: Any) -> None:
     outs = out if isinstance(out, list) else [out]
     for value in (*outs, *(hx if isinstance(hx, list) else [hx])):
         here.tie(value[-1], outs[0][-1])
-        for mine, other in zip(value.axes[:-1], input.axes[:-1]):
-            here.tie(mine, other)
+        here.tie_rows(value.axes[:-1], input.axes[:-1])
     unit = outs[0][-1]
     _tie_cell(here, _cell(a), _gates(here), input[-1], unit, unit)

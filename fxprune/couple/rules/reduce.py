@@ -34,8 +34,7 @@ def sum_(here: Here, out: Dims, self: Dims, **a: Any) -> None:
     _tie_kept(here, out, self, chosen)
     order = a.get("ord", a.get("p", 2))
     if isinstance(order, (int, float)) and order <= 0:
-        for i in chosen:
-            here.freeze(self[i], "a norm that counts zeros runs over it")
+        here.freeze_each((self[i] for i in chosen), "a norm that counts zeros runs over it")
     for i in chosen:
         here.measures(self[i])
 
@@ -63,8 +62,7 @@ def _zero_of_statistic(here: Here, out: Any, self: Dims, **_: Any) -> Atoms:
 
 def _extremum(here: Here, out: Any, self: Dims, a: dict[str, Any], why: str) -> None:
     chosen = _chosen(self, a)
-    for i in chosen:
-        here.freeze(self[i], why)
+    here.freeze_each((self[i] for i in chosen), why)
     for result in out if isinstance(out, list) else [out]:
         _tie_kept(here, result, self, chosen)
 
@@ -97,15 +95,8 @@ def maximum(here: Here, out: Any, self: Dims, **a: Any) -> None:
 
 def _along(here: Here, out: Any, self: Dims, dim: Any, why: str) -> None:
     """Every dimension stays; the one that the op looks along freezes."""
-    at = dimension(dim, self)
     for result in out if isinstance(out, list) else [out]:
-        for i, (a, b) in enumerate(zip(self.axes, result.axes)):
-            if i != at:
-                here.tie(a, b)
-            else:
-                here.freeze(b, why)
-    if len(self):
-        here.freeze(self[at], why)
+        here.tie_or_freeze(self.axes, result.axes, [dimension(dim, self)], why)
 
 
 @relation("softmax", "log_softmax", "_softmax", "_log_softmax", "special_softmax")

@@ -10,14 +10,14 @@ come by their schema names, with `Dims` in place of tensors and plain values (or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from fxprune.couple.axis import ONE, Axis, Conflict, Size, atoms, divide, freeze, mix, tie
+from fxprune.couple.axis import ONE, Axis, Size, atoms, divide, freeze, mix, tie
 from fxprune.couple.indices import kept_indices, shrunk_size
 
 Atoms = set[Axis]
@@ -63,27 +63,45 @@ class Here:
         """The two axes keep the same indices."""
         tie(a, b, self.name)
 
+    def tie_rows(self, xs: Iterable[Axis], ys: Iterable[Axis], besides: Collection[int] = ()) -> None:
+        """Two rows of axes are tied one by one, but for those at the places `besides`."""
+        for place, (x, y) in enumerate(zip(xs, ys)):
+            if place not in besides:
+                self.tie(x, y)
+
+    def tie_or_freeze(self, xs: Iterable[Axis], ys: Iterable[Axis], frozen: Collection[int], why: str) -> None:
+        """Two rows of axes are tied one by one; at the places `frozen` both freeze instead, because `why`."""
+        for place, (x, y) in enumerate(zip(xs, ys)):
+            if place in frozen:
+                self.freeze_each((x, y), why)
+            else:
+                self.tie(x, y)
+
     def freeze(self, axis: Axis, why: str) -> None:
         """The axis keeps all its indices, because `why`."""
         freeze(axis, f"{why} ({self.op} at {self.name})")
+
+    def freeze_each(self, axes: Iterable[Axis], why: str) -> None:
+        """Each of the axes keeps all its indices, because `why`."""
+        for axis in axes:
+            self.freeze(axis, why)
 
     def mix(self, axis: Axis, why: str) -> None:
         """The axis loses indices only on request, because `why`."""
         mix(axis, f"{why} ({self.op} at {self.name})")
 
-    def sums(self, axis: Axis, zero: Atoms) -> None:
+    def sums(self, axis: Axis, zero: Atoms, why: str = "summed over where its removed indices are not zero") -> None:
         """A sum runs over `axis`, whose terms at removed indices are zero at the atoms in `zero`: the others freeze."""
         self.summed.append(axis)
         for atom in atoms(axis):
             if not atom.frozen and atom not in zero:
-                self.freeze(atom, "summed over where its removed indices are not zero")
+                self.freeze(atom, why)
 
     def freeze_all(self, values: Iterable[Value | None], why: str) -> None:
         """Freeze every axis of every tensor."""
         for value in values:
             for dims in value if isinstance(value, list) else [value] if value is not None else []:
-                for axis in dims.axes:
-                    self.freeze(axis, why)
+                self.freeze_each(dims.axes, why)
 
     def writes(self, weight: Dims, axis: Axis, *, channelwise: bool = False) -> None:
         """`weight` makes the indices of `axis`: it is an output dimension of a product with this weight.
@@ -109,13 +127,9 @@ class Resize:
         self.keep = keep
         self._scale = scale
 
-    def size(self, axis: Axis) -> Size:
-        """The new size of an axis."""
-        return shrunk_size(axis, self.keep)
-
     def number(self, axis: Axis) -> int:
         """The new size of an axis without symbols."""
-        return self.size(axis).number
+        return shrunk_size(axis, self.keep).number
 
     def old(self, axis: Axis) -> int:
         """The size that an axis had, without its symbols."""
@@ -269,17 +283,7 @@ def by_dimension(out: Dims, operands: Sequence[Dims], every: bool) -> Atoms:
     return {atom for atom, zero in verdict.items() if zero}
 
 
-def tie_rows(here: Here, xs: Sequence[Axis], ys: Sequence[Axis]) -> None:
-    """Tie two rows of axes one by one."""
-    for x, y in zip(xs, ys, strict=True):
-        here.tie(x, y)
-
-
 def tie_broadcast(here: Here, out: Dims, operands: Iterable[Dims]) -> None:
     """Tie operands to an output that they broadcast to: dimensions line up from the right."""
     for operand in operands:
-        for a, b in zip(reversed(operand.axes), reversed(out.axes)):
-            here.tie(a, b)
-
-
-__all__ = ["RULES", "Conflict", "Dims", "Here", "Relation", "Resize", "Value"]
+        here.tie_rows(reversed(operand.axes), reversed(out.axes))

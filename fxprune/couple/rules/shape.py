@@ -23,7 +23,6 @@ from .relation import (
     of_self,
     relation,
     tie_broadcast,
-    tie_rows,
 )
 
 
@@ -63,14 +62,15 @@ def _resize_squeeze(sizes: Resize, out: Dims, self: Dims, dim: Any = None, **_: 
     return {"target": torch.ops.aten.squeeze.dims, "dim": chosen} if left else {}
 
 
-@relation("squeeze", zero=carried, resize=_resize_squeeze)
-def squeeze(here: Here, out: Dims, self: Dims, **_: Any) -> None:
-    """the same elements in row-major order"""
-    tie_view(here, self.axes, out.axes)
+def _resize_unflatten(sizes: Resize, out: Dims, /, self: Dims, dim: int, **a: Any) -> dict[str, Any]:
+    first = dimension(dim, self)
+    return {"sizes": [sizes.literal(out[first + i], value) for i, value in enumerate(a["sizes"])]}
 
 
 @relation("flatten", "unsqueeze", "ravel", zero=carried)
-def reshape_without_sizes(here: Here, out: Dims, self: Dims, **_: Any) -> None:
+@relation("squeeze", zero=carried, resize=_resize_squeeze)
+@relation("unflatten", zero=carried, resize=_resize_unflatten)
+def reshaped(here: Here, out: Dims, self: Dims, **_: Any) -> None:
     """the same elements in row-major order"""
     tie_view(here, self.axes, out.axes)
 
@@ -98,18 +98,7 @@ def view_as(here: Here, out: Dims, self: Dims, other: Dims, **_: Any) -> None:
     """the same elements in row-major order, in the shape of another tensor"""
     tie_view(here, self.axes, out.axes)
     if not self.source:
-        tie_rows(here, other.axes, out.axes)
-
-
-def _resize_unflatten(sizes: Resize, out: Dims, /, self: Dims, dim: int, **a: Any) -> dict[str, Any]:
-    first = dimension(dim, self)
-    return {"sizes": [sizes.literal(out[first + i], value) for i, value in enumerate(a["sizes"])]}
-
-
-@relation("unflatten", zero=carried, resize=_resize_unflatten)
-def unflatten(here: Here, out: Dims, self: Dims, **_: Any) -> None:
-    """the same elements in row-major order"""
-    tie_view(here, self.axes, out.axes)
+        here.tie_rows(other.axes, out.axes)
 
 
 def _permuted(here: Here, out: Dims, self: Dims, order: Sequence[int]) -> None:
@@ -246,5 +235,4 @@ def _copies(here: Here, out: Axis, x: Axis, outer: bool) -> None:
         parts = divide(out, [count, x.root().size] if outer else [x.root().size, count], here.name)
         here.tie(parts[1] if outer else parts[0], x)
     except Conflict as conflict:
-        here.freeze(out, str(conflict))
-        here.freeze(x, str(conflict))
+        here.freeze_each((out, x), str(conflict))

@@ -12,25 +12,14 @@ from .relation import Dims, Here, dimension_list, of_self, relation
 def view_as_complex(here: Here, out: Dims, self: Dims, **_: Any) -> None:
     """* 2 -> *"""
     here.freeze(self[-1], "positions along it matter")
-    for a, b in zip(self.axes, out.axes):
-        here.tie(a, b)
+    here.tie_rows(self.axes, out.axes)
 
 
 @relation("view_as_real", zero=of_self)
 def view_as_real(here: Here, out: Dims, self: Dims, **_: Any) -> None:
     """* -> * 2"""
     here.freeze(out[-1], "positions along it matter")
-    for a, b in zip(self.axes, out.axes):
-        here.tie(a, b)
-
-
-def _transform(here: Here, out: Dims, self: Dims, chosen: list[int]) -> None:
-    for i, (a, b) in enumerate(zip(self.axes, out.axes)):
-        if i in chosen:
-            here.freeze(a, "a transform runs over it")
-            here.freeze(b, "a transform runs over it")
-        else:
-            here.tie(a, b)
+    here.tie_rows(self.axes, out.axes)
 
 
 @relation(*(f"fft_{kind}" for kind in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")),
@@ -41,4 +30,4 @@ def fourier(here: Here, out: Dims, self: Dims, dim: Any = None, s: Sequence[Any]
     """a Fourier transform along some dimensions, which freeze"""
     if dim is None and s is not None:
         dim = list(range(-len(s), 0))
-    _transform(here, out, self, dimension_list(dim, self))
+    here.tie_or_freeze(self.axes, out.axes, dimension_list(dim, self), "a transform runs over it")

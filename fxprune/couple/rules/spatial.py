@@ -15,12 +15,7 @@ _WINDOW = "windows slide over it"
 def _tie_leading(here: Here, outs: Any, x: Dims, spatial: int, why: str) -> None:
     """All but the last `spatial` dimensions stay; those freeze."""
     for out in outs if isinstance(outs, list) else [outs]:
-        for i, (a, b) in enumerate(zip(x.axes, out.axes)):
-            if i < len(x) - spatial:
-                here.tie(a, b)
-            else:
-                here.freeze(a, why)
-                here.freeze(b, why)
+        here.tie_or_freeze(x.axes, out.axes, range(len(x) - spatial, len(x)), why)
 
 
 def _zero_of_pool(here: Here, out: Any, **a: Any) -> Atoms:
@@ -70,8 +65,7 @@ def grid_sampler(here: Here, out: Dims, input: Dims, grid: Dims, **_: Any) -> No
     here.tie(input[0], out[0])
     here.tie(input[1], out[1])
     here.tie(grid[0], out[0])
-    for axis in (*input.axes[2:], *out.axes[2:], *grid.axes[1:]):
-        here.freeze(axis, "positions along it matter")
+    here.freeze_each((*input.axes[2:], *out.axes[2:], *grid.axes[1:]), "positions along it matter")
 
 
 def _padding(self: Dims, pad: Sequence[Any]) -> list[tuple[int, Any, Any]]:
@@ -83,9 +77,7 @@ def _padded(axis: Axis, x: Axis, before: Any, after: Any) -> list[Axis]:
     """`axis` as what stands before, the tensor, and what stands after. Raises Conflict."""
     if not isinstance(before, int) or not isinstance(after, int) or before < 0 or after < 0 or x.root().size.symbols:
         raise Conflict("a padding that is symbolic or negative")
-    sizes = [before, x.root().size.number, after]
-    wide = iter(cut(axis, [size for size in sizes if size]))
-    return [next(wide) if size else Axis(0) for size in sizes]
+    return cut(axis, [before, x.root().size.number, after])
 
 
 def _resize_pad(sizes: Resize, out: Dims, self: Dims, pad: Sequence[Any], **_: Any) -> dict[str, Any]:
@@ -119,8 +111,7 @@ def pad_(here: Here, out: Dims, self: Dims, pad: Sequence[Any], mode: str = "con
                 raise Conflict("a padding that repeats what it pads")
             here.tie(_padded(y, x, before, after)[1], x)
         except Conflict as conflict:
-            here.freeze(x, str(conflict))
-            here.freeze(y, str(conflict))
+            here.freeze_each((x, y), str(conflict))
 
 
 def _tie_divided(here: Here, whole: Axis, parts: Sequence[Size], major: Axis) -> None:
@@ -128,29 +119,28 @@ def _tie_divided(here: Here, whole: Axis, parts: Sequence[Size], major: Axis) ->
     try:
         first, *rest = divide(whole, parts, here.name)
         here.tie(first, major)
-        for axis in rest:
-            here.freeze(axis, "positions along it matter")
+        here.freeze_each(rest, "positions along it matter")
     except Conflict as conflict:
-        here.freeze(whole, str(conflict))
-        here.freeze(major, str(conflict))
+        here.freeze_each((whole, major), str(conflict))
+
+
+def _tie_pixels(here: Here, wide: Dims, narrow: Dims, factor: int) -> None:
+    """The channels of `wide` are those of `narrow`, each as many times as a pixel of it has places."""
+    here.tie_rows(wide.axes[:-3], narrow.axes[:-3])
+    _tie_divided(here, wide[-3], [narrow[-3].root().size, Size(factor), Size(factor)], narrow[-3])
+    here.freeze_each((*wide.axes[-2:], *narrow.axes[-2:]), "positions along it matter")
 
 
 @relation("pixel_shuffle", zero=carried)
 def pixel_shuffle(here: Here, out: Dims, self: Dims, upscale_factor: int, **_: Any) -> None:
     """* (c r r) h w -> * c (h r) (w r)"""
-    _tie_leading(here, Dims(out.axes[:-3]), Dims(self.axes[:-3]), 0, "")
-    _tie_divided(here, self[-3], [out[-3].root().size, Size(upscale_factor), Size(upscale_factor)], out[-3])
-    for axis in (*self.axes[-2:], *out.axes[-2:]):
-        here.freeze(axis, "positions along it matter")
+    _tie_pixels(here, self, out, upscale_factor)
 
 
 @relation("pixel_unshuffle", zero=carried)
 def pixel_unshuffle(here: Here, out: Dims, self: Dims, downscale_factor: int, **_: Any) -> None:
     """* c (h r) (w r) -> * (c r r) h w"""
-    _tie_leading(here, Dims(out.axes[:-3]), Dims(self.axes[:-3]), 0, "")
-    _tie_divided(here, out[-3], [self[-3].root().size, Size(downscale_factor), Size(downscale_factor)], self[-3])
-    for axis in (*self.axes[-2:], *out.axes[-2:]):
-        here.freeze(axis, "positions along it matter")
+    _tie_pixels(here, out, self, downscale_factor)
 
 
 def _shuffled(self: Dims, out: Dims, groups: int, where: str) -> tuple[list[Axis], list[Axis]]:
@@ -166,36 +156,33 @@ def _resize_shuffle(sizes: Resize, out: Dims, self: Dims, groups: int, **_: Any)
 @relation("channel_shuffle", "native_channel_shuffle", zero=carried, resize=_resize_shuffle)
 def channel_shuffle(here: Here, out: Dims, self: Dims, groups: int, **_: Any) -> None:
     """b (g c) * -> b (c g) *"""
-    for i, (a, b) in enumerate(zip(self.axes, out.axes)):
-        if i != 1:
-            here.tie(a, b)
+    here.tie_rows(self.axes, out.axes, besides=[1])
     try:
         (group, each), (each_out, group_out) = _shuffled(self, out, groups, here.name)
         here.tie(group, group_out)
         here.tie(each, each_out)
     except Conflict as conflict:
-        here.freeze(self[1], str(conflict))
-        here.freeze(out[1], str(conflict))
+        here.freeze_each((self[1], out[1]), str(conflict))
+
+
+def _tie_columns(here: Here, image: Dims, columns: Dims) -> None:
+    """The rows of `columns` are the channels of an image, each as many times as a window has places."""
+    here.tie_rows(image.axes[:-3], columns.axes[:-2])
+    over = columns[-2].root().size.over(image[-3].root().size)
+    _tie_divided(here, columns[-2], [image[-3].root().size, over or Size(1)], image[-3])
+    here.freeze_each((*image.axes[-2:], columns[-1]), _WINDOW)
 
 
 @relation("im2col", zero=of_self)
-def im2col(here: Here, out: Dims, self: Dims, kernel_size: Any, **_: Any) -> None:
+def im2col(here: Here, out: Dims, self: Dims, **_: Any) -> None:
     """b? c h w -> b? (c k k) l"""
-    _tie_leading(here, Dims(out.axes[:-2]), Dims(self.axes[:-3]), 0, "")
-    over = out[-2].root().size.over(self[-3].root().size)
-    _tie_divided(here, out[-2], [self[-3].root().size, over or Size(1)], self[-3])
-    for axis in (*self.axes[-2:], out[-1]):
-        here.freeze(axis, _WINDOW)
+    _tie_columns(here, self, out)
 
 
 @relation("col2im", zero=of_self)
 def col2im(here: Here, out: Dims, self: Dims, **_: Any) -> None:
     """b? (c k k) l -> b? c h w"""
-    _tie_leading(here, Dims(out.axes[:-3]), Dims(self.axes[:-2]), 0, "")
-    over = self[-2].root().size.over(out[-3].root().size)
-    _tie_divided(here, self[-2], [out[-3].root().size, over or Size(1)], out[-3])
-    for axis in (self[-1], *out.axes[-2:]):
-        here.freeze(axis, _WINDOW)
+    _tie_columns(here, out, self)
 
 
 @relation("unfold", zero=of_self)
@@ -206,6 +193,5 @@ def unfold(here: Here, out: Dims, self: Dims, **a: Any) -> None:
         if i != at:
             here.tie(x, y)
         elif is_wide(x):
-            here.freeze(x, _WINDOW)
-            here.freeze(y, _WINDOW)
+            here.freeze_each((x, y), _WINDOW)
     here.freeze(out[-1], _WINDOW)
