@@ -20,6 +20,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from tqdm import tqdm
 from benchmarks import gpu_linears, gpu_models
 from benchmarks.gpu_linears import SHAPES, close
 from benchmarks.machine import slug
-from fxprune.measure.timing import interleave_graphs, median
+from fxprune.measure.timing import interleave_graphs
 from triton_kernels import masked, prune24, select
 
 RESULTS = Path(__file__).resolve().parent / "results"

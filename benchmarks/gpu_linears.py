@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fxprune.lower.layouts import CuSparseLt
-from fxprune.measure.timing import interleave_graphs, median
+from fxprune.measure.timing import interleave_graphs
 from triton_kernels import bitmap, blocks, gemv24, nonzeros, prune24
 
 # [o, i] of the linear layers of Llama 2 7B, in the order of their bytes.

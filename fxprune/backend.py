@@ -22,7 +22,7 @@ from fxprune.graph.environment import hidden
 from fxprune.graph.program import Program, fetch
 from fxprune.lower.fold import fold_masks
 from fxprune.lower.layouts.choose import Chooser
-from fxprune.lower.lower import Lowered, lower
+from fxprune.lower.lower import lower
 from fxprune.select.decide import choose_selection
 
 from .errors import InputError
@@ -82,13 +82,10 @@ def fxprune(
 
 def _key(traced: Traced, inputs: Sequence[Any]) -> tuple[Any, ...]:
     parameters = tuple((id(inputs[i]), inputs[i]._version) for i in traced.static)
+    fake = torch._subclasses.FakeTensor
     return parameters, tuple(
-        float(inputs[i]) if not _is_fake(inputs[i]) else traced.float_values[i] for i in traced.floats
+        traced.float_values[i] if isinstance(inputs[i], fake) else float(inputs[i]) for i in traced.floats
     )
-
-
-def _is_fake(value: Any) -> bool:
-    return isinstance(value, torch._subclasses.FakeTensor)
 
 
 def _lower(captured: Capture, settings: Settings) -> torch.fx.GraphModule:
@@ -96,13 +93,14 @@ def _lower(captured: Capture, settings: Settings) -> torch.fx.GraphModule:
     selection = choose_selection(captured, captured.program).selection
     program = fold_masks(captured.program, selection)
     packed, lowered = lower(program, selection.mask, Chooser(only=settings.layout))
-    _log(lowered)
+    for w in lowered:
+        log.info("backend fxprune: %s -> %s (%s)", w.name, w.choice.layout, w.choice.why)
     return packed
 
 
 def _returned_apart(program: Program) -> Program:
     """Constants that the graph returns get a buffer of their own: a pruning hook's `weight` is also such an output."""
-    output = next(n for n in program.graph.nodes if n.op == "output")
+    output = program.graph.output_node()
     for node in [n for n in output.all_input_nodes if n.op == "get_attr"]:
         name = f"returned_{node.name}"
         program.register_buffer(name, fetch(program, str(node.target)), persistent=False)
@@ -110,11 +108,6 @@ def _returned_apart(program: Program) -> Program:
             output.replace_input_with(node, program.graph.get_attr(name))
     program.recompile()
     return program
-
-
-def _log(lowered: list[Lowered]) -> None:
-    for w in lowered:
-        log.info("backend fxprune: %s -> %s (%s)", w.name, w.choice.layout, w.choice.why)
 
 
 def _inductor(gm: torch.fx.GraphModule, inputs: Sequence[Any], settings: Settings) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ from fxprune.capture.capture import Capture, capture
 from fxprune.check.calls import Call
 from fxprune.check.compare import CheckRow, compare, outputs, refuse
 from fxprune.errors import InputError
+from fxprune.graph.environment import words_of
 
 # The argument by which transformers models say which positions are text and which are padding, and those of the text.
 _MASK = "attention_mask"
@@ -39,6 +40,10 @@ class Batch:
         """The user's batches that the samples come from, in words."""
         first, last = self.labels[0], self.labels[-1]
         return first if first == last else f"{first} to {last}"
+
+    def copied(self) -> list[Any]:
+        """The flat inputs with a copy of each tensor: a program that writes to its inputs writes to no user's."""
+        return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self.flat]
 
     def label_of(self, marked: Tensor) -> str:
         """The user's batch with the first sample that `marked` [b, ...] bool marks; all of them where it has none."""
@@ -205,11 +210,10 @@ def _run(model: nn.Module, call: Call) -> list[Any]:
             return outputs(model, call)
         except Exception as error:
             shapes = ", ".join(f"{list(t.shape)} {t.dtype}" for t in _tensors(call))
-            said = (str(error).strip().splitlines() or [""])[0]
             raise InputError(
                 "cannot run the model on a batch",
                 where=f"{call.label} ({shapes or 'no tensors'})",
-                why=f"{type(model).__name__} raises {type(error).__name__}: {said}",
+                why=f"{type(model).__name__} raises {words_of(error)}",
                 do="Give inputs alone, without labels: a tensor, a tuple of arguments or a dict of keyword arguments.",
             ) from error
 

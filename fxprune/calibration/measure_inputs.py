@@ -63,7 +63,7 @@ def measure_inputs(
             windows = windows_of_use(program, name, use) if use.kind == "conv" else None
             watched.setdefault(use.node, []).append((name, found[name], input_of(use), windows))
     for batch in batches:
-        _Watching(program, watched, batch, paddings).run(*batch.flat, enable_io_processing=False)
+        _Watching(program, watched, batch, paddings).run(*batch.copied(), enable_io_processing=False)
     return found
 
 
@@ -77,10 +77,6 @@ class _Watching(torch.fx.Interpreter):
     ) -> None:
         super().__init__(program)
         self._watched, self._batch, self._paddings = watched, batch, paddings
-
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = super().placeholder(target, args, kwargs)
-        return value.clone() if isinstance(value, Tensor) else value
 
     def run_node(self, n: Node) -> Any:
         for name, entry, source, windows in self._watched.get(n, ()):

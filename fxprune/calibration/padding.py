@@ -55,7 +55,7 @@ def find_padding(program: Program, batches: Iterable[Batch], nodes: Iterable[Nod
     if other is None:
         return dict.fromkeys((node.name for node in watched), Padding.UNKNOWN)
     sides = []
-    for flat in (batch.flat, other):
+    for flat in (batch.copied(), other):
         side = _Prints(program, watched, valid)
         side.run(*flat, enable_io_processing=False)
         sides.append(side.prints)
@@ -71,7 +71,7 @@ def _with_other_text(batch: Batch) -> list[Any] | None:
     valid = batch.valid
     if valid is None or not batch.texts:
         return None
-    flat = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in batch.flat]
+    flat = batch.copied()
     for place in batch.texts:
         text = flat[place][valid]
         hidden = int((~valid).sum())
@@ -86,10 +86,6 @@ class _Prints(torch.fx.Interpreter):
         super().__init__(program)
         self._watched, self._valid = watched, valid
         self.prints: dict[str, Tensor | None] = {}
-
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = super().placeholder(target, args, kwargs)
-        return value.clone() if isinstance(value, Tensor) else value
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)

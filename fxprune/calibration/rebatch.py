@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from fxprune.capture.capture import Capture
 from fxprune.check.calls import Call
 from fxprune.check.compare import compare, outputs
 from fxprune.errors import InputError
-from fxprune.graph.compat import symbol_hint
+from fxprune.graph.compat import example_size
 
 from .batches import Batch, batch_of, has_samples, map_tensors, samples_of
 
@@ -102,18 +103,8 @@ def _samples_at_a_time(captured: Capture) -> int:
     for node in captured.program.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and node.op != "get_attr":
-            numbers = [int(s) if isinstance(s, int) else _hint(s) for s in value.shape]
-            count = 1
-            for number in numbers:
-                count *= number
-            largest = max(largest, count)
+            numbers = [example_size(size) for size in value.shape]
+            largest = max(largest, math.prod(numbers))
             if node.op == "placeholder" and numbers:
                 batch = max(batch, numbers[0])
     return max(1, min(_MOST_SAMPLES, _LARGEST * batch // largest))
-
-
-def _hint(size: torch.SymInt) -> int:
-    """The example's value of a symbolic size."""
-    expression = size.node.expr
-    known = {symbol: symbol_hint(size.node.shape_env, symbol) for symbol in expression.free_symbols}
-    return int(expression.subs(known))

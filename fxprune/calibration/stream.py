@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from fxprune.check.oracle import Oracle
 from fxprune.couple.removal import Removal
-from fxprune.graph.ops import HALF
+from fxprune.graph.ops import widened
 from fxprune.graph.program import Program
 from fxprune.select.selection import Selection
 
@@ -93,7 +93,7 @@ def stream(
     bytes that were remembered between two segments. Raises InputError where activations are not finite.
     """
     sides = Side(program, {}), Side(program, values or {}, removal)
-    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    placeholders = program.graph.find_nodes(op="placeholder")
     by_name = {node.name: node for node in program.graph.nodes}
     shelf = Shelf(limit)
     with contextlib.closing(shelf):
@@ -106,7 +106,7 @@ def stream(
                     held = shelf.take(number)
                     dense, pruned = ({by_name[k]: v for k, v in held[side].items()} for side in ("dense", "pruned"))
                 else:
-                    dense, pruned = (_copied(placeholders, batch) for _ in sides)
+                    dense, pruned = (dict(zip(placeholders, batch.copied(), strict=True)) for _ in sides)
                 sides[1].run([layer.node for layer in before], pruned)
                 sides[1].run(segment.nodes, pruned)
                 sides[0].run(segment.nodes, dense)
@@ -125,12 +125,6 @@ def stream(
             sides[1].set(known if known is not None else solve(fitted))
             before = segment.layers
         return shelf.largest
-
-
-def _copied(placeholders: Sequence[Node], batch: Batch) -> Env:
-    # A program that writes to its inputs must not write to the user's.
-    pairs = zip(placeholders, batch.flat, strict=True)
-    return {node: value.clone() if isinstance(value, Tensor) else value for node, value in pairs}
 
 
 def _fitted(segment: Segment, program: Program, paddings: Mapping[str, Padding]) -> list[Fitted]:
@@ -201,9 +195,8 @@ def _correction(layer: Layer, dense: Env, pruned: Env, side: Side) -> Tensor | f
     missing = end.detach() - _follow(branch, layer.node, start.detach(), dense, pruned, side)
     (back,) = torch.autograd.grad(end, start, missing, retain_graph=True)
     (scale,) = torch.autograd.grad(end, start, torch.ones_like(end))
-    back, scale = (t.float() if t.dtype in HALF else t for t in (back, scale))
-    squares = scale.square()
-    return torch.where(squares > 1e-8 * squares.max(), back / squares, 0.0)
+    squares = widened(scale).square()
+    return torch.where(squares > 1e-8 * squares.max(), widened(back) / squares, 0.0)
 
 
 def _follow(branch: Branch, node: Node, start: Tensor, dense: Env, others: Env, side: Side) -> Tensor:

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import InputError
+from fxprune.graph.environment import words_of
 
 from .hooks import mask_hooks
 
@@ -137,6 +138,6 @@ def run_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise InputError(
             "cannot run the model on the example inputs",
             where=f"{type(model).__name__}({shapes or 'no tensors'})",
-            why=f"it raises {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+            why=f"it raises {words_of(error)}",
             do="Pass example_inputs= and kwargs= with which model(*example_inputs, **kwargs) works.",
         ) from error

@@ -158,7 +158,7 @@ def _check_tensor(path: str, want: TensorInput, got: Any) -> None:
     ):
         raise InputError(
             f"cannot call with {path} of shape {list(shape)}",
-            why=f"the model was captured for {_shape_text(want.sizes)}",
+            why=f"the model was captured for [{', '.join(map(str, want.sizes))}]",
             do="Transform again with example inputs of this size, or make the size dynamic with dynamic_shapes=.",
         )
 
@@ -167,10 +167,6 @@ def _same_constant(want: Any, got: Any) -> bool:
     if isinstance(want, float) and isinstance(got, float) and math.isnan(want):
         return math.isnan(got)
     return type(want) is type(got) and bool(want == got)
-
-
-def _shape_text(sizes: Sequence[int | str]) -> str:
-    return "[" + ", ".join(str(s) for s in sizes) + "]"
 
 
 def _sizes_text(paths: Sequence[str], flat: Sequence[Any]) -> str:
@@ -212,7 +208,7 @@ def entry_check(
     Raises ForeignGuard where a guard speaks of something that is not an input: then only a capture without dynamic
     sizes is safe.
     """
-    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    placeholders = program.graph.find_nodes(op="placeholder")
     codegen = program.graph._codegen
     names = [n.name for n in placeholders]
     spec = None

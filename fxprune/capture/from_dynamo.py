@@ -30,7 +30,7 @@ class Traced:
     """
 
     def __init__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        placeholders = gm.graph.find_nodes(op="placeholder")
         self.static = [i for i, value in enumerate(example_inputs) if _is_static(value)]
         self.floats = [i for i, node in enumerate(placeholders) if i not in self.static and _only_item(node)]
         self.free = [i for i in range(len(placeholders)) if i not in self.static and i not in self.floats]
@@ -43,7 +43,7 @@ class Traced:
         """A program over the parameters and buffers among `inputs`; the placeholders left are the free inputs."""
         root, graph = nn.Module(), torch.fx.Graph()
         copied: dict[Node, Node] = {}
-        for index, node in enumerate(n for n in self._graph.graph.nodes if n.op == "placeholder"):
+        for index, node in enumerate(self._graph.graph.find_nodes(op="placeholder")):
             if index in self.names:
                 _assign(root, self.names[index], inputs[index])
                 copied[node] = graph.get_attr(self.names[index])
@@ -59,14 +59,14 @@ class Traced:
                 copied[node] = graph.node_copy(node, lambda n: copied[n])
         program: Program = torch.fx.GraphModule(root, graph, class_name="Program")
         program.eval()
-        names = tuple(n.name for n in graph.nodes if n.op == "placeholder")
+        names = tuple(n.name for n in graph.find_nodes(op="placeholder"))
         return Capture(program, EntryCheck(names, names, (None,) * len(names), ()), {}, [])
 
 
 def _trace(gm: torch.fx.GraphModule, values: Sequence[Any], floats: dict[int, float]) -> torch.fx.GraphModule:
     bound = torch.fx.Graph()
     copied: dict[Node, Any] = {}
-    for index, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
+    for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         copied[node] = bound.placeholder(node.name)
         for user in list(node.users) if index in floats else []:
             copied[user] = floats[index]

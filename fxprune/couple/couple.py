@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxprune.graph.memory import MAY_COPY, Memory, written
-from fxprune.graph.program import Program, arguments, names_of_parameters
+from fxprune.graph.program import Program, arguments, fetch_any, names_of_parameters
 
 from .axis import Axis, Conflict, Size, atoms, freeze
 from .coupling import Coupling, Group, Member, Ruled
@@ -62,7 +62,7 @@ class _Walk:
             self._call(node)
 
     def _fetch(self, node: Node) -> None:
-        value = _attribute(self.program, str(node.target))
+        value = fetch_any(self.program, str(node.target))
         if not isinstance(value, Tensor):
             return
         dims = self.tensors.get(id(value))
@@ -109,7 +109,7 @@ class _Walk:
     def follow_zeros(self) -> None:
         """Where each value is zero when its removed indices are zero in every parameter; freezes what leaks."""
         for name, dims in self.names.items():
-            if _attribute(self.program, name).is_floating_point():
+            if fetch_any(self.program, name).is_floating_point():
                 dims.zero = dims.atoms()
         for node, here, rule, out, given in self.ruled:
             try:
@@ -222,13 +222,6 @@ def _flat(values: Iterable[Any]) -> Iterator[Dims]:
             yield value
         elif isinstance(value, list):
             yield from _flat(value)
-
-
-def _attribute(program: Program, name: str) -> Any:
-    value: Any = program
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _node(value: Any) -> Any:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from fxprune.capture.capture import Capture
 from fxprune.check.calls import Call
@@ -27,7 +27,7 @@ from fxprune.graph.program import Program, copy_program
 from fxprune.lower.fold import fold
 from fxprune.lower.lower import Lowered
 from fxprune.measure.benchmark import device_name, device_of
-from fxprune.measure.timing import ModelTiming, interleave, median, undisturbed
+from fxprune.measure.timing import ModelTiming, interleave, undisturbed
 from fxprune.select.selection import Selection
 
 from .pruned import PrunedModule, emit, own_storage
@@ -74,10 +74,7 @@ def deliver(
     something left. `whole` is the program with its dead channels, and its masks: it is emitted where taking them out
     did not pay.
     """
-    theirs = {
-        t.data_ptr()
-        for t in pytree.tree_leaves((dict(captured.program.named_parameters()), dict(captured.program.named_buffers())))
-    }
+    theirs = {t.data_ptr() for t in (*captured.program.parameters(), *captured.program.buffers())}
     any_packed = any(w.choice.layout != "dense" for w in lowered)
     forms = [*(["packed"] if any_packed else []), "dense", *(["whole"] if whole is not None else [])]
     notes: list[Note] = []

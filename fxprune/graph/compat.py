@@ -95,6 +95,15 @@ def symbol_hint(shape_env: Any, symbol: Any, unknown: int = 64) -> int:
     return int(hint(symbol))
 
 
+def example_size(size: Any, least: int = 0) -> Any:
+    """A size as a number: each symbol stands at the example's value, or at `least` where that is more."""
+    if not isinstance(size, (torch.SymInt, torch.SymFloat)):
+        return size
+    symbols = size.node.expr.free_symbols
+    found = size.node.expr.subs({symbol: max(least, symbol_hint(size.node.shape_env, symbol)) for symbol in symbols})
+    return float(found) if isinstance(size, torch.SymFloat) else int(found)
+
+
 def return_memory(expected: int) -> None:
     """Frees what a stage left and hands it back to the system.
 

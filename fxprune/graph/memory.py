@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from itertools import accumulate
 from typing import Any
 
@@ -54,18 +54,11 @@ _ONE_BY_ONE = {
 }
 
 
-def chain(node: Node) -> Iterator[Node]:
-    """The node, and in turn what each has its memory from: back through views and writes in place."""
-    following: Node | None = node
-    while following is not None:
-        yield following
-        following = aliased(following)
-
-
 def base(node: Node) -> Node:
-    """The node whose memory this node's tensor is, or may be."""
-    *_, last = chain(node)
-    return last
+    """The node whose memory this node's tensor is, or may be: back through views and writes in place."""
+    while (above := aliased(node)) is not None:
+        node = above
+    return node
 
 
 def written(node: Node) -> list[Node]:

@@ -19,3 +19,8 @@ NORMS = {
     aten.native_batch_norm.default,
     aten._native_batch_norm_legit_no_training.default,
 }
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32 where its type is narrower."""
+    return tensor.float() if tensor.dtype in HALF else tensor

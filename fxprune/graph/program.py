@@ -96,12 +96,12 @@ def set_argument(node: Node, name: str, value: Any) -> None:
 
 def drop_unused(program: Program) -> None:
     """Removes parameters and buffers that nothing uses any more. A tied tensor that is used keeps all its names."""
-    reads = {n: getattr(*owner(program, str(n.target))) for n in program.graph.nodes if n.op == "get_attr"}
+    reads = {n: fetch_any(program, str(n.target)) for n in program.graph.find_nodes(op="get_attr")}
     used = {id(value) for node, value in reads.items() if node.users}
     for node, value in reads.items():
         if id(value) not in used:
             program.graph.erase_node(node)
-    read = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
+    read = {str(n.target) for n in program.graph.find_nodes(op="get_attr")}
     for path, module in program.named_modules():
         for table in (module._parameters, module._buffers):
             for leaf in [k for k in table if f"{path}.{k}".lstrip(".") not in read]:

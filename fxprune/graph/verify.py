@@ -82,7 +82,7 @@ def _attributes(program: Program) -> Iterator[tuple[Node | None, str]]:
 
 def _inputs(program: Program, origin: Program, sizes: Sequence[Sizes]) -> Iterator[tuple[Node | None, str]]:
     """The placeholders are those of the capture, and the entry check demands every size that they specialise."""
-    mine, theirs = _placeholders(program), _placeholders(origin)
+    mine, theirs = (each.graph.find_nodes(op="placeholder") for each in (program, origin))
     if [n.name for n in mine] != [n.name for n in theirs]:
         yield None, f"it takes {[n.name for n in mine]}, the model takes {[n.name for n in theirs]}"
     for node, wanted in zip(mine, sizes):
@@ -103,8 +103,8 @@ def _memory(program: Program, origin: Program) -> Iterator[tuple[Node | None, st
                 yield node, f'it writes to "{memory.target}", so that a call would not depend on its inputs alone'
             if memory.op == "placeholder" and memory.name not in written:
                 yield node, f"it writes to the input {memory.name}, and the model does not"
-    handed = {base(node).name for node in _returned(origin)}
-    for node in _returned(program):
+    handed = {base(node).name for node in origin.graph.output_node().all_input_nodes}
+    for node in program.graph.output_node().all_input_nodes:
         memory = base(node)
         if memory.op == "placeholder" and memory.name not in handed:
             yield node, f"it hands out memory of the input {memory.name}, and the model does not"
@@ -112,7 +112,8 @@ def _memory(program: Program, origin: Program) -> Iterator[tuple[Node | None, st
 
 def _values(program: Program) -> Iterator[tuple[Node | None, str]]:
     """Fake values are true: every op makes what its node says of the fake values that it reads."""
-    fakes = [n.meta["val"] for n in _placeholders(program) if isinstance(n.meta.get("val"), Tensor)]
+    inputs = program.graph.find_nodes(op="placeholder")
+    fakes = [n.meta["val"] for n in inputs if isinstance(n.meta.get("val"), Tensor)]
     mode = getattr(fakes[0], "fake_mode", None) if fakes else None
     if mode is None:
         return
@@ -152,14 +153,6 @@ class _Fakes(torch.fx.Interpreter):
     def fetch_attr(self, target: str) -> Any:
         value = super().fetch_attr(target)
         return self._mode.from_tensor(value.detach(), static_shapes=True) if isinstance(value, Tensor) else value
-
-
-def _placeholders(program: Program) -> list[Node]:
-    return [node for node in program.graph.nodes if node.op == "placeholder"]
-
-
-def _returned(program: Program) -> list[Node]:
-    return next(node for node in program.graph.nodes if node.op == "output").all_input_nodes
 
 
 def _differs(fake: Tensor, value: Tensor) -> str:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fxprune.graph.environment import words_of
+
 # From a checkout that is not installed, triton_kernels/ stands beside this package instead of inside it.
 _root = Path(__file__).parent.parent.parent
 if not (_root / "fxprune" / "triton_kernels").exists() and (_root / "triton_kernels").exists():
@@ -76,5 +78,5 @@ def _cannot_launch(index: int) -> str:
     try:
         prune24.pack(torch.zeros(1, 4, dtype=torch.float16, device=f"cuda:{index}"))
     except Exception as error:  # Whatever it is, it is told, and the plain way is taken.
-        return f"Triton cannot launch a kernel ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        return f"Triton cannot launch a kernel ({words_of(error)})"
     return ""

@@ -7,6 +7,7 @@ import platform
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from fxprune.errors import InputError
 from fxprune.graph import compat
 
-from .timing import interleave, median
+from .timing import interleave
 
 _GRAPH_MODES = ("reduce-overhead", "max-autotune")
 

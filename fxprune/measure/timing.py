@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -140,11 +139,6 @@ def _cache_bytes(device: torch.device) -> int:
 def undisturbed(samples: Sequence[float]) -> float:
     """The fastest sample: what a choice between kernels rests on, since other work on the machine only adds time."""
     return min(samples)
-
-
-def median(samples: Sequence[float]) -> float:
-    """Median in the samples' unit."""
-    return statistics.median(samples)
 
 
 @dataclasses.dataclass

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from fxprune.couple.rules import packet_name
-from fxprune.graph.program import Program, arguments, fetch, owner, set_argument
+from fxprune.graph.program import Program, arguments, fetch, fetch_any, owner, set_argument
 from fxprune.shrink.dead.products import CONVS
 
 aten = torch.ops.aten
@@ -60,7 +60,7 @@ def _into_bias(program: Program, node: Node, constant: Tensor, reads: Counter[st
         return
     name = str(bias.target) if bias is not None else _free_name(program, weight)
     old = fetch(program, name) if bias is not None else None
-    if old is not None and tied[id(getattr(*owner(program, name)))] > 1:
+    if old is not None and tied[id(fetch_any(program, name))] > 1:
         name = _free_name(program, weight)
     module, leaf = owner(program, name)
     value = constant if old is None else (old.double() + constant.double()).to(constant.dtype)

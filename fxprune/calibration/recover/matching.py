@@ -14,7 +14,7 @@ from fxprune.calibration.batches import Batch
 from fxprune.calibration.layer import find_layers
 from fxprune.calibration.padding import Padding, counting, find_padding
 from fxprune.errors import InputError
-from fxprune.graph.ops import HALF, NORMS
+from fxprune.graph.ops import NORMS, widened
 from fxprune.graph.program import Program
 from fxprune.graph.weights import uses
 
@@ -153,7 +153,7 @@ def relative_error(found: Tensor, wanted: Tensor, valid: Tensor | None) -> Tenso
     Only the positions that `valid` names count, bool of the leading one or two sizes, and only what is wanted finite
     or NaN: an infinity in an output is a mask, and no number to come near to.
     """
-    found, wanted = (t.float() if t.dtype in HALF else t for t in (found, wanted))
+    found, wanted = widened(found), widened(wanted)
     counts = ~wanted.isinf()
     if valid is not None:
         counts = counts & valid.reshape(*valid.shape, *[1] * (wanted.dim() - valid.dim()))

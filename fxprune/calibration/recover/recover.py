@@ -151,7 +151,7 @@ def _taps(program: Program, student: Student, selection: Selection, batch: Batch
     names = nodes_to_match(program, [*selection.mask, *student.cuts])
     runner = Tapped(student.program, names)
     runner.values = student.values()
-    return same_shape(runner.forward(batch.flat)[0], Tapped(program, names).forward(batch.flat)[0])
+    return same_shape(runner.forward(batch)[0], Tapped(program, names).forward(batch)[0])
 
 
 def _about(model: nn.Module, selection: Selection, held_out: list[Call], words: tuple[str, ...]) -> str:

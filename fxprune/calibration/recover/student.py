@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fxprune.calibration.batches import Batch
 from fxprune.check.oracle import Oracle
 from fxprune.couple.coupling import Coupling
 from fxprune.couple.removal import Cuts
 from fxprune.errors import InputError
-from fxprune.graph.ops import HALF
+from fxprune.graph.ops import widened
 from fxprune.graph.program import Program, names_of_parameters
 from fxprune.select.selection import Selection
 from fxprune.shrink.shrink import shrink, slice_tensor
@@ -78,7 +79,7 @@ def make_student(
         tensor = small.get_parameter(name).detach()
         if tensor.dim() > 1 and name not in selection.mask and name not in valued and name not in cuts:
             continue
-        student.trained[name] = (tensor.float() if tensor.dtype in HALF else tensor).clone().requires_grad_()
+        student.trained[name] = widened(tensor).clone().requires_grad_()
         student.dtypes[name] = tensor.dtype
         mask = selection.mask[name].unpack() if name in selection.mask else held.get(name)
         if mask is not None:
@@ -137,10 +138,9 @@ class Tapped(Oracle):
             self.tapped[n.name] = value
         return value
 
-    def forward(self, flat: Sequence[Any]) -> tuple[dict[str, Any], list[Any]]:
-        """Flat inputs -> (node -> its value, flat outputs). A program that writes to its inputs writes to copies."""
+    def forward(self, batch: Batch) -> tuple[dict[str, Any], list[Any]]:
+        """One batch -> (node -> its value, flat outputs)."""
         self.tapped = {}
-        copies = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in flat]
-        given = self.run(*copies, enable_io_processing=False)
+        given = self.run(*batch.copied(), enable_io_processing=False)
         tapped, self.tapped = self.tapped, {}
         return tapped, list(given)

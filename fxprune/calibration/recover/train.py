@@ -130,8 +130,8 @@ class Trainer:
     def _loss(self, batch: Batch) -> Tensor:
         self._pupil.values = self._student.values()
         with torch.no_grad():
-            wanted = self._teacher.forward(batch.flat)
-        return self._distance(self._pupil.forward(batch.flat), wanted, batch)
+            wanted = self._teacher.forward(batch)
+        return self._distance(self._pupil.forward(batch), wanted, batch)
 
     def _step(self, call: Call, rate: float) -> float:
         """One batch; where its loss or a gradient is not finite, nothing changes. Answers the loss."""

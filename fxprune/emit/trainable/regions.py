@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from fxprune.graph.program import fetch_any
+
 _GRADIENTS = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 _ASSERTIONS = {
@@ -67,10 +69,7 @@ class Flat:
     def _add(self, module: GraphModule, *, no_grad: bool, context: tuple[Any, ...], is_outer: bool) -> None:
         for node in module.graph.nodes:
             if node.op == "get_attr":
-                value: Any = module
-                for part in str(node.target).split("."):
-                    value = getattr(value, part)
-                self.attributes[node] = (str(node.target) if is_outer else "", value)
+                self.attributes[node] = (str(node.target) if is_outer else "", fetch_any(module, str(node.target)))
             elif node.target in (_GRADIENTS, _AUTOCAST):
                 self._enter(node, no_grad, context)
             elif node.op == "call_function" and node.args and node.args[0] in self._outputs:

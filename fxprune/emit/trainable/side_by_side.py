@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fxprune.graph.memory import DROPOUTS
 from fxprune.graph.program import arguments
 
 from .regions import Flat, Step
@@ -17,12 +18,6 @@ from .regions import Flat, Step
 aten = torch.ops.aten
 
 _NORMS = {aten.batch_norm.default, aten.instance_norm.default}
-_DROPOUTS = {
-    aten.dropout.default,
-    aten.alpha_dropout.default,
-    aten.feature_dropout.default,
-    aten.feature_alpha_dropout.default,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +118,7 @@ class Walk:
         if not isinstance(source, Node) or source not in self._values:
             return False
         value, before = self._values[source]
-        if node.target in _DROPOUTS and arguments(node)["train"]:
+        if node.target in DROPOUTS and arguments(node)["train"]:
             rate = float(arguments(node)["p"])
             inserted = Inserted(node.name, node.target, rate)
         elif node.target is aten.contiguous.default and not node.kwargs:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from statistics import median
 
 import torch
 from torch import Tensor
 
-from fxprune.measure.timing import interleave, interleave_graphs, median, undisturbed
+from fxprune.graph.environment import words_of
+from fxprune.measure.timing import interleave, interleave_graphs, undisturbed
 
 from . import LAYOUTS
 from .dense import best_dense, predict_dense
@@ -152,7 +154,7 @@ def _times(functions: list[Callable[[], Tensor]], device: torch.device, seconds:
         # A kernel's time on a GPU strays to both sides, so that medians are compared.
         return [median(samples) for samples in interleave_graphs(functions, device, seconds=seconds)]
     except RuntimeError as error:  # Among them torch.OutOfMemoryError.
-        return f"it could not be timed ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        return f"it could not be timed ({words_of(error)})"
 
 
 def _limit(name: str) -> str:

@@ -7,6 +7,7 @@ default one can be slower than dense, so it is searched for each shape and power
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fxprune.errors import InputError
 from fxprune.kernels.triton import activation as activations
-from fxprune.measure.timing import interleave, median
+from fxprune.measure.timing import interleave
 
 from .gpu import GpuLayout
 from .semi24 import refuse_24

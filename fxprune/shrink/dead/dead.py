@@ -20,7 +20,7 @@ from fxprune.couple.coupling import Coupling
 from fxprune.couple.indices import positions
 from fxprune.couple.removal import Removal, removal
 from fxprune.graph.note import Note
-from fxprune.graph.program import Program, fetch, names_of_parameters, node_of, owner
+from fxprune.graph.program import Program, fetch, fetch_any, names_of_parameters, node_of
 from fxprune.select.selection import Selection
 
 from .propagate import Propagation
@@ -347,7 +347,7 @@ def _read_once(program: Program) -> set[str]:
     readers_of: Counter[int] = Counter()
     for node in program.graph.nodes:
         if node.op == "get_attr":
-            readers_of[id(getattr(*owner(program, str(node.target))))] += len(node.users)
+            readers_of[id(fetch_any(program, str(node.target)))] += len(node.users)
     return {name for name, parameter in program.named_parameters() if readers_of[id(parameter)] == 1}
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxprune.graph.compat import symbol_hint
+from fxprune.graph.compat import example_size
 from fxprune.graph.ops import HALF
 from fxprune.graph.program import arguments
 
@@ -53,12 +53,7 @@ State = Known | list[Known | None] | None
 
 def size_of(size: Any) -> Any:
     """A size as a number: each symbol stands at the example's value, or a little above."""
-    if isinstance(size, (torch.SymInt, torch.SymFloat)):
-        expression, environment = size.node.expr, size.node.shape_env
-        at = {symbol: max(_LEAST, symbol_hint(environment, symbol)) for symbol in expression.free_symbols}
-        found = expression.subs(at)
-        return float(found) if isinstance(size, torch.SymFloat) else int(found)
-    return size
+    return example_size(size, _LEAST)
 
 
 def is_symbolic(node: Node) -> list[bool]:
@@ -117,8 +112,3 @@ def by_channel(vector: Tensor, shape: list[int]) -> Tensor:
 def has_argument(node: Node, name: str) -> bool:
     """Whether an op was given this argument."""
     return arguments(node).get(name) is not None
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """The tensor in float32 where its type is narrower."""
-    return tensor.float() if tensor.dtype in HALF else tensor

@@ -18,9 +18,10 @@ from torch.fx import Node
 
 from fxprune.couple.rules import packet_name
 from fxprune.graph.memory import Memory, written
+from fxprune.graph.ops import widened
 from fxprune.graph.program import Program, arguments, fetch_any
 
-from .known import Known, State, holds_tensors, size_of, widened
+from .known import Known, State, holds_tensors, size_of
 from .known_ops import follow
 
 Visit = Callable[[Node, Callable[[Any], Any]], None]

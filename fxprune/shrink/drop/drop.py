@@ -86,11 +86,6 @@ class Bypassing(torch.fx.Interpreter):
         return super().run_node(n)
 
 
-def bypasses(blocks: Iterable[Block]) -> dict[str, str]:
-    """Exit -> entry over all calls of the blocks. Where an inner block ends as an outer one does, the outer counts."""
-    return {call.exit: call.entry for _, call in _last_calls(blocks)}
-
-
 def _last_calls(blocks: Iterable[Block]) -> list[tuple[Block, Bypass]]:
     """The calls of the blocks, one for each exit: the outermost."""
     outer_last = sorted(blocks, key=lambda block: -len(block.path))
@@ -107,7 +102,7 @@ def _follow_strides(graph: Graph, readers: dict[Node, str]) -> None:
 
     Raises PlanError where an op cannot take these strides.
     """
-    mode = detect_fake_mode([node.meta.get("val") for node in graph.nodes if node.op == "placeholder"])
+    mode = detect_fake_mode([node.meta.get("val") for node in graph.find_nodes(op="placeholder")])
     if mode is None or not readers:
         return
     quiet = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()
