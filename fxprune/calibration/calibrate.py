@@ -17,19 +17,17 @@ from fxprune.check.calls import Call
 from fxprune.couple.couple import couple
 from fxprune.couple.removal import removal
 from fxprune.errors import InputError
-from fxprune.graph.program import Program
 from fxprune.graph.weights import uses
 from fxprune.plan.patterns import Channels
 from fxprune.plan.plan import Plan
 from fxprune.select.mask import PackedMask
 from fxprune.select.selection import Fit, Selection
-from fxprune.shrink.drop.blocks import choose_blocks, find_blocks
-from fxprune.shrink.drop.drop import drop_blocks
+from fxprune.shrink.drop.blocks import choose_blocks
+from fxprune.shrink.drop.drop import without_blocks
 
 from .arithmetic import plain
 from .batches import capture_for, read_calls
 from .fit import Outcome, fit_shared, fit_weight
-from .layer import input_of
 from .padding import find_padding
 from .progress import Saved, about
 from .rebatch import cut
@@ -99,9 +97,9 @@ def calibrate_calls(
     data = cut(captured, calls)
     plan = plan if plan is not None else Plan([])
     dropped = choose_blocks(captured.program, plan, None)
-    program = _without(captured.program, dropped)
+    program = without_blocks(captured.program, dropped)
     coupling = couple(program) if any(isinstance(rule.sparsity, Channels) for rule in plan.rules) else None
-    read = [input_of(use) for places in uses(program).values() for use in places if use.kind in ("linear", "conv")]
+    read = [use.x for places in uses(program).values() for use in places if use.kind in ("linear", "conv")]
     paddings = find_padding(program, data, read)
     asked = read_plan(captured, program, plan, coupling, method, data, paddings)
     if not asked.start.mask and not asked.start.keep:
@@ -161,10 +159,6 @@ def _refuse(plan: object, method: object, memory: float) -> None:
         raise InputError(f"unknown method {method!r}", do=f"Known: {', '.join(METHODS)}.")
     if isinstance(memory, bool) or not isinstance(memory, (int, float)) or not memory >= 0:
         raise InputError(f"cannot use memory={memory!r}", why="it is a number of bytes, 0 or more")
-
-
-def _without(program: Program, paths: Sequence[str]) -> Program:
-    return drop_blocks(program, find_blocks(program, paths)) if paths else program
 
 
 def _values(outcomes: Iterable[Outcome]) -> dict[str, Tensor]:

@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 
 from fxprune.graph.memory import DROPOUTS, written
 from fxprune.graph.ops import SUMS
-from fxprune.graph.program import Program, arguments, names_of_parameters
-from fxprune.graph.weights import Use, uses
+from fxprune.graph.program import Program, arguments, names_of_parameters, same_shape
+from fxprune.graph.weights import Use, norm_behind, uses
 
 aten = torch.ops.aten
 
@@ -130,30 +130,19 @@ def _why_not(program: Program, name: str, found: list[Use]) -> str:
         return f"{getattr(what, '_opname', what)} reads it, which is no linear or convolution"
     if len(found) > 1:
         return f"it is read at {len(found)} places"
-    target = found[0].node.target
-    if found[0].kind == "conv" and "transpose" in str(target):
-        return "a transposed convolution reads it"
-    if target is aten.convolution.default and found[0].node.args[6]:
-        return "a transposed convolution reads it"
-    return ""
+    return "a transposed convolution reads it" if found[0].kind == "conv" and found[0].inputs == 0 else ""
 
 
 def _layer(name: str, use: Use, vectors: set[str]) -> Layer:
-    node = use.node
-    if use.kind == "linear":
-        x, bias = use.x, use.bias
-        inputs = 0 if use.transposed else 1
-    else:
-        given = arguments(node)
-        x, bias, inputs = given["input"], given.get("bias"), 1
-    norm = _norm_behind(node) if use.kind == "conv" else None
+    node, bias = use.node, use.bias
+    norm = norm_behind(node) if use.kind == "conv" else None
     shift = None
     if bias is not None:
         shift = Shift(str(bias.target)) if str(bias.target) in vectors else None
     elif norm is not None:
         mean = str(arguments(norm)["running_mean"].target)
         shift = Shift(mean, -1) if mean in vectors else None
-    return Layer(name, node, x, use.kind, inputs, bias, shift, norm, _branch(node))
+    return Layer(name, node, use.x, use.kind, use.inputs, bias, shift, norm, _branch(node))
 
 
 def is_weight(program: Program, name: str, use: Use) -> bool:
@@ -170,11 +159,6 @@ def is_routed(node: Node) -> bool:
     """Whether values decide how many elements a tensor has: the tokens of an expert, what a condition picks."""
     value = node.meta.get("val")
     return isinstance(value, Tensor) and bool(free_unbacked_symbols(value))
-
-
-def input_of(use: Use) -> Node:
-    """The activations that a linear or convolution multiplies a weight with."""
-    return use.x if use.kind == "linear" else arguments(use.node)["input"]
 
 
 def _own_vectors(program: Program) -> set[str]:
@@ -196,18 +180,6 @@ def _count(user: Node, node: Node) -> int:
     return sum(leaf is node for leaf in pytree.tree_leaves((user.args, user.kwargs)))
 
 
-def _norm_behind(node: Node) -> Node | None:
-    """The batch-norm in evaluation that alone reads a convolution's output."""
-    users = list(node.users)
-    if len(users) != 1 or users[0].target is not aten.batch_norm.default or users[0].args[0] is not node:
-        return None
-    given = arguments(users[0])
-    constants = [given[name] for name in ("weight", "bias", "running_mean", "running_var")]
-    if given["running_mean"] is None or given["running_var"] is None or given["training"]:
-        return None
-    return users[0] if all(c is None or (isinstance(c, Node) and c.op == "get_attr") for c in constants) else None
-
-
 def _branch(node: Node) -> Branch | None:
     """The way of a node's output to the last sum before anything else reads it or happens to it."""
     way: list[Node] = []
@@ -218,12 +190,12 @@ def _branch(node: Node) -> Branch | None:
         if is_sum(user):
             other = other_operand(user, at)
             if isinstance(other, Node) and other.op != "get_attr" and isinstance(other.meta.get("val"), Tensor):
-                if other is at or not _same_shape(other, at):
+                if other is at or not same_shape(other, at):
                     break
                 others[user] = other
         elif not _carries(user, at):
             break
-        if user.target in _SCALING and not _same_shape(user, at):
+        if user.target in _SCALING and not same_shape(user, at):
             break
         way.append(user)
         at = user
@@ -268,10 +240,3 @@ def _is_constant(argument: object) -> bool:
     read = argument.all_input_nodes
     moved = argument.op == "call_function" and argument.target in _CARRIED - DROPOUTS and bool(read)
     return moved and all(_is_constant(node) for node in read)
-
-
-def _same_shape(a: Node, b: Node) -> bool:
-    x, y = a.meta.get("val"), b.meta.get("val")
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.dim() != y.dim():
-        return False
-    return all(str(m) == str(n) for m, n in zip(x.shape, y.shape, strict=True))

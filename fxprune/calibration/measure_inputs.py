@@ -14,7 +14,6 @@ from fxprune.graph.weights import Use
 
 from .batches import Batch
 from .finite import is_finite, refuse_activations
-from .layer import input_of
 from .moments import Inputs
 from .padding import Padding, positions
 from .unfold import Windows, windows_of_use
@@ -61,7 +60,7 @@ def measure_inputs(
     for name, places in uses.items():
         for use in places:
             windows = windows_of_use(program, name, use) if use.kind == "conv" else None
-            watched.setdefault(use.node, []).append((name, found[name], input_of(use), windows))
+            watched.setdefault(use.node, []).append((name, found[name], use.x, windows))
     for batch in batches:
         _Watching(program, watched, batch, paddings).run(*batch.copied(), enable_io_processing=False)
     return found

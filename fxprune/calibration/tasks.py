@@ -32,7 +32,7 @@ from .layer import Layer, find_layers
 from .measure_inputs import Watched, measure_inputs
 from .padding import Padding
 from .unfold import windows_of_use
-from .unit_readers import Readers, find_readers, inputs_dim, read_one_way, unit_energy
+from .unit_readers import Readers, find_readers, read_one_way, unit_energy
 
 # Scores that a method replaces by its own; any other was asked for, and decides the mask.
 _DEFAULT = ("l1", "l2", "norm")
@@ -110,7 +110,7 @@ def read_plan(
     shared = {name: found for name, found in shared.items() if name in start.mask or name in cuts}
     tasks = {}
     for name in (*layers, *shared):
-        inputs, goal, settled, note = inputs_dim(places[name]), None, start.mask.get(name), ""
+        inputs, goal, settled, note = places[name][0].inputs, None, start.mask.get(name), ""
         zeros = 0 if settled is None else settled.numel() - settled.kept()
         staying = dict(cuts.get(name, ())).get(inputs)
         if settled is not None and method != "magnitude":
@@ -120,7 +120,7 @@ def read_plan(
             settled = settled if goal is None else existing.get(name)
         keep = None if settled is None else settled.unpack()
         tasks[name] = Task(name, inputs, goal, keep, zeros, staying, late.get(name), note)
-    lose = {n for n in without if n in places and _summed(program, n, places[n][0]) in dict(cuts.get(n, ()))}
+    lose = {n for n in without if n in places and places[n][0].inputs in dict(cuts.get(n, ()))}
     without = {n: why for n, why in without.items() if n not in shared and (n in start.mask or n in lose)}
     return Asked(start, layers, tasks, early, shared, without, notes)
 
@@ -190,12 +190,6 @@ def _crosses(pattern: object, program: Program, name: str, use: Use) -> bool:
     return program.get_parameter(name).shape[0] // windows.groups % pattern.shape[0] != 0
 
 
-def _summed(program: Program, name: str, use: Use) -> int:
-    """The dimension of a weight that a use sums over."""
-    transposed = use.kind == "conv" and windows_of_use(program, name, use) is None
-    return 0 if transposed else inputs_dim([use])
-
-
 def _members(coupling: Coupling | None, start: Selection) -> list[str]:
     """The weights that lose units."""
     if coupling is None:
@@ -222,7 +216,7 @@ def _pool_anew(
             weight = program.get_parameter(name).detach()
             energy = weight.double().square()
             if name in seen and seen[name].count:
-                inputs = inputs_dim(places[name])
+                inputs = places[name][0].inputs
                 matrix = to_matrix(energy, inputs)
                 norms = seen[name].norms.square().to(matrix.device)
                 by_group = matrix.reshape(norms.shape[0], -1, matrix.shape[1]) * norms.unsqueeze(1)
@@ -256,7 +250,7 @@ def _rank_units(
     scores do not compare.
     """
     weights = {name: parameter.detach() for name, parameter in program.named_parameters()}
-    dims = {name: inputs_dim(places[name]) for found in readers.values() for name in found}
+    dims = {name: places[name][0].inputs for found in readers.values() for name in found}
     free = [name for name in readers if rules.is_free(coupling[name])]
     energies = {name: unit_energy(readers[name], weights, seen, dims) for name in free}
     given = {n: e for n, e in energies.items() if e is not None and len(e) == coupling[n].size}

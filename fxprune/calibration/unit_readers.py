@@ -33,11 +33,6 @@ def read_one_way(program: Program, name: str, places: Sequence[Use]) -> bool:
     return None not in windows and len({w.groups for w in windows if w is not None}) == 1
 
 
-def inputs_dim(places: Sequence[Use]) -> int:
-    """The dimension of a weight that its uses sum over."""
-    return 0 if places[0].transposed else 1
-
-
 def find_readers(
     program: Program, coupling: Coupling, groups: Sequence[str], places: Mapping[str, Sequence[Use]]
 ) -> Readers:
@@ -45,7 +40,7 @@ def find_readers(
     summing: dict[str, int] = {}
     for name, used in places.items():
         if read_one_way(program, name, used) and (used[0].kind == "linear" or _groups(program, name, used[0]) == 1):
-            summing[name] = inputs_dim(used)
+            summing[name] = used[0].inputs
     found: dict[str, dict[str, Tensor]] = {}
     for group in groups:
         found[group] = {

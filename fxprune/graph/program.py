@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,6 +81,17 @@ def node_of(node: Node, name: str) -> Node:
     return found
 
 
+def sizes(shape: Any) -> tuple[Any, ...]:
+    """A shape or strides in which symbolic sizes are expressions, so that comparing adds no condition."""
+    return tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in shape)
+
+
+def same_shape(a: Node, b: Node) -> bool:
+    """Whether two nodes have tensors of one shape, symbolic sizes included."""
+    x, y = a.meta.get("val"), b.meta.get("val")
+    return isinstance(x, Tensor) and isinstance(y, Tensor) and sizes(x.shape) == sizes(y.shape)
+
+
 def set_argument(node: Node, name: str, value: Any) -> None:
     """Set an argument of an op by its schema name, where it stands or as a keyword."""
     assert isinstance(node.target, torch._ops.OpOverload)
@@ -114,6 +125,21 @@ def names_of_parameters(program: Program) -> dict[str, str]:
     return {
         name: first.setdefault(id(tensor), name) for name, tensor in program.named_parameters(remove_duplicate=False)
     }
+
+
+def replace_tensors(module: nn.Module, change: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:
+    """Puts `change(tensor)` in place of every parameter and buffer; tied ones stay tied. Returns old id -> new."""
+    held: list[Tensor] = []  # so that no id is given away while it stands for a tensor
+    new: dict[int, Tensor] = {}
+    for part in module.modules():
+        for table in (part._parameters, part._buffers):
+            for name, old in table.items():
+                if old is not None and id(old) not in new:
+                    held.append(old)
+                    new[id(old)] = change(old)
+                if old is not None:
+                    table[name] = new[id(old)]  # pyright: ignore[reportArgumentType]
+    return new
 
 
 def put_values(program: Program, values: Mapping[str, Tensor]) -> Program:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch.fx import Node
 
-from .program import Program, names_of_parameters
+from .program import Program, arguments, names_of_parameters
 
 aten = torch.ops.aten
 
@@ -23,8 +23,11 @@ _LINEAR: dict[Any, tuple[int, int, int | None]] = {
     aten.mm.default: (1, 0, None),
     aten.matmul.default: (1, 0, None),
 }
+# Convolutions whose weight is [i, o, *k].
+_TRANSPOSED_CONVS = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 _OTHER = {
     "conv": {
+        *_TRANSPOSED_CONVS,
         aten.conv1d.default,
         aten.conv2d.default,
         aten.conv3d.default,
@@ -32,9 +35,6 @@ _OTHER = {
         aten.conv2d.padding,
         aten.conv3d.padding,
         aten.convolution.default,
-        aten.conv_transpose1d.default,
-        aten.conv_transpose2d.input,
-        aten.conv_transpose3d.input,
     },
     "embedding": {aten.embedding.default},
     "matmul": {
@@ -51,8 +51,8 @@ _OTHER = {
 class Use:
     """One place where a weight is used. `kind` is linear, conv, embedding, matmul, or "" for anything else.
 
-    For kind linear, `x` and `bias` are the op's other operands as they are now, and `transposed` says that the weight
-    arrives as [i, o].
+    For linear and conv, `x` and `bias` are the op's other operands as they are now; for linear, `transposed` says that
+    the weight arrives as [i, o].
     """
 
     node: Node
@@ -61,16 +61,27 @@ class Use:
 
     @property
     def x(self) -> Node:
-        """The activations of a linear [..., i]."""
+        """The activations of a linear [..., i] or a convolution [b, i, ...]."""
+        if self.kind != "linear":
+            return arguments(self.node)["input"]
         return cast(Node, self.node.args[_LINEAR[self.node.target][1]])
 
     @property
     def bias(self) -> Node | None:
-        """The bias of a linear [o], if it has one."""
+        """The bias of a linear or a convolution [o], if it has one."""
+        if self.kind != "linear":
+            return arguments(self.node).get("bias")
         position = _LINEAR[self.node.target][2]
         if position is None or len(self.node.args) <= position:
             return None
         return cast("Node | None", self.node.args[position])
+
+    @property
+    def inputs(self) -> int:
+        """The dimension of the weight that is summed over: 1 unless it is stored with its inputs first."""
+        if self.node.target is aten.convolution.default:
+            return 0 if self.node.args[6] else 1
+        return 0 if self.transposed or self.node.target in _TRANSPOSED_CONVS else 1
 
 
 def uses(program: Program) -> dict[str, list[Use]]:
@@ -129,3 +140,15 @@ def _is_bias(bias: Any, size: int) -> bool:
     """Whether this is a plain vector [size], as kernels take it: not a scalar to broadcast, and not expanded."""
     value = bias.meta.get("val") if isinstance(bias, Node) else None
     return isinstance(value, torch.Tensor) and list(value.shape) == [size] and value.stride() == (1,)
+
+
+def norm_behind(node: Node) -> Node | None:
+    """The batch-norm in evaluation, by constants, that alone reads a convolution's output."""
+    user = next(iter(node.users), None)
+    if len(node.users) != 1 or user is None or user.target is not aten.batch_norm.default or user.args[0] is not node:
+        return None
+    given = arguments(user)
+    constants = [given[name] for name in ("weight", "bias", "running_mean", "running_var")]
+    if given["running_mean"] is None or given["running_var"] is None or given["training"]:
+        return None
+    return user if all(c is None or (isinstance(c, Node) and c.op == "get_attr") for c in constants) else None

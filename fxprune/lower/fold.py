@@ -15,6 +15,7 @@ from fxprune.graph.program import (
     owner,
     replace_parameter,
 )
+from fxprune.graph.weights import norm_behind
 from fxprune.select.selection import Selection
 
 aten = torch.ops.aten
@@ -57,19 +58,13 @@ def fold_batch_norm(program: Program) -> Program:
 
 def _foldable(norm: Node) -> bool:
     conv = norm.args[0]
-    if not (isinstance(conv, Node) and conv.target in _CONVS and len(conv.users) == 1 and not conv.kwargs):
+    if not (isinstance(conv, Node) and conv.target in _CONVS and norm_behind(conv) is norm and not conv.kwargs):
         return False
-    weight, bias = conv.args[1], conv.args[2] if len(conv.args) > 2 else None
-    constants = [weight, *([bias] if bias is not None else []), *(a for a in norm.args[1:5] if a is not None)]
+    constants = [a for a in conv.args[1:3] if a is not None]
     if not all(isinstance(a, Node) and a.op == "get_attr" for a in constants):
         return False
-    graph = norm.graph
-    readers = sum(
-        len(n.users)
-        for n in graph.nodes
-        if n.op == "get_attr" and isinstance(weight, Node) and n.target == weight.target
-    )
-    return readers == 1 and norm.args[3] is not None and norm.args[4] is not None and not norm.args[5]
+    reads = norm.graph.find_nodes(op="get_attr", target=constants[0].target)  # pyright: ignore
+    return sum(len(read.users) for read in reads) == 1
 
 
 def _fold(program: Program, norm: Node) -> None:

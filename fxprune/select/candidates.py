@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from fxprune.couple.coupling import Coupling
 from fxprune.graph.program import Program, names_of_parameters
-from fxprune.graph.weights import Use, uses
+from fxprune.graph.weights import uses
 from fxprune.plan.plan import Candidate
-
-aten = torch.ops.aten
-
-# Convolutions whose weight is [i, o, *k].
-_TRANSPOSED_CONVS = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 
 
 def candidates(program: Program, coupling: Coupling | None = None) -> dict[str, Candidate]:
@@ -32,7 +26,8 @@ def candidates(program: Program, coupling: Coupling | None = None) -> dict[str, 
         if coupling is not None and coupling.outputs(name):
             kinds.add("weight")
         usable = _prunable(tensor, name in found, kinds)
-        result[name] = Candidate(tuple(tensor.shape), tensor.dtype, *usable, _inputs(used), role)
+        inputs = next((u.inputs for u in used if u.kind in ("linear", "conv")), 1)
+        result[name] = Candidate(tuple(tensor.shape), tensor.dtype, *usable, inputs, role)
     return result
 
 
@@ -45,17 +40,6 @@ def candidates_without_graph(model: nn.Module) -> dict[str, Candidate]:
             tuple(tensor.shape), tensor.dtype, *_prunable(tensor, True, {"linear"}), role="unknown"
         )
     return result
-
-
-def _inputs(used: list[Use]) -> int:
-    """The dimension of a weight that its first product sums over: 1 unless it is stored with its inputs first."""
-    for use in used:
-        if use.kind == "linear":
-            return 0 if use.transposed else 1
-        if use.kind == "conv":
-            transposed = use.node.target is aten.convolution.default and use.node.args[6]
-            return 0 if transposed or use.node.target in _TRANSPOSED_CONVS else 1
-    return 1
 
 
 def _prunable(tensor: Tensor, is_read: bool, kinds: set[str]) -> tuple[bool, str]:

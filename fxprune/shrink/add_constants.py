@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from fxprune.couple.rules import packet_name
 from fxprune.graph.program import Program, arguments, fetch, fetch_any, owner, set_argument
+from fxprune.graph.weights import norm_behind
 from fxprune.shrink.dead.products import CONVS
 
 aten = torch.ops.aten
@@ -84,10 +85,9 @@ def _free_name(program: Program, weight: Any) -> str:
 
 
 def _as_sum(program: Program, node: Node, constant: Tensor) -> None:
-    norm = _norm_behind(program, node)
+    norm = norm_behind(node)
     if norm is not None:
         constant, node = (constant * _scale(program, norm)).to(constant.dtype), norm
-    users = list(node.users)
     name = f"{node.name}_constant"
     program.register_buffer(name, constant.contiguous())
     with program.graph.inserting_after(node):
@@ -96,19 +96,7 @@ def _as_sum(program: Program, node: Node, constant: Tensor) -> None:
     with program.graph.inserting_after(read):
         total = program.graph.call_function(aten.add.Tensor, (node, read))
     total.meta = dict(node.meta)
-    for user in users:
-        user.replace_input_with(node, total)
-
-
-def _norm_behind(program: Program, node: Node) -> Node | None:
-    """The batch-norm in evaluation that alone reads a convolution's output."""
-    user = next(iter(node.users), None)
-    if len(node.users) != 1 or user is None or user.target is not aten.batch_norm.default:
-        return None
-    named = arguments(user)
-    vectors = [named[k] for k in ("weight", "running_mean", "running_var") if named.get(k) is not None]
-    known = all(v.op == "get_attr" for v in vectors) and named.get("running_var") is not None
-    return user if known and not named["training"] else None
+    node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
 
 
 def _scale(program: Program, norm: Node) -> Tensor:

@@ -168,17 +168,14 @@ def _in_copy(value: Any, copies: Mapping[str, Node]) -> Any:
 
 
 def _scale_output(node: Node, factor: float) -> None:
-    users = list(node.users)
     with node.graph.inserting_after(node):
         scaled = node.graph.call_function(aten.mul.Tensor, (node, factor))
     scaled.meta["val"] = node.meta.get("val")
-    for user in users:
-        user.replace_input_with(node, scaled)
+    node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
 
 
 def _select_output(node: Node, old: Node, dim: int, indices: Tensor) -> None:
     """The op runs as before, over all indices, and those that leave are taken off its output."""
-    users = list(node.users)
     graph = node.graph
     name = f"{node.name}_kept_{dim}"
     assert graph.owning_module is not None
@@ -188,8 +185,7 @@ def _select_output(node: Node, old: Node, dim: int, indices: Tensor) -> None:
     with graph.inserting_after(kept):
         selected = graph.call_function(aten.index_select.default, (node, dim, kept))
     selected.meta["val"], node.meta["val"] = node.meta["val"], old.meta["val"]
-    for user in users:
-        user.replace_input_with(node, selected)
+    node.replace_all_uses_with(selected, delete_user_cb=lambda user: user is not selected)
 
 
 def _refresh_values(

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from fxprune import Plan, Rule, Unstructured
 from fxprune.calibration.batches import batch_of, capture_for, read_calls
 from fxprune.calibration.calibrate import calibrate
-from fxprune.calibration.layer import input_of
 from fxprune.calibration.padding import Padding, counting, find_padding, hides_padding, positions
 from fxprune.calibration.recover.matching import Distance
 from fxprune.check.compare import outputs
@@ -165,7 +164,7 @@ def test_layouts_of_every_kind() -> None:
     calls = read_calls([lines()])
     captured = capture_for(model, calls)
     batch = batch_of(captured, calls[0])
-    places = {name: input_of(found[0]) for name, found in uses(captured.program).items() if found[0].kind == "linear"}
+    places = {name: found[0].x for name, found in uses(captured.program).items() if found[0].kind == "linear"}
     found = find_padding(captured.program, [batch], places.values())
     kinds = {name: found[node.name] for name, node in places.items()}
     assert kinds == {

@@ -28,8 +28,7 @@ from fxprune.errors import InputError
 from fxprune.graph.program import Program, names_of_parameters, put_values
 from fxprune.select.decide import check_values, choose_selection
 from fxprune.select.selection import Recovery, Selection
-from fxprune.shrink.drop.blocks import find_blocks
-from fxprune.shrink.drop.drop import drop_blocks
+from fxprune.shrink.drop.drop import without_blocks
 
 from .feed import Feed
 from .matching import Distance, Loss, nodes_to_match, same_shape
@@ -119,11 +118,8 @@ def _recovered(selection: Selection, values: dict[str, Tensor], standing: Standi
 
 def _pruned(captured: Capture, selection: Selection) -> tuple[Program, Coupling | None]:
     """The program without the blocks that leave and with new values, and its groups where channels leave."""
-    program = captured.program
-    check_values(program, selection.values)
-    if selection.drop:
-        program = drop_blocks(program, find_blocks(program, selection.drop))
-    program = put_values(program, selection.values)
+    check_values(captured.program, selection.values)
+    program = put_values(without_blocks(captured.program, selection.drop), selection.values)
     coupling = couple(program) if selection.keep else None
     choose_selection(captured, program, None, selection, coupling)  # refuses one of another model
     return program, coupling

@@ -17,12 +17,16 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import PlanError
 from fxprune.graph.memory import Memory, Needs
-from fxprune.graph.program import Program, copy_program, drop_unused
+from fxprune.graph.program import Program, copy_program, drop_unused, sizes
 
-from .blocks import Block, Bypass, calls_by_module
-from .residual import sizes
+from .blocks import Block, Bypass, calls_by_module, find_blocks
 
 aten = torch.ops.aten
+
+
+def without_blocks(program: Program, paths: Sequence[str]) -> Program:
+    """The program without the residual blocks of these module paths. Raises PlanError where one cannot leave."""
+    return drop_blocks(program, find_blocks(program, paths)) if paths else program
 
 
 def drop_blocks(program: Program, blocks: Sequence[Block]) -> Program:

@@ -19,6 +19,7 @@ from torch.fx import Graph, Node
 
 from fxprune.graph.memory import DROPOUTS
 from fxprune.graph.ops import NORMS, SUMS
+from fxprune.graph.program import same_shape, sizes
 
 aten = torch.ops.aten
 
@@ -206,12 +207,7 @@ def source(node: Node, written: set[Node]) -> Node:
 def same_kind(a: Node, b: Node) -> bool:
     """Whether two tensors have the same shape, symbolic sizes included, dtype and device."""
     x, y = a.meta.get("val"), b.meta.get("val")
-    return _same_shape(a, b) and x.dtype == y.dtype and x.device == y.device  # pyright: ignore
-
-
-def sizes(shape: Any) -> tuple[Any, ...]:
-    """A shape or strides in which symbolic sizes are expressions, so that comparing adds no condition."""
-    return tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in shape)
+    return same_shape(a, b) and x.dtype == y.dtype and x.device == y.device  # pyright: ignore
 
 
 def _arrive(found: Ways, node: Node, exit: Node, norms: int, pending: bool, summed: bool) -> None:
@@ -229,14 +225,14 @@ def _steps(node: Node, fed: set[Node], varying: set[Node]) -> Iterator[_Step]:
     first, second, *_ = [a if isinstance(a, Node) else None for a in node.args[:2]] + [None] * 2
     if target in SUMS:
         for operand, other in ((first, second), (second, first)):
-            if operand is not None and _same_shape(operand, node):
+            if operand is not None and same_shape(operand, node):
                 # A parameter only shifts, and a tensor that comes from outside as it is, is no branch of this block.
                 branch = other is not None and other is not operand and source(other, set()) in fed
                 yield _Step(operand, sum=branch)
     elif target in _SCALES:
         pairs = ((first, second),) if target in _DIVISIONS else ((first, second), (second, first))
         for operand, other in pairs:
-            if operand is not None and _same_shape(operand, node) and other not in varying:
+            if operand is not None and same_shape(operand, node) and other not in varying:
                 yield _Step(operand)
     elif first is None:
         return
@@ -251,13 +247,8 @@ def _steps(node: Node, fed: set[Node], varying: set[Node]) -> Iterator[_Step]:
         yield _Step(first, moves="view")
     elif target in _PERMUTES:
         yield _Step(first, moves="permute")
-    elif target in _PARTS and _same_shape(first, node):
+    elif target in _PARTS and same_shape(first, node):
         yield _Step(first)
-
-
-def _same_shape(a: Node, b: Node) -> bool:
-    x, y = a.meta.get("val"), b.meta.get("val")
-    return isinstance(x, Tensor) and isinstance(y, Tensor) and sizes(x.shape) == sizes(y.shape)
 
 
 def _after(undo: _Undo, node: Node, step: _Step) -> _Undo:
