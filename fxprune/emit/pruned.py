@@ -6,39 +6,51 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from fxprune.capture.entry import EntryCheck
 from fxprune.errors import FxPruneError
-from fxprune.graph.program import Program
+from fxprune.graph.program import Program, replace_tensors
 from fxprune.select.selection import Selection
 
 from .report import Report
 
 
-class PrunedModule(torch.fx.GraphModule):
-    """A pruned, compiled model: the same call signature and output structure as the model it came from.
+class Result(torch.fx.GraphModule):
+    """What is made of a model: the same call signature and output structure.
 
-    Calls are checked against what the model was captured for, and run under no_grad and in the captured precision,
-    whatever torch.autocast says outside. `report` and `selection` live in `meta`, where they survive a deepcopy.
-    `forward` is the bare graph, without the check.
+    Calls are checked against what the model was captured for; `forward` is the bare graph, without the check. `report`
+    and `selection` live in `meta`, where they survive a deepcopy.
     """
 
     @property
     def report(self) -> Report:
-        """What happened to every weight, why, how exact the result is and how fast."""
+        """What happened to every weight and group, why, how exact the result is and how fast."""
         return self.meta["report"]
 
     @property
     def selection(self) -> Selection:
-        """The masks (and values) that were applied; `transform(model, selection=...)` replays them."""
+        """What was kept, masked and replaced; `transform(model, selection=...)` replays it."""
         return self.meta["selection"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.meta["entry"].check(args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        with warnings.catch_warnings():
+            # torch deep-copies its own tree specs through a name it has deprecated.
+            warnings.simplefilter("ignore", FutureWarning)
+            return super().__deepcopy__(memo)
+
+
+class PrunedModule(Result):
+    """A pruned, compiled model, which runs under no_grad and in the captured precision, whatever stands outside."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad(), _without_autocast():
             return super().__call__(*args, **kwargs)
 
@@ -52,10 +64,7 @@ class PrunedModule(torch.fx.GraphModule):
         return super().train(False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrunedModule:
-        with warnings.catch_warnings():
-            # torch deep-copies its own tree specs through a name it has deprecated.
-            warnings.simplefilter("ignore", FutureWarning)
-            result = cast(PrunedModule, super().__deepcopy__(memo))
+        result = super().__deepcopy__(memo)
         _compile(result)
         return result
 
@@ -101,36 +110,25 @@ def emit(program: Program, entry: EntryCheck, compile_options: Mapping[str, Any]
     result.graph._tracer_cls = None
     result._tracer_cls = None
     result.eval()
-    _drop_gradients(result)
+    # Parameters with gradients may be the user's own: over the same storage others without take their place.
+    replace_tensors(
+        result, lambda t: nn.Parameter(t.detach(), False) if isinstance(t, nn.Parameter) and t.requires_grad else t
+    )
     result.meta = {"entry": entry, "compile": dict(compile_options) if compile_options is not None else None}
     _compile(result)
     return result
 
 
-def _drop_gradients(module: nn.Module) -> None:
-    """Puts parameters without gradients in place of those with, over the same storage: they may be the user's own."""
-    fresh: dict[int, nn.Parameter] = {}
-    for part in module.modules():
-        for name, old in part._parameters.items():
-            if old is not None and old.requires_grad:
-                if id(old) not in fresh:
-                    fresh[id(old)] = nn.Parameter(old.detach(), requires_grad=False)
-                part._parameters[name] = fresh[id(old)]
-
-
 def own_storage(program: Program, theirs: set[int]) -> None:
     """Clones the parameters and buffers whose storage is among `theirs` (data pointers), once per tied tensor."""
-    clones: dict[int, torch.Tensor] = {}
-    for module in program.modules():
-        for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                if tensor is None or tensor.data_ptr() not in theirs:
-                    continue
-                if id(tensor) not in clones:
-                    own = tensor.detach().clone()
-                    parameter = isinstance(tensor, nn.Parameter)
-                    clones[id(tensor)] = nn.Parameter(own, requires_grad=False) if parameter else own
-                table[name] = clones[id(tensor)]  # pyright: ignore[reportArgumentType]
+
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in theirs:
+            return tensor
+        clone = tensor.detach().clone()
+        return nn.Parameter(clone, requires_grad=False) if isinstance(tensor, nn.Parameter) else clone
+
+    replace_tensors(program, own)
 
 
 def _compile(module: PrunedModule) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -17,12 +16,18 @@ from torch.nn.utils import parametrize
 
 from fxprune.capture.capture import Capture
 from fxprune.capture.entry import EntryCheck
-from fxprune.emit.report import Report
+from fxprune.emit.pruned import Result
 from fxprune.errors import InputError
-from fxprune.graph.program import Program, copy_program, names_of_parameters, owner, set_argument
+from fxprune.graph.program import (
+    Program,
+    copy_program,
+    names_of_parameters,
+    owner,
+    replace_tensors,
+    set_argument,
+)
 from fxprune.kernels.masked_linear import masked_linear
 from fxprune.select.mask import PackedMask
-from fxprune.select.selection import Selection
 
 from .pickled import graph_data, graph_from
 from .side_by_side import Inserted, ModeArguments
@@ -30,35 +35,16 @@ from .side_by_side import Inserted, ModeArguments
 aten = torch.ops.aten
 
 
-class TrainableModule(torch.fx.GraphModule):
-    """A pruned model that trains: an ordinary module with the call signature of the model it came from.
+class TrainableModule(Result):
+    """A pruned model that trains: an ordinary module.
 
     Parameters and buffers have the model's own names; `train()` and `eval()` switch what the model's own would. It
-    starts in eval mode, as it was captured. Calls are checked against what the model was captured for; `forward` is the
-    bare graph, without the check. It is not compiled: `torch.compile(module)` and `module.compile()` work as on any
-    module, and follow train() and eval().
+    starts in eval mode, as it was captured. It is not compiled: `torch.compile(module)` and `module.compile()` work as
+    on any module, and follow train() and eval().
     """
 
-    @property
-    def report(self) -> Report:
-        """What happened to every weight and group, and how exact the result is."""
-        return self.meta["report"]
-
-    @property
-    def selection(self) -> Selection:
-        """What was kept; `transform(model, selection=...)` replays it."""
-        return self.meta["selection"]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.meta["entry"].check(args, kwargs)
-        return super().__call__(*args, **kwargs)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainableModule:
-        with warnings.catch_warnings():
-            # torch deep-copies its own tree specs through a name it has deprecated.
-            warnings.simplefilter("ignore", FutureWarning)
-            result = cast(TrainableModule, super().__deepcopy__(memo))
-        return _alike(result, self)
+        return _alike(super().__deepcopy__(memo), self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = dict(vars(self))
@@ -162,20 +148,15 @@ def emit_trainable(
 def _own_tensors(draft: Program, origin: Origin) -> dict[int, Tensor]:
     """Puts ordinary parameters and buffers in place of the program's; tied ones stay tied. Returns old id -> new."""
     trains = {id(p) for n, p in draft.named_parameters(remove_duplicate=False) if n in origin.trains}
-    own: dict[int, Tensor] = {}
-    for module in draft.modules():
-        for table in (module._parameters, module._buffers):
-            for name, old in table.items():
-                if old is None:
-                    continue
-                if id(old) not in own:
-                    value = old.detach()
-                    shared = value.untyped_storage().data_ptr() in origin.storages
-                    partial = value.untyped_storage().nbytes() > value.numel() * value.element_size()
-                    value = value.clone() if shared or partial else value
-                    own[id(old)] = nn.Parameter(value, id(old) in trains) if isinstance(old, nn.Parameter) else value
-                table[name] = own[id(old)]  # pyright: ignore[reportArgumentType]
-    return own
+
+    def own(old: Tensor) -> Tensor:
+        value = old.detach()
+        shared = value.untyped_storage().data_ptr() in origin.storages
+        partial = value.untyped_storage().nbytes() > value.numel() * value.element_size()
+        value = value.clone() if shared or partial else value
+        return nn.Parameter(value, id(old) in trains) if isinstance(old, nn.Parameter) else value
+
+    return replace_tensors(draft, own)
 
 
 def _mask(draft: Program, masks: Mapping[str, PackedMask], masked_matmul: bool) -> set[str]:
