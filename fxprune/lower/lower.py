@@ -20,9 +20,9 @@ from fxprune.graph.compat import symbol_hint
 from fxprune.graph.program import Program, copy_program, drop_unused, fetch, owner
 from fxprune.graph.weights import Use, uses
 from fxprune.lower.layouts.choose import Chooser
-from fxprune.lower.layouts.site import Choice
+from fxprune.lower.layouts.site import Choice, Packed, Site
 
-from .layouts import LAYOUTS, Packed, Site
+from .layouts import LAYOUTS
 from .share import Chosen, groups, merge
 
 aten = torch.ops.aten

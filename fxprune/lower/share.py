@@ -16,7 +16,8 @@ from torch.fx import Graph, Node
 from fxprune.graph.program import Program, fetch
 from fxprune.graph.weights import Use
 
-from .layouts import LAYOUTS, Packed, Site
+from .layouts import LAYOUTS
+from .layouts.site import Packed, Site
 
 
 @dataclasses.dataclass(frozen=True)

@@ -134,7 +134,7 @@ def test_what_cannot_be_packed_or_timed_is_told_and_stays_dense(monkeypatch: pyt
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
     weight = weight_for("bitmap")
-    monkeypatch.setattr(Nonzeros, "fits", lambda self, site: Verdict.no("left out"))
+    monkeypatch.setattr(Nonzeros, "fits", lambda self, site: Verdict(False, "left out"))
     with monkeypatch.context() as patch:
         patch.setattr(Bitmap, "split", no_memory)
         patch.setattr(Nonzeros8, "split", no_memory)
@@ -152,7 +152,7 @@ def test_what_cannot_be_packed_or_timed_is_told_and_stays_dense(monkeypatch: pyt
 @pytest.mark.usefixtures("anywhere")
 def test_a_choice_is_not_reused_for_a_weight_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = iter([[3.0, 1.0, 2.0, 2.0], [3.0, 2.0, 1.0]])
-    monkeypatch.setattr(Nonzeros, "fits", lambda self, site: Verdict.no("left out"))
+    monkeypatch.setattr(Nonzeros, "fits", lambda self, site: Verdict(False, "left out"))
     monkeypatch.setattr(choose, "best_dense", lambda site, x: [lambda: x])
     monkeypatch.setattr(choose, "_times", lambda *_: next(taken))
     chooser, two = Chooser(), weight_for("semi24", 33, 320)
@@ -170,7 +170,7 @@ def test_a_choice_is_not_reused_for_a_weight_that_does_not_fit(monkeypatch: pyte
 @pytest.mark.usefixtures("anywhere")
 def test_choices_outlive_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     taken = iter([[3.0, 1.0, 2.0, 2.0], [3.0, 4.0, 4.0, 4.0]])
-    monkeypatch.setattr(Nonzeros, "fits", lambda self, site: Verdict.no("left out"))
+    monkeypatch.setattr(Nonzeros, "fits", lambda self, site: Verdict(False, "left out"))
     monkeypatch.setattr(choose, "best_dense", lambda site, x: [lambda: x])
     monkeypatch.setattr(choose, "_times", lambda *_: next(taken))
     file = tmp_path / "deep" / "choices.json"

@@ -8,21 +8,7 @@ from .cusparselt import CuSparseLt
 from .nonzeros import Nonzeros
 from .nonzeros8 import Nonzeros8
 from .semi24 import Semi24
-from .site import Layout, Packed, Site, Verdict
+from .site import Layout
 
 _ALL: tuple[Layout, ...] = (Nonzeros(), Semi24(), CuSparseLt(), Blocks(), Nonzeros8(), Bitmap())
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in _ALL}
-
-__all__ = [
-    "LAYOUTS",
-    "Bitmap",
-    "Blocks",
-    "CuSparseLt",
-    "Verdict",
-    "Layout",
-    "Nonzeros",
-    "Nonzeros8",
-    "Packed",
-    "Semi24",
-    "Site",
-]

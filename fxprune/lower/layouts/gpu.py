@@ -50,7 +50,7 @@ class GpuLayout(abc.ABC):
         why = cannot_run(site.weight) or self.refuses(site)
         if not why and self.most is not None and min(site.tokens, default=1) > self.most:
             why = f"its kernel is for up to {self.most} tokens"
-        return Verdict.no(why) if why else Verdict.yes()
+        return Verdict(not why, why)
 
     @abc.abstractmethod
     def refuses(self, site: Site) -> str:

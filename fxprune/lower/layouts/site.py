@@ -36,14 +36,6 @@ class Verdict:
     ok: bool
     why: str = ""
 
-    @staticmethod
-    def yes(why: str = "") -> Verdict:
-        return Verdict(True, why)
-
-    @staticmethod
-    def no(why: str) -> Verdict:
-        return Verdict(False, why)
-
 
 @dataclasses.dataclass
 class Packed:
