@@ -15,7 +15,7 @@ from fxprune.errors import PlanError
 
 from .binding import Binding, Candidate
 from .names import is_glob, matches, near
-from .patterns import SPARSITIES, Blocks, Channels, Existing, SemiStructured, Sparsity, Unstructured
+from .patterns import SPARSITIES, Blocks, Channels, SemiStructured, Sparsity, Unstructured
 from .scores import SCORE_NAMES, UNIT_SCORE_NAMES, Scores
 
 _SCOPES = ("local", "global", "isomorphic")
@@ -113,7 +113,7 @@ class Plan:
             _check_pattern(pattern, "Plan(exclude=...)")
 
     def __str__(self) -> str:
-        rows = [(i, rule.pattern, *_words(rule)) for i, rule in enumerate(self.rules)]
+        rows = [(i, r.pattern, r.sparsity.kind, r.sparsity.describe(), r.scope) for i, r in enumerate(self.rules)]
         rows += [("", drop.pattern, "drop", "whole residual blocks", "") for drop in self.drops]
         rows += [("", pattern, "excluded from wildcards", "", "") for pattern in self.exclude]
         if not rows:
@@ -252,10 +252,6 @@ def _tuple(items: object, kinds: tuple[type, ...], where: str, example: str) -> 
     return found
 
 
-def _words(rule: Rule) -> tuple[str, str, str]:
-    return rule.sparsity.kind, rule.sparsity.describe(), rule.scope
-
-
 def _read_rule(data: Mapping[str, Any]) -> Rule:
     values = dict(data["sparsity"])
     kind = values.pop("kind")
@@ -343,19 +339,3 @@ def _nothing(what: str, pattern: str, names: list[str], kind: str = "parameter")
 def _suggest(pattern: str, names: Iterable[str], kind: str = "parameter") -> str:
     found = near(pattern, names)
     return f"Near it: {', '.join(found)}." if found else f"See dict(model.named_{kind}s()) for the names."
-
-
-__all__ = [
-    "Binding",
-    "Blocks",
-    "Candidate",
-    "Channels",
-    "Drop",
-    "Existing",
-    "Plan",
-    "Rule",
-    "SemiStructured",
-    "Sparsity",
-    "Unstructured",
-    "near",
-]

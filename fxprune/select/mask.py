@@ -82,15 +82,6 @@ class PackedMask:
             start += packed.numel()
         return cls(tuple(shape), bits)
 
-    @classmethod
-    def ones(cls, shape: Sequence[int], device: torch.device | str = "cpu") -> PackedMask:
-        """The mask of `shape` that keeps everything."""
-        size = math.prod(shape)
-        bits = torch.full((-(-size // 8),), 255, dtype=torch.uint8, device=device)
-        if size % 8:
-            bits[-1] = (1 << size % 8) - 1
-        return cls(tuple(shape), bits)
-
     def numel(self) -> int:
         """How many elements the weight has."""
         return math.prod(self.shape)

@@ -5,33 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fxprune.plan.scores import Score, Scores
+from fxprune.plan.channels import Channels
+from fxprune.plan.scores import Scores
 
 from .score import scores, shares_of_the_rest
-
-
-class UnitScore(Protocol):
-    """How the units of a group are scored: by what, p of the norm, and the reduction over members."""
-
-    @property
-    def score(self) -> str | Score | Scores:
-        """A name from UNIT_SCORES, a function of a whole member, or scores of its elements."""
-        ...
-
-    @property
-    def norm(self) -> float:
-        """p of the Lp norm of a slice, where that is the score."""
-        ...
-
-    @property
-    def reduce(self) -> str:
-        """ "sum", "mean" or "max" over members."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +30,7 @@ class Slices:
     scales: bool = False
 
 
-def score_units(members: Sequence[Slices], how: UnitScore) -> Tensor:
+def score_units(members: Sequence[Slices], how: Channels) -> Tensor:
     """The importance of each unit of a group, from its members (one or more): float64 [size], on the CPU.
 
     By name: see UNIT_SCORES. By a function or given scores: the sum of each slice's element scores, reduced over the
@@ -72,7 +53,7 @@ def score_units(members: Sequence[Slices], how: UnitScore) -> Tensor:
     return _reduced(sums, how).abs()
 
 
-def norm(members: Sequence[Slices], how: UnitScore) -> Tensor:
+def norm(members: Sequence[Slices], how: Channels) -> Tensor:
     """The Lp norms (p = how.norm) of each unit's slices, reduced over the members: float64 [size].
 
     Source: Li et al., "Pruning Filters for Efficient ConvNets", 2017 (norms of filters); Fang et al., "DepGraph:
@@ -81,16 +62,16 @@ def norm(members: Sequence[Slices], how: UnitScore) -> Tensor:
     return _reduced([_norms(m.tensor.detach(), m.dim, m.index, how.norm).cpu() for m in members], how)
 
 
-def random(members: Sequence[Slices], how: UnitScore) -> Tensor:
+def random(members: Sequence[Slices], how: Channels) -> Tensor:
     """Drawn evenly from [0, 1), float64 [size], from torch's own generator: torch.manual_seed decides.
 
     Source: Mittal et al., "Recovering from Random Pruning: On the Plasticity of Deep Convolutional Neural Networks",
     2018 (random filters as the baseline).
     """
-    return torch.rand(_size(members), dtype=torch.float64, device="cpu")
+    return torch.rand(int(members[0].index.max()) + 1, dtype=torch.float64, device="cpu")
 
 
-def bn_scale(members: Sequence[Slices], how: UnitScore) -> Tensor:
+def bn_scale(members: Sequence[Slices], how: Channels) -> Tensor:
     """|gamma| of the batch-norms over a group's channels, reduced over them: float64 [size].
 
     A group that no batch-norm scales gets its `norm` instead; `has_scales` tells.
@@ -108,7 +89,7 @@ def has_scales(members: Sequence[Slices]) -> bool:
     return any(member.scales for member in members)
 
 
-def fpgm(members: Sequence[Slices], how: UnitScore) -> Tensor:
+def fpgm(members: Sequence[Slices], how: Channels) -> Tensor:
     """The sum of each unit's Euclidean distances to all others, reduced over the members: float64 [size].
 
     The units nearest to the geometric median of all can be replaced best by the others. A member [n, k] takes n^2 k
@@ -119,7 +100,7 @@ def fpgm(members: Sequence[Slices], how: UnitScore) -> Tensor:
     return _reduced([_distances(m.tensor.detach(), m.dim, m.index).cpu() for m in members], how)
 
 
-def lamp(members: Sequence[Slices], how: UnitScore) -> Tensor:
+def lamp(members: Sequence[Slices], how: Channels) -> Tensor:
     """Each unit's squared L2 norm, reduced over the members, over the sum of those not smaller: float64 [size].
 
     Source: Lee et al., "Layer-adaptive Sparsity for the Magnitude-based Pruning", 2021, units in place of elements.
@@ -130,20 +111,16 @@ def lamp(members: Sequence[Slices], how: UnitScore) -> Tensor:
     return shares_of_the_rest(_reduced(list(squares), how).sqrt())
 
 
-_Named = Callable[[Sequence[Slices], UnitScore], Tensor]
+_Named = Callable[[Sequence[Slices], Channels], Tensor]
 # Scores of units that a plan can name and save.
 UNIT_SCORES: dict[str, _Named] = {"norm": norm, "random": random, "bn_scale": bn_scale, "fpgm": fpgm, "lamp": lamp}
 # Those of them that a group's width and scale decide, so that a pool must compare each with its group's mean.
 RELATIVE = frozenset({"norm", "fpgm"})
 
 
-def _reduced(of_members: Sequence[Tensor], how: UnitScore) -> Tensor:
+def _reduced(of_members: Sequence[Tensor], how: Channels) -> Tensor:
     stacked = torch.stack(list(of_members))
     return stacked.amax(0) if how.reduce == "max" else stacked.mean(0) if how.reduce == "mean" else stacked.sum(0)
-
-
-def _size(members: Sequence[Slices]) -> int:
-    return int(members[0].index.max()) + 1
 
 
 def _rows(tensor: Tensor, dim: int) -> Tensor:

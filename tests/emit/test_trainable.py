@@ -141,7 +141,7 @@ def test_masked_weights_stay_zero() -> None:
 def test_a_mask_of_another_shape_is_refused() -> None:
     for name, shape in (("first.weight", (1, 8)), ("nowhere.weight", (8, 8))):
         with pytest.raises(InputError, match=name):
-            emitted(net(), images(), masks={name: PackedMask.ones(shape)})
+            emitted(net(), images(), masks={name: PackedMask.pack(torch.ones(shape, dtype=torch.bool))})
 
 
 def test_it_sits_in_other_modules() -> None:

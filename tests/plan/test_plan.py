@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from fxprune.errors import PlanError
+from fxprune.plan.patterns import Existing
 from fxprune.plan.plan import (
     Blocks,
     Candidate,
     Channels,
     Drop,
-    Existing,
     Plan,
     Rule,
     SemiStructured,

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from fxprune.errors import InputError
-from fxprune.plan.plan import Candidate, Existing, Plan, Rule, Sparsity, Unstructured
+from fxprune.plan.patterns import Existing
+from fxprune.plan.plan import Candidate, Plan, Rule, Sparsity, Unstructured
 from fxprune.select import mask as mask_module
 from fxprune.select.elements import select
 from fxprune.select.mask import PackedMask
@@ -290,7 +291,7 @@ def test_weights_are_only_read() -> None:
         (torch.ones(2, 2, device="meta"), None, ['"enc.w"', "meta"]),
         (torch.ones(2, 2), torch.ones(2, 3, dtype=torch.bool), ['"enc.w"', "[2, 3]", "[2, 2]"]),
         (torch.ones(2, 2), torch.ones(2, 2), ['"enc.w"', "float32", "bool"]),
-        (torch.ones(2, 2), PackedMask.ones((4,)), ['"enc.w"', "[4]", "[2, 2]"]),
+        (torch.ones(2, 2), PackedMask.pack(torch.ones(4, dtype=torch.bool)), ['"enc.w"', "[4]", "[2, 2]"]),
     ],
 )
 def test_bad_weights_and_masks(weight: Tensor, mask: Tensor | PackedMask | None, words: list[str]) -> None:

@@ -82,7 +82,7 @@ def replay(model: nn.Module, selection: Any, *words: str, where: str) -> None:
     [
         ({"keep": {"left.weight[0]": [0, 1]}}, ("a list",), "left.weight[0]"),
         ({"mask": {"left.weight": torch.ones(24, 10).bool()}}, ("a Tensor", "PackedMask"), "left.weight"),
-        ({"mask": {"lift.weight": PackedMask.ones((24, 10))}}, ("no parameter",), "lift.weight"),
+        ({"mask": {"lift.weight": PackedMask.pack(torch.ones(24, 10).bool())}}, ("no parameter",), "lift.weight"),
         ({"values": {"left.weight": torch.ones(24, 9)}}, ("[24, 9]",), "left.weight"),
         ({"values": {"left.weight": [1.0]}}, ("a list", "Tensor"), "left.weight"),
         ({"values": {"lift.weight": torch.ones(24, 10)}}, ("no parameter",), "lift.weight"),
