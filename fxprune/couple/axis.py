@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -42,6 +43,13 @@ class Size(NamedTuple):
 
 
 ONE = Size(1)
+
+
+def whole_size(sizes: Iterable[Size]) -> Size:
+    """The product of sizes."""
+    return reduce(Size.times, sizes, ONE)
+
+
 PART_OF = "part of"
 SYMBOLIC = "symbolic size"
 Kind = Literal["product", "concat"]
@@ -97,9 +105,7 @@ def product(parts: Sequence[Axis]) -> Axis:
     wide = [part for part in parts if part.root().size != ONE]
     if len(wide) == 1:
         return wide[0].root()
-    size = ONE
-    for part in wide:
-        size = size.times(part.root().size)
+    size = whole_size(part.root().size for part in wide)
     return Axis(size, "product", wide) if wide and size.number else Axis(size)
 
 
@@ -170,12 +176,8 @@ def tie(a: Axis, b: Axis, where: str = "") -> None:
         if why := getattr(second, mark):
             _mark(first, mark, why)
         elif (why := getattr(first, mark)) and second.kind is not None:
-            _mark_parts(second, mark, why)
-
-
-def _mark_parts(axis: Axis, mark: str, why: str) -> None:
-    for part in axis.parts:
-        _mark(part, mark, why)
+            for part in second.parts:
+                _mark(part, mark, why)
 
 
 def _tie_structures(first: Axis, second: Axis, where: str) -> None:
@@ -274,10 +276,7 @@ def divide(axis: Axis, sizes: Sequence[Size], where: str = "") -> list[Axis]:
         fresh = [Axis(size) for size in sizes]
         pair_products([axis], fresh, where)
         return [part.root() for part in fresh]
-    inner = ONE
-    for size in sizes[1:]:
-        inner = inner.times(size)
-    major, minor = _divide_concat(axis, inner, where)
+    major, minor = _divide_concat(axis, whole_size(sizes[1:]), where)
     return [major, *divide(minor, sizes[1:], where)]
 
 

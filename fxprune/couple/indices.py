@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .axis import ONE, Axis, Size
+from .axis import Axis, Size, whole_size
 
 
 def kept_indices(axis: Axis, keep: Mapping[Axis, Tensor]) -> Tensor:
@@ -36,12 +36,7 @@ def shrunk_size(axis: Axis, keep: Mapping[Axis, Tensor]) -> Size:
         kept = keep.get(axis)
         return axis.size if kept is None else Size(len(kept))
     sizes = [shrunk_size(part, keep) for part in axis.parts]
-    if axis.kind == "concat":
-        return Size(sum(size.number for size in sizes))
-    result = ONE
-    for size in sizes:
-        result = result.times(size)
-    return result
+    return Size(sum(size.number for size in sizes)) if axis.kind == "concat" else whole_size(sizes)
 
 
 def positions(axis: Axis, atom: Axis) -> Tensor:
