@@ -172,9 +172,8 @@ def _calibrate(job: Job) -> Iterable[str]:
 
 
 def _capture(job: Job) -> Iterable[str]:
-    args, kwargs = job.example.args, job.example.kwargs
     fold_masks = not job.trainable
-    checked = capture_checked(job.model, args, kwargs, job.dynamic_shapes, check=job.check, fold_masks=fold_masks)
+    checked = capture_checked(job.model, job.example, job.dynamic_shapes, check=job.check, fold_masks=fold_masks)
     job.captured, job.proof, job.program = checked.captured, checked.proof, checked.captured.program
     job.tell(checked.notes, checked.checks)
     return ()
@@ -263,11 +262,10 @@ def _emit(job: Job) -> Iterable[str]:
 
 
 def _emit_trainable(job: Job) -> Iterable[str]:
-    found = deliver_trainable(
+    job.result, notes, checks = deliver_trainable(
         job.model, job.captured, *job.shrunk, job.example, job.dynamic_shapes, job.expected, job.settings
     )
-    job.result = found.result
-    job.tell(found.notes, found.checks)
+    job.tell(notes, checks)
     job.report.compiled = "eager graph that trains; torch.compile it as any module"
     return ()
 

@@ -104,95 +104,76 @@ class Proof:
 class Checked:
     """A capture that computes what the model computes, and the calls to hold what is made from it to.
 
-    `proof` is None where nothing is checked; `example` is the user's call.
+    `proof` is None where nothing is checked.
     """
 
     captured: Capture
-    example: Call
     proof: Proof | None
     notes: list[Note]
     checks: list[CheckRow]
 
 
 def capture_checked(
-    model: nn.Module | ExportedProgram,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dynamic_shapes: Any,
-    *,
-    check: bool,
-    fold_masks: bool = True,
+    model: nn.Module | ExportedProgram, example: Call, dynamic_shapes: Any, *, check: bool, fold_masks: bool
 ) -> Checked:
     """Captures the model and holds the captured program against it, on the example and at a second size.
 
     Where a capture with dynamic sizes is wrong at the second size, every size is fixed, and a note says so; where the
     user asked for those sizes, that is an error.
     """
-    example = Call("example", args, kwargs)
     runnable = model.module() if isinstance(model, ExportedProgram) else model
     with admit.untouched(runnable):
-        return _capture_checked(model, runnable, example, dynamic_shapes, check, fold_masks)
-
-
-def _capture_checked(
-    model: nn.Module | ExportedProgram,
-    runnable: nn.Module,
-    example: Call,
-    dynamic_shapes: Any,
-    check: bool,
-    fold_masks: bool,
-) -> Checked:
-    args, kwargs = example.args, example.kwargs
-    admit.run_model(runnable, *example.copy())
-    captured = capture(model, args, kwargs, dynamic_shapes, fold_masks=fold_masks)
-    calls = [example, second_call(example)]
-    if not check:
-        notes = [*captured.notes, Note("nothing was checked: check=False", "warning")]
-        return Checked(captured, example, None, notes, [])
-    notes: list[Note] = []
-    expected = outputs(runnable, example)
-    first = compare("capture = your model", example, expected, outputs(captured.program, example))
-    if not first.ok and dynamic_shapes is None and not isinstance(model, ExportedProgram):
-        # A model that takes sizes for something else than numbers can only be captured with every size fixed.
-        captured = capture(model, args, kwargs, static=True, fold_masks=fold_masks)
-        why = f"with dim 0 dynamic the capture was wrong ({first.error:.1e})"
-        captured.notes.append(Note(f"every size is fixed: {why}", "fallback"))
+        args, kwargs = example.args, example.kwargs
+        admit.run_model(runnable, *example.copy())
+        captured = capture(model, args, kwargs, dynamic_shapes, fold_masks=fold_masks)
+        calls = [example, second_call(example)]
+        if not check:
+            notes = [*captured.notes, Note("nothing was checked: check=False", "warning")]
+            return Checked(captured, None, notes, [])
+        notes: list[Note] = []
+        expected = outputs(runnable, example)
         first = compare("capture = your model", example, expected, outputs(captured.program, example))
-    checks = [first]
-    if not first.ok:
-        raise refuse(
-            first,
-            "Does it draw random numbers, or keep state between calls? Such a model cannot be transformed.",
-        )
-    if not _runs(runnable, calls[1]):
-        refused = "the model refuses a second input drawn at random, so only the example was checked"
-        notes.append(Note(refused, "warning"))
-        calls.pop()
-    turned = turned_call(example)
-    if turned is not None:
-        if _runs(runnable, turned) and is_finite(outputs(runnable, turned)):
-            calls.append(turned)
-        else:
-            untried = "flags that the example has constant were not tried at other values: the model fails there"
-            notes.append(Note(untried, "warning"))
-    resized = resized_call(captured, example)
-    if resized is not None:
-        row = _check_resized(runnable, captured, resized)
-        if row is None:
-            refused = f"the model itself refuses the {resized.label}, so no second size was checked"
-            notes.append(Note(refused, "warning"))
-            resized = None
-        elif row.ok:
-            checks.append(row)
-        elif dynamic_shapes is not None or isinstance(model, ExportedProgram):
-            raise refuse(row, "Leave dynamic_shapes out: the sizes are then fixed where the model needs it.")
-        else:
+        if not first.ok and dynamic_shapes is None and not isinstance(model, ExportedProgram):
+            # A model that takes sizes for something else than numbers can only be captured with every size fixed.
             captured = capture(model, args, kwargs, static=True, fold_masks=fold_masks)
-            why = f"at the {resized.label} the capture was wrong ({row.error:.1e})"
+            why = f"with dim 0 dynamic the capture was wrong ({first.error:.1e})"
             captured.notes.append(Note(f"every size is fixed: {why}", "fallback"))
-            resized = None
-    _hold_to_strides(runnable, captured, example)
-    return Checked(captured, example, Proof(captured, tuple(calls), resized), [*notes, *captured.notes], checks)
+            first = compare("capture = your model", example, expected, outputs(captured.program, example))
+        checks = [first]
+        if not first.ok:
+            raise refuse(
+                first,
+                "Does it draw random numbers, or keep state between calls? Such a model cannot be transformed.",
+            )
+        if not _runs(runnable, calls[1]):
+            refused = "the model refuses a second input drawn at random, so only the example was checked"
+            notes.append(Note(refused, "warning"))
+            calls.pop()
+        turned = turned_call(example)
+        if turned is not None:
+            if _runs(runnable, turned) and is_finite(outputs(runnable, turned)):
+                calls.append(turned)
+            else:
+                untried = "flags that the example has constant were not tried at other values: the model fails there"
+                notes.append(Note(untried, "warning"))
+        resized = resized_call(captured, example)
+        if resized is not None:
+            row = _check_resized(runnable, captured, resized)
+            if row is None:
+                refused = f"the model itself refuses the {resized.label}, so no second size was checked"
+                notes.append(Note(refused, "warning"))
+                resized = None
+            elif row.ok:
+                checks.append(row)
+            elif dynamic_shapes is not None or isinstance(model, ExportedProgram):
+                raise refuse(row, "Leave dynamic_shapes out: the sizes are then fixed where the model needs it.")
+            else:
+                captured = capture(model, args, kwargs, static=True, fold_masks=fold_masks)
+                why = f"at the {resized.label} the capture was wrong ({row.error:.1e})"
+                captured.notes.append(Note(f"every size is fixed: {why}", "fallback"))
+                resized = None
+        _hold_to_strides(runnable, captured, example)
+        return Checked(captured, Proof(captured, tuple(calls), resized), [*notes, *captured.notes], checks)
 
 
 def _runs(function: Any, call: Call) -> bool:

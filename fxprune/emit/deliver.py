@@ -117,15 +117,6 @@ def deliver(
     raise AssertionError("unreachable: the dense program was returned or refused")
 
 
-@dataclasses.dataclass(frozen=True)
-class DeliveredTraining:
-    """A result that trains, with what train mode does not change and the checks that it passed."""
-
-    result: TrainableModule
-    notes: list[Note]
-    checks: list[CheckRow]
-
-
 def deliver_trainable(
     model: nn.Module | ExportedProgram,
     captured: Capture,
@@ -135,8 +126,11 @@ def deliver_trainable(
     dynamic_shapes: Any,
     expected: Expected | None,
     settings: Settings,
-) -> DeliveredTraining:
-    """What is left of the model as an ordinary module, in eval mode. Raises CheckError where it is not right."""
+) -> tuple[TrainableModule, list[Note], list[CheckRow]]:
+    """What is left of the model as an ordinary module, in eval mode, with notes on its train mode and its checks.
+
+    Raises CheckError where it is not right.
+    """
     modes, notes = training_modes(model, captured, example.args, example.kwargs, dynamic_shapes)
     origin = origin_of(model, captured)
     result = emit_trainable(
@@ -146,7 +140,7 @@ def deliver_trainable(
     for row in rows:
         if not row.ok:
             raise refuse(row, "Please report it with FXPRUNE_TRACE=<dir>.")
-    return DeliveredTraining(result, notes, rows)
+    return result, notes, rows
 
 
 def _compiled(
