@@ -12,7 +12,7 @@ from torch.nn.utils import prune as torch_prune
 from .amount import _validate_pruning_amount_init, _validate_pruning_dim, _validate_structured_pruning, to_prune
 from .bias import bias_places, prune_biases
 from .combine import alive
-from .elements import check_generator, given
+from .elements import Drawing, given
 from .errors import located
 from .masked import zeroed
 from .method import BasePruningMethod
@@ -75,19 +75,14 @@ class ByChannel(BasePruningMethod):
         return hook
 
 
-class RandomStructured(ByChannel, torch_prune.RandomStructured):
+class RandomStructured(Drawing, ByChannel, torch_prune.RandomStructured):
     """Prunes `amount` of the channels along `dim` at random, from `generator` or torch's own."""
 
     def __init__(self, amount: float, dim: int = -1, *, generator: torch.Generator | None = None) -> None:
         _validate_pruning_amount_init(amount)
         self.amount = amount
         self.dim = dim
-        check_generator(generator)
-        self.generator = generator
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the generator, which cannot be pickled and which only a new mask needs."""
-        return {**vars(self), "generator": None}
+        self._draw_from(generator)
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """t (two or more dims) -> the mask so far without the channels drawn."""

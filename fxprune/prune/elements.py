@@ -34,7 +34,21 @@ class Identity(BasePruningMethod, torch_prune.Identity):
         return cls._prune(module, name, model=model)
 
 
-class RandomUnstructured(BasePruningMethod, torch_prune.RandomUnstructured):
+class Drawing(BasePruningMethod):
+    """A method that draws what leaves from `generator`, or from torch's own."""
+
+    def _draw_from(self, generator: torch.Generator | None) -> None:
+        if generator is not None and not isinstance(generator, torch.Generator):
+            why = f"generator={generator!r} is a {type(generator).__name__}, not a torch.Generator"
+            raise WrongTypeError("cannot draw", why=why, do="Give torch.Generator().manual_seed(seed).")
+        self.generator = generator
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the generator, which cannot be pickled and which only a new mask needs."""
+        return {**vars(self), "generator": None}
+
+
+class RandomUnstructured(Drawing, torch_prune.RandomUnstructured):
     """Prunes `amount` of the elements at random, from `generator` or torch's own.
 
     A generator makes the draw that torch.manual_seed with its seed would; it is not kept in copies and saved hooks.
@@ -45,12 +59,7 @@ class RandomUnstructured(BasePruningMethod, torch_prune.RandomUnstructured):
     def __init__(self, amount: float, *, generator: torch.Generator | None = None) -> None:
         _validate_pruning_amount_init(amount)
         self.amount = amount
-        check_generator(generator)
-        self.generator = generator
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the generator, which cannot be pickled and which only a new mask needs."""
-        return {**vars(self), "generator": None}
+        self._draw_from(generator)
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """t (any shape; its dtype and size matter) -> the mask so far without the elements drawn."""
@@ -183,13 +192,6 @@ def draw(shape: tuple[int, ...] | torch.Size, like: Tensor, generator: torch.Gen
     device = like.device if generator is None else generator.device
     dtype = like.dtype if drawable else torch.float32
     return torch.rand(shape, dtype=dtype, device=device, generator=generator).to(like.device)
-
-
-def check_generator(generator: object) -> None:
-    """Raise a TypeError for what is neither a generator nor None, such as a seed."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        why = f"generator={generator!r} is a {type(generator).__name__}, not a torch.Generator"
-        raise WrongTypeError("cannot draw", why=why, do="Give torch.Generator().manual_seed(seed).")
 
 
 def given(generator: torch.Generator | None) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,10 +40,10 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, Any], strict: boo
         raise InputError(_WHAT, where=type(model).__name__, why=why, do="Give what model.state_dict() returned.")
     state = _without_wrapper(model, state_dict)
     pairs = _pairs(model, state, strict)
-    with _as_it_was_on_failure(model, pairs):
-        for pair in pairs:
-            if not hooks(pair.module, pair.name):
-                custom_from_mask(pair.module, pair.name, pair.mask)
+    with _as_it_was_on_failure(model, [weight for weight, _ in pairs]):
+        for weight, mask in pairs:
+            if not hooks(weight.module, weight.name):
+                custom_from_mask(weight.module, weight.name, mask)
         try:
             result = model.load_state_dict(state, strict=strict)
         except RuntimeError as error:
@@ -53,15 +52,6 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, Any], strict: boo
         for module in model.modules():
             _recompute(module)
     return result
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """A weight saved as `name_orig` and `name_mask`, and the module whose parameter `name` it is."""
-
-    module: nn.Module
-    name: str
-    mask: Tensor
 
 
 def _without_wrapper(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -76,8 +66,8 @@ def _without_wrapper(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping
     return state
 
 
-def _pairs(model: nn.Module, state: Mapping[str, Any], strict: bool) -> list[_Pair]:
-    """The weights to prune, in the state dict's order, so that the model's own keys take that order too."""
+def _pairs(model: nn.Module, state: Mapping[str, Any], strict: bool) -> list[tuple[Place, Tensor]]:
+    """The weights to prune and their masks, in the state dict's order, so that the model's own keys take it too."""
     own = model.state_dict().keys()
     parameters = dict(model.named_parameters(remove_duplicate=False))
     pairs = []
@@ -108,7 +98,7 @@ def _pairs(model: nn.Module, state: Mapping[str, Any], strict: bool) -> list[_Pa
         if ending == "orig":
             path, _, name = base.rpartition(".")
             mask = state[other].to(parameters[base].device)
-            pairs.append(_Pair(model.get_submodule(path), name, mask))
+            pairs.append((Place(model.get_submodule(path), name), mask))
     return pairs
 
 
@@ -130,7 +120,7 @@ def _recompute(module: nn.Module) -> None:
 
 
 @contextmanager
-def _as_it_was_on_failure(model: nn.Module, pairs: list[_Pair]) -> Iterator[None]:
+def _as_it_was_on_failure(model: nn.Module, weights: list[Place]) -> Iterator[None]:
     """Put values, parameters, buffers and hooks back if the body raises."""
     tensors = [*model.parameters(), *model.buffers()]
     if any(is_lazy(tensor) for tensor in tensors):
@@ -139,7 +129,7 @@ def _as_it_was_on_failure(model: nn.Module, pairs: list[_Pair]) -> Iterator[None
     with torch.no_grad():
         values = [tensor.detach().clone() for tensor in tensors]
     try:
-        with unchanged_on_failure([Place(pair.module, pair.name) for pair in pairs]):
+        with unchanged_on_failure(weights):
             yield
     except BaseException:
         with torch.no_grad():
