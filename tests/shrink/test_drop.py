@@ -99,11 +99,11 @@ def test_nodes_outside_and_the_original_program_stay_as_they_were(case: Callable
     assert [(n.name, n.op, n.target, n.args, n.kwargs) for n in program.graph.nodes] == [row[:5] for row in nodes]
     assert all(n.meta == row[5] for n, row in zip(program.graph.nodes, nodes, strict=True))
     assert_close(run(program, *args, **kwargs), expected)
-    theirs = {node.name: node for node in result.graph.nodes}
+    (call, *_), theirs = block.calls, {node.name: node for node in result.graph.nodes}
     for node in program.graph.nodes:
         if node.op == "call_function" and block.path not in stack(node) and node.name in theirs:
             new = theirs[node.name]
-            readable = map_arg(node.args, lambda n: block.entry if n.name == block.exit else n.name)
+            readable = map_arg(node.args, lambda n: call.entry if n.name == call.exit else n.name)
             assert new.target is node.target and map_arg(new.args, lambda n: n.name) == readable
 
 
@@ -124,7 +124,7 @@ def test_a_sublayer_with_two_inputs_hands_on_the_one_it_adds_to() -> None:
     _, program = captured(bert)
     block = find_block(program, "encoder.layer.1.output")
     attention = find_block(program, "encoder.layer.1.attention")
-    assert block.entry == attention.exit
+    assert block.calls[0].entry == attention.calls[0].exit
     result = drop_blocks(program, [block])
     # The feed-forward layer before it computed for it alone.
     assert not any("layer.1.intermediate" in name for name, _ in result.named_parameters())
@@ -135,7 +135,7 @@ def test_outer_and_inner_block_together() -> None:
     model, program = captured(resnet)
     _, args, _ = resnet()
     outer, inner = find_block(program, "layer1"), find_block(program, "layer1.1")
-    assert outer.exit == inner.exit and outer.entry != inner.entry
+    assert outer.calls[0].exit == inner.calls[0].exit and outer.calls[0].entry != inner.calls[0].entry
     for paths in (["layer1.0", "layer1", "layer1.1"], ["layer1.1", "layer1"], ["layer1", "layer1.1"]):
         # Where an inner block ends as an outer one does, the outer counts.
         result = checked(program, paths, *args)

@@ -33,7 +33,7 @@ def test_a_reused_module_leaves_with_all_of_its_calls() -> None:
     program = program_of(model, x)
     block = find_block(program, path)
     assert [call.entry for call in block.calls[1:]] == [call.exit for call in block.calls[:-1]]
-    assert len(block.calls) == 3 and (block.entry, block.exit) == (block.calls[0].entry, block.calls[0].exit)
+    assert len(block.calls) == 3
     assert block.parameters == sum(p.numel() for p in model.encoder.albert_layer_groups[0].parameters())
     result = checked(program, [path], x)
     assert not any(path in name for name, _ in result.named_parameters())

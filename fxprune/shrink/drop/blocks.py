@@ -42,16 +42,6 @@ class Block:
     calls: tuple[Bypass, ...]
     parameters: int
 
-    @property
-    def entry(self) -> str:
-        """The node that is the first call's residual input."""
-        return self.calls[0].entry
-
-    @property
-    def exit(self) -> str:
-        """The node that is the first call's output."""
-        return self.calls[0].exit
-
 
 def module_paths(program: Program) -> list[str]:
     """The paths of the modules that nodes were traced in, in the order of their first nodes, outer before inner."""
