@@ -17,7 +17,7 @@ from fxprune.couple.couple import couple
 from fxprune.couple.coupling import Coupling
 
 from .capture import admit
-from .errors import CaptureError, InputError
+from .errors import CaptureError
 
 
 def analyze(
@@ -37,7 +37,9 @@ def analyze(
     if not isinstance(model, nn.Module) or not any(p.is_meta for p in model.parameters()):
         admit.admit_model(model)
     else:
-        _refuse_training(model)
+        # All else that admit_model asks is about values.
+        if model.training and not isinstance(model, torch.fx.GraphModule):
+            raise admit.in_training("analyze", type(model).__name__)
         args, keywords = pytree.tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, keywords))
     example = Call("example", args, keywords)
     with admit.untouched(model) if isinstance(model, nn.Module) else contextlib.nullcontext(), torch.no_grad():
@@ -48,14 +50,3 @@ def analyze(
             admit.run_model(model, *example.copy())
             raise
         return couple(program)
-
-
-def _refuse_training(model: nn.Module) -> None:
-    """What admit_model says of a model in training mode; all else that it asks is about values."""
-    if model.training and not isinstance(model, torch.fx.GraphModule):
-        raise InputError(
-            "cannot analyze a model in training mode",
-            where=type(model).__name__,
-            why="dropout and batch-norm would be captured as they behave in training",
-            do="Call model.eval() first.",
-        )

@@ -125,13 +125,14 @@ def read_call(item: Any, where: str) -> Call:
     )
 
 
-def _tensors(call: Call) -> list[Tensor]:
+def tensors_of(call: Call) -> list[Tensor]:
+    """The tensors among the arguments of a call."""
     return [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
 
 
 def samples_of(call: Call) -> int | None:
     """The size of dim 0 that all tensors of a call but single numbers share; None where they do not."""
-    sizes = {tensor.shape[0] for tensor in _tensors(call) if tensor.dim()}
+    sizes = {tensor.shape[0] for tensor in tensors_of(call) if tensor.dim()}
     return sizes.pop() if len(sizes) == 1 else None
 
 
@@ -209,7 +210,7 @@ def _run(model: nn.Module, call: Call) -> list[Any]:
         try:
             return outputs(model, call)
         except Exception as error:
-            shapes = ", ".join(f"{list(t.shape)} {t.dtype}" for t in _tensors(call))
+            shapes = ", ".join(f"{list(t.shape)} {t.dtype}" for t in tensors_of(call))
             raise InputError(
                 "cannot run the model on a batch",
                 where=f"{call.label} ({shapes or 'no tensors'})",
@@ -235,7 +236,7 @@ def _varying(calls: Sequence[Call]) -> dict[int, set[int]]:
 def _check_devices(model: nn.Module, calls: Sequence[Call]) -> None:
     devices = {p.device for p in model.parameters()}
     for call in calls:
-        for tensor in _tensors(call):
+        for tensor in tensors_of(call):
             if devices and tensor.device not in devices and tensor.dim():
                 raise InputError(
                     "cannot use data on another device",

@@ -38,13 +38,19 @@ def admit_model(model: object) -> None:
     # A parametrization registered after eval() says it is in training, and nobody thinks of it.
     training = [n or "the model" for n, module in model.named_modules() if module.training and not _parametrizes(n)]
     if training and not isinstance(model, torch.fx.GraphModule):
-        raise InputError(
-            "cannot transform a model in training mode",
-            where=", ".join(training[:3]) + (f" and {len(training) - 3} more" if len(training) > 3 else ""),
-            why="dropout and batch-norm would be captured as they behave in training",
-            do="Call model.eval() first.",
-        )
+        more = f" and {len(training) - 3} more" if len(training) > 3 else ""
+        raise in_training("transform", ", ".join(training[:3]) + more)
     _finite(dict(model.named_parameters()))
+
+
+def in_training(do: str, where: str) -> InputError:
+    """The error for a model in training mode, which nobody can `do` that to."""
+    return InputError(
+        f"cannot {do} a model in training mode",
+        where=where,
+        why="dropout and batch-norm would be captured as they behave in training",
+        do="Call model.eval() first.",
+    )
 
 
 def _parametrizes(path: str) -> bool:

@@ -16,6 +16,7 @@ _root = Path(__file__).parent.parent.parent
 if not (_root / "fxprune" / "triton_kernels").exists() and (_root / "triton_kernels").exists():
     sys.modules["fxprune"].__path__.append(str(_root))
 
+# ruff: noqa: F401 (others import the kernels from here)
 if TYPE_CHECKING:
     from triton_kernels import (
         activation,
@@ -42,19 +43,6 @@ else:
         prune24,
         select,
     )
-
-__all__ = [
-    "activation",
-    "bitmap",
-    "blocks",
-    "gemv24",
-    "language",
-    "masked",
-    "nonzeros",
-    "operands",
-    "prune24",
-    "select",
-]
 
 # What torch's and Triton's tensor cores have in common begins here.
 OLDEST = (8, 0)

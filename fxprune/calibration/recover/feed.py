@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from fxprune.calibration.batches import read_call, refuse_no_series, samples_of
+from fxprune.calibration.batches import read_call, refuse_no_series, samples_of, tensors_of
 from fxprune.check.calls import Call
 from fxprune.errors import InputError
 
@@ -76,11 +74,12 @@ class _Stream:
         count = _length(data)
         wanted = (_UNKNOWN_HELD_OUT if count is None else _held_out(count)) + _LOOK_IN_STREAM
         # A loader that shuffles draws its order as it begins.
-        with _seeded(seed):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
             self._items = enumerate(data)
             first = next(self._items, None)
         self.head = [] if first is None else [_read(first[1], first[0])]
-        self.head += [_read(item, i) for i, item in _take(self._items, wanted - 1)]
+        self.head += [_read(item, i) for i, item in islice(self._items, wanted - 1)]
         _enough(len(self.head))
         held_out = wanted - _LOOK_IN_STREAM if len(self.head) == wanted else _held_out(len(self.head))
         self.held_out, self._waiting = self.head[:held_out], deque(self.head[held_out:])
@@ -141,27 +140,11 @@ def _length(data: Any) -> int | None:
         return None
 
 
-def _take(items: Iterator[tuple[int, Any]], count: int) -> Iterator[tuple[int, Any]]:
-    for _ in range(count):
-        found = next(items, None)
-        if found is None:
-            return
-        yield found
-
-
 def _shuffled(indices: range, random: torch.Generator) -> Iterator[int]:
     while True:
         for place in torch.randperm(len(indices), generator=random).tolist():
             yield indices[place]
 
 
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
 def _bytes(call: Call) -> int:
-    leaves = pytree.tree_leaves((call.args, call.kwargs))
-    return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(call))

@@ -130,17 +130,13 @@ def _register(name: str, reference: Callable[..., Any], shape: Callable[..., Any
     torch.library.register_fake(f"fxprune::{name}", shape, lib=_library)
 
 
-def _shape(
-    x: Tensor, values: Tensor, columns: Tensor, order: Tensor, counts: Tensor, blocks: Tensor,
-    bias: Tensor | None, out_features: int, activation: str,
-) -> Tensor:  # fmt: skip
+def _shape(x: Tensor, *packed_and_bias: Any) -> Tensor:
+    *_, out_features, _activation = packed_and_bias
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-def _shapes(
-    x: Tensor, values: Tensor, columns: Tensor, order: Tensor, counts: Tensor, blocks: Tensor,
-    bias: Tensor | None, out_features: Sequence[int], activation: str,
-) -> list[Tensor]:  # fmt: skip
+def _shapes(x: Tensor, *packed_and_bias: Any) -> list[Tensor]:
+    *_, out_features, _activation = packed_and_bias
     return [x.new_empty(*x.shape[:-1], rows) for rows in out_features]
 
 
