@@ -66,12 +66,13 @@ def _feeds_constants_only(node: Node, known: dict[Node, Tensor]) -> bool:
 
 def _materialise(program: Program, node: Node, value: Tensor, known: dict[Node, Tensor]) -> None:
     name = _weight_name(node) or f"folded_{node.name}"
-    while hasattr(program, name.split(".")[0]) and _exists(program, name):
+    while _exists(program, name):
         name += "_"
     module, leaf = owner(program, name)
-    module.register_parameter(
-        leaf, torch.nn.Parameter(value.contiguous(), requires_grad=False)
-    ) if value.is_floating_point() else module.register_buffer(leaf, value)
+    if value.is_floating_point():
+        module.register_parameter(leaf, torch.nn.Parameter(value.contiguous(), requires_grad=False))
+    else:
+        module.register_buffer(leaf, value)
     with program.graph.inserting_before(node):
         constant = program.graph.get_attr(name)
     constant.meta = dict(node.meta)

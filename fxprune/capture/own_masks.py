@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxprune.graph.memory import base, writes
-from fxprune.graph.program import fetch_any, owner
+from fxprune.graph.program import fetch_any, owner, replace_parameter
 
 aten = torch.ops.aten
 
@@ -44,7 +44,7 @@ def fold_constant_masks(program: GraphModule) -> dict[str, Tensor]:
         keep = (mask != 0).expand_as(parameter)
         if not bool((parameter.detach().isfinite() | keep).all()):
             continue  # Times zero these are NaN, and not zero.
-        _replace(program, own, nn.Parameter(parameter.detach().masked_fill(~keep, 0), parameter.requires_grad))
+        replace_parameter(program, own, parameter.detach().masked_fill(~keep, 0), parameter.requires_grad)
         found.update(dict.fromkeys(own, keep))
         for user in users:
             user.replace_all_uses_with(next(n for n in user.all_input_nodes if n in reads))
@@ -158,11 +158,6 @@ def _is_function(node: Node) -> bool:
         and len(target._schema.returns) == 1
         and "empty" not in target.name()
     )
-
-
-def _replace(program: GraphModule, names: list[str], value: nn.Parameter) -> None:
-    for name in names:
-        setattr(*owner(program, name), value)
 
 
 def _drop_unused(program: GraphModule, constants: _Constants) -> None:

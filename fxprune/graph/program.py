@@ -48,9 +48,9 @@ def count_elements(program: Program) -> int:
     return sum(p.numel() for p in program.parameters())
 
 
-def replace_parameter(program: Program, names: list[str], value: Tensor) -> None:
+def replace_parameter(program: Program, names: list[str], value: Tensor, requires_grad: bool = False) -> None:
     """Puts one new parameter under all of its names."""
-    parameter = nn.Parameter(value, requires_grad=False)
+    parameter = nn.Parameter(value, requires_grad)
     for name in names:
         module, leaf = owner(program, name)
         module._parameters[leaf] = parameter

@@ -86,7 +86,7 @@ def _fold(program: Program, norm: Node) -> None:
     new_weight = (weight.double() * scale.reshape(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
     name = str(weight_node.target)
     module, leaf = owner(program, name)
-    module._parameters[leaf] = torch.nn.Parameter(new_weight, requires_grad=False)
+    replace_parameter(program, [name], new_weight)
     bias_name = f"{name.rpartition('.')[0]}.{leaf}_folded_bias".lstrip(".")
     module._parameters[f"{leaf}_folded_bias"] = torch.nn.Parameter(bias.to(weight.dtype), requires_grad=False)
     read = [a for a in (*conv.args[2:3], *norm.args) if isinstance(a, Node) and a.op == "get_attr"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cholesky import factor
+from .cholesky import factor, solve
 from .problem import Problem
 
 # Rows that keep fewer elements than this are solved in batches, of this many numbers at a time; larger ones singly.
@@ -58,7 +58,7 @@ def _columns(problem: Problem, keep: Tensor) -> Tensor:
         if len(at):
             part = factor(problem.hessian[g].index_select(0, at).index_select(1, at).double())
             right = problem.linear[g].index_select(1, at).double()
-            weight[g, :, at] = torch.cholesky_solve(right.mT, part).mT.to(weight.dtype)
+            weight[g, :, at] = solve(part, right).to(weight.dtype)
     return weight
 
 
