@@ -5,13 +5,19 @@ ZOO := .venv-zoo
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALLED_FROM := pyproject.toml constraints.txt Makefile
+# A worker is a process of one thread. A file's tests stay together, and share what its fixtures made.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# Without bytecode every worker, and every process that a test starts, compiles all of it anew.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test lint zoo accuracy aot clean
+.PHONY: help demo test test-all lint zoo accuracy aot clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   prune MiniLM, compile it, check it and time it (ARGS='--quick' for a short run)"
-	@echo "make test   lint, type check and test"
+	@echo "make test   lint, type check and test, without what is marked slow (WORKERS=4 for more processes than 2)"
+	@echo "make test-all  the same with all tests"
 	@echo "make lint   lint and type check"
 	@echo "make zoo    prune 334 models of four libraries and check each, in about an hour (ARGS='--only timm/*vit*')"
 	@echo "make accuracy  what pruning costs in accuracy, in hours (ARGS='--cases mnist' for minutes)"
@@ -22,7 +28,10 @@ demo: $(VENV)/.demo
 	$(BIN)/fxprune demo $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: lint
+	$(PYTEST) $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check

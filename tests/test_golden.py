@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import fxprune
 from tests.golden_models import ASKED, Asked
@@ -90,7 +89,6 @@ def text_of(asked: Asked, trace: Path) -> str:
 def test_stages(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FXPRUNE_TRACE", str(tmp_path))
     monkeypatch.delenv("FXPRUNE_CHECK", raising=False)
-    torch.set_num_threads(1)
     text = text_of(ASKED[name](), tmp_path)
     path = GOLDEN / f"stages_{name}.txt"
     if os.environ.get("FXPRUNE_WRITE_GOLDEN"):

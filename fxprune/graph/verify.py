@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Node
 
 from fxprune.errors import CheckError
@@ -119,7 +120,8 @@ def _values(program: Program) -> Iterator[tuple[Node | None, str]]:
         return
     runner = _Fakes(program, mode)
     ignoring = mode.shape_env.ignore_fresh_unbacked_symbols() if mode.shape_env else contextlib.nullcontext()
-    with mode, ignoring, torch.no_grad():
+    # As export ran them: ops that decompose by the python dispatcher ask less of symbolic sizes.
+    with mode, enable_python_dispatcher(), ignoring, torch.no_grad():
         for node in program.graph.nodes:
             if node.op == "output":
                 break

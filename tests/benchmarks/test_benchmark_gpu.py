@@ -45,6 +45,7 @@ def test_without_a_gpu_nothing_is_measured(capsys: pytest.CaptureFixture[str], t
     assert "nothing was measured" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_layers_are_right_and_their_limits_those_of_their_bytes() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = list(gpu_linears.works(device, torch.float16, shapes=((128, 192),)))
@@ -60,6 +61,7 @@ def test_layers_are_right_and_their_limits_those_of_their_bytes() -> None:
     assert gpu_linears.error_of(wrong) > 0.1 and "ratio" not in gpu_linears.measure(wrong, 0.1)
 
 
+@pytest.mark.slow
 def test_models_are_those_that_they_say() -> None:
     widths = gpu_models.Widths(64, 128, 4, 2, 2, 50)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -343,7 +343,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_child_that_dies_leaves_a_row(tmp_path: Path) -> None:
     unknown = dataclasses.replace(small_model(), name="no_such_model")
-    row = zoo.run_child(unknown, tmp_path, 120)
+    row = zoo.run_child(unknown, tmp_path, 600)
     assert row["verdict"] == "crashed" and "exit status 1" in row["error"]
     assert zoo.read_row(zoo.row_file(tmp_path, unknown)) == row
     row = zoo.run_child(unknown, tmp_path, 0.01)

@@ -20,8 +20,6 @@ from fxprune.shrink.shrink import shrink
 from tests.oracle import snapshot
 from tests.structured_oracle import net
 
-torch.set_num_threads(1)
-
 HALF = Plan([Rule("*", Unstructured(0.5))])
 
 

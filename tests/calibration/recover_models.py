@@ -1,15 +1,19 @@
-"""Small models and data for the tests of recovery."""
+"""Small models and data for the tests of recovery, and the clock that it reads."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fxprune.calibration.batches import capture_for, read_calls
+from fxprune.calibration.recover import train
 from fxprune.couple.couple import couple
 from fxprune.plan.patterns import Channels
 from fxprune.plan.plan import Plan
@@ -134,3 +138,9 @@ def is_plus_zero(tensor: Tensor) -> bool:
 def same(a: Selection, b: Selection) -> bool:
     """Whether two recovered selections have the same values, bit for bit."""
     return a.values.keys() == b.values.keys() and all(torch.equal(a.values[n], b.values[n]) for n in a.values)
+
+
+def set_clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Has every look of recover at the clock be `seconds` after the one before, however long its steps take."""
+    looks = itertools.count(1)
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: seconds * next(looks)))

@@ -10,8 +10,6 @@ from fxprune.calibration.solvers.problem import Problem
 from fxprune.calibration.solvers.units import Units, choose_units
 from tests.calibration.calibrate_problem import correlated, normal_equations, problem_of
 
-torch.set_num_threads(1)
-
 
 def cost_without(problem: Problem, gone: Tensor) -> float:
     keep = (~gone).expand_as(problem.target)

@@ -20,8 +20,6 @@ from fxprune.check.compare import outputs
 from fxprune.graph.program import Program
 from tests.structured_oracle import net
 
-torch.set_num_threads(1)
-
 
 def lin(*sizes: int) -> dict[str, nn.Module]:
     """Linears of one width, named a, b, c, ..."""

@@ -20,9 +20,6 @@ from fxprune.calibration.solvers.wanda import wanda
 from fxprune.select.project import keep_highest
 from tests.calibration.calibrate_problem import MANY, correlated, excess, normal_equations, problem_of
 
-torch.set_num_threads(1)
-
-
 # --- least squares -----------------------------------------------------------------------------------------------
 
 

@@ -23,9 +23,6 @@ from fxprune.calibration.stream import Side
 from fxprune.capture.capture import capture
 from tests.structured_oracle import net
 
-torch.set_num_threads(1)
-
-
 # --- the way to a sum --------------------------------------------------------------------------------------------
 
 

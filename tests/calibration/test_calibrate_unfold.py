@@ -13,7 +13,6 @@ from fxprune.calibration.moments import Inputs, Outputs
 from fxprune.calibration.unfold import Windows, windows_of
 from fxprune.plan.matrix import to_matrix
 
-torch.set_num_threads(1)
 aten = torch.ops.aten
 CONVS = {1: (aten.conv1d, functional.conv1d), 2: (aten.conv2d, functional.conv2d), 3: (aten.conv3d, functional.conv3d)}
 
@@ -44,6 +43,7 @@ def convolutions(draw: st.DrawFn) -> tuple[int, dict, tuple[int, ...], tuple[int
     )
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 @settings(max_examples=150, deadline=None)
 @given(convolutions())
 def test_rows_times_the_matrix_are_the_convolution(case: tuple) -> None:

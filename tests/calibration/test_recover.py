@@ -26,10 +26,10 @@ from tests.calibration.recover_models import (
     images,
     is_plus_zero,
     same,
+    set_clock,
     texts,
     vectors,
 )
-from tests.one_thread import one_thread as one_thread
 
 QUICK = {"learning_rate": 3e-3, "progress": False}
 HALF_GONE = Plan([Rule("*.weight", Unstructured(0.5))], exclude=["norm*"])
@@ -302,11 +302,12 @@ def test_gradients_may_be_off_around_it() -> None:
         assert same(recover(model, selection, [x.clone() for x in data], steps=8, **QUICK), plain)
 
 
-def test_minutes() -> None:
+def test_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = PostNorm().eval(), vectors()
     selection = by_magnitude(model, HALF_GONE, data)
+    set_clock(monkeypatch, seconds=0.01)
     found = recover(model, selection, data, minutes=0.01, **QUICK)
-    assert found.recovery is not None and found.recovery.steps > 1
+    assert found.recovery is not None and 40 < found.recovery.steps < 60
     assert found.recovery.after < found.recovery.before
     shortest = recover(model, selection, data, minutes=1e-9, **QUICK)
     assert shortest.recovery is not None and shortest.recovery.steps == 1

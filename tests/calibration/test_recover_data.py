@@ -18,7 +18,6 @@ from fxprune.calibration.recover.matching import nodes_to_match, relative_error
 from fxprune.calibration.recover.recover import recover
 from fxprune.errors import InputError
 from tests.calibration.recover_models import ConvNet, Decoder, PostNorm, by_magnitude, conv_net, images, texts, vectors
-from tests.one_thread import one_thread as one_thread
 
 
 def numbered(count: int) -> list[Tensor]:

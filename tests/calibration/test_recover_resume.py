@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ from fxprune.calibration.recover.recover import recover
 from fxprune.errors import FxPruneError, InputError
 from fxprune.select.mask import PackedMask
 from fxprune.select.selection import Selection
-from tests.calibration.recover_models import Decoder, PostNorm, by_magnitude, same, texts, vectors
-from tests.one_thread import one_thread as one_thread
+from tests.calibration.recover_models import Decoder, PostNorm, by_magnitude, same, set_clock, texts, vectors
 
 PLAN = Plan([Rule("?.*.weight", Unstructured(0.5))])
 QUICK: dict[str, Any] = {"learning_rate": 3e-3, "progress": False}
@@ -104,14 +102,7 @@ def test_slices_come_back_from_a_file(tmp_path: Path) -> None:
 def test_minutes_go_on_from_what_was_spent(
     model: PostNorm, selection: Selection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = 0.0
-
-    def tick() -> float:
-        nonlocal now
-        now += 1.0  # every look at the clock is a second later
-        return now
-
-    monkeypatch.setattr(time, "perf_counter", tick)
+    set_clock(monkeypatch, seconds=1.0)
     data, file = Stops(vectors()), tmp_path / "run.pt"
     whole = recover(model, selection, data, minutes=1.0, **QUICK)
     assert whole.recovery is not None and 40 < whole.recovery.steps < 60 and whole.recovery.seconds == 60

@@ -26,7 +26,6 @@ from tests.emit.trainable_models import (
     trainable,
 )
 from tests.emit.trainable_models import compiled_code_does_not_pile_up as compiled_code_does_not_pile_up
-from tests.one_thread import one_thread as one_thread
 from tests.oracle import snapshot
 
 aten = torch.ops.aten

@@ -15,7 +15,6 @@ from fxprune.graph.program import Program
 from fxprune.shrink.shrink import shrink
 from tests.emit.trainable_models import Forward, assert_same, assert_same_state, emitted, images, net, seeded, trainable
 from tests.emit.trainable_models import compiled_code_does_not_pile_up as compiled_code_does_not_pile_up
-from tests.one_thread import one_thread as one_thread
 from tests.oracle import snapshot
 
 

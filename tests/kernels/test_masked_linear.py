@@ -179,6 +179,7 @@ def test_a_trainable_result_takes_the_same_steps(device: str) -> None:
     assert not fast.one.weight.detach()[zeros].any() and fast.one.weight.detach()[~zeros].all()
 
 
+@pytest.mark.slow
 def test_copies_and_compiled_code_go_on_as_the_result() -> None:
     _, fast = both()
     expected = fast(ids)

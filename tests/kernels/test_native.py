@@ -83,6 +83,7 @@ def test_a_failing_compiler_is_reported(tmp_path: Path) -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_two_processes_build_at_once_and_a_third_reuses(tmp_path: Path) -> None:
     for answer in [finish(p) for p in (start(tmp_path), start(tmp_path))]:
         assert answer[0] == "True" and answer[2] < 1e-5
@@ -94,6 +95,7 @@ def test_two_processes_build_at_once_and_a_third_reuses(tmp_path: Path) -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.skipif(native.status().isa != "AVX-512", reason="needs a CPU with AVX-512 beside AVX2")
 def test_avx2_build_gives_the_same(tmp_path: Path) -> None:
     answer = finish(start(tmp_path, FXPRUNE_NATIVE_FLAGS="-mno-avx512f"))

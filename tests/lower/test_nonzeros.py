@@ -218,6 +218,7 @@ def test_op_under_fake_tensors_export_and_opcheck() -> None:
     assert torch.equal(whole, parts)
 
 
+@pytest.mark.slow
 def test_op_under_compile_with_dynamic_sizes() -> None:
     w, bias = weight(48, 32, 0.7), torch.randn(48)
     packed = layout.pack(site(w))

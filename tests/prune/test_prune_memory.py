@@ -65,6 +65,7 @@ def measure(sizes: list[int]) -> list[float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("sizes", [[4000] * 10, [40000]], ids=["ten weights", "one weight"])
 def test_the_peak_beyond_the_state_is_half_the_weights(sizes: list[int]) -> None:

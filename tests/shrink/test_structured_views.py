@@ -70,6 +70,7 @@ def test_a_letter_that_stands_twice_freezes_what_it_is_about() -> None:
     assert "stands twice" in fxprune.analyze(model, (torch.randn(3, 10),)).why("a.weight", 0)
 
 
+@pytest.mark.slow
 def test_concatenations_of_hundreds_of_layers() -> None:
     """Each layer reads all before it. Its parts stand in a row, not in a nest."""
 

@@ -209,7 +209,10 @@ def test_a_model_at_80_percent_equals_the_pruned_model(make: Callable[[], Case])
     assert linears or make is mobilenet_v2
 
 
-@pytest.mark.parametrize("make", [bert, llama, t5, residual_cnn], ids=lambda make: make.__name__)
+SLOW = [pytest.param(make, marks=pytest.mark.slow) for make in (llama, t5)]
+
+
+@pytest.mark.parametrize("make", [bert, residual_cnn, *SLOW], ids=lambda make: make.__name__)
 def test_compiled(make: Callable[[], Case]) -> None:
     model, args, kwargs = make()
     unit_scale(model)
