@@ -184,7 +184,10 @@ def _select_output(node: Node, old: Node, dim: int, indices: Tensor) -> None:
         kept = graph.get_attr(name)
     with graph.inserting_after(kept):
         selected = graph.call_function(aten.index_select.default, (node, dim, kept))
-    selected.meta["val"], node.meta["val"] = node.meta["val"], old.meta["val"]
+    shrunk = selected.meta["val"] = node.meta["val"]
+    # Its other dimensions shrink with what it reads.
+    shape = [*shrunk.shape[:dim], old.meta["val"].shape[dim], *shrunk.shape[dim + 1 :]]
+    node.meta["val"] = shrunk.new_empty(shape)
     node.replace_all_uses_with(selected, delete_user_cb=lambda user: user is not selected)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -362,3 +363,18 @@ def test_dead_channels_stay_where_taking_them_out_does_not_pay(ratio: float, mon
     assert shapes(result)["0.weight"][0] == (16 if ratio < 1 else 8)
     assert bool(result.selection.dead) == (ratio > 1)
     assert ("so its dead channels stay" in str(result.report)) == (ratio < 1)
+
+
+@pytest.mark.parametrize("read", [1, 3, 5])
+def test_what_only_a_width_keeps_may_read_what_leaves(read: int) -> None:
+    """Outputs that nobody reads fill a width up, and an input that they alone read leaves: nothing is known of it."""
+    model = nn.Sequential(*(nn.Linear(i, o, bias=False) for i, o in itertools.pairwise((15, 3, 8, 1)))).eval()
+    with torch.no_grad():
+        for layer, places in ((model[1], [(1, 2), (3, 0)]), (model[2], [(0, read)])):
+            layer.weight.zero_()
+            layer.weight[tuple(zip(*places, strict=True))] = 1.0
+    x = torch.randn(4, 15)
+    result = fxprune.transform(model, None, (x,), options={"compile": False, "measure": False}, progress=False)
+    assert result.report.dead is not None and result.report.dead.keep
+    assert not [note for note in result.report.notes if "not looked for" in note]
+    torch.testing.assert_close(result(x), model(x))

@@ -175,6 +175,9 @@ def constant(node: Node, reader: Reader, gone: Tensor, get: Callable[[Any], Any]
     swapped = op not in CONVS and not (isinstance(states[w_name], Known) and states[w_name].is_whole)
     name = w_name if swapped else x_name
     x = states[name]
+    if not isinstance(x, Known):
+        # Of what leaves nothing is known: it is read by outputs alone that nobody reads, and that a width keeps.
+        return None
     dim = 1 if op in CONVS else -1 if not swapped else max(-2, -x.value.dim())
     shape = [1] * x.value.dim()
     shape[dim] = -1
