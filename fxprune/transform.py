@@ -146,6 +146,7 @@ class Job:
     whole: tuple[Program, Selection] | None = None
     shrunk: tuple[Program, Selection] = dataclasses.field(init=False)
     lowered: list[Lowered] = dataclasses.field(default_factory=list)
+    verified: set[tuple[object, ...]] = dataclasses.field(default_factory=set)
     result: PrunedModule | TrainableModule = dataclasses.field(init=False)
 
     def tell(self, notes: Iterable[Note] = (), checks: Iterable[CheckRow] = ()) -> None:
@@ -317,7 +318,7 @@ def _verify(job: Job, stage: Stage) -> None:
     if not check_level() or job.program is None or stage.name == "emit":
         return
     sizes = [getattr(want, "sizes", None) for want in job.captured.entry.inputs]
-    verify(job.program, stage.name, origin=job.captured.program, sizes=sizes)
+    verify(job.program, stage.name, origin=job.captured.program, sizes=sizes, known=job.verified)
     if check_level() > 1 and job.expected is not None:
         job.tell(checks=[job.expected.stage(stage.name, job.program, job.left)])
 

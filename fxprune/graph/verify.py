@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Node
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from fxprune.errors import CheckError
 
@@ -23,13 +25,21 @@ _AROUND = 10
 Sizes = Sequence[Any] | None
 
 
-def verify(program: Program, stage: str, *, origin: Program | None = None, sizes: Sequence[Sizes] = ()) -> None:
+def verify(
+    program: Program,
+    stage: str,
+    *,
+    origin: Program | None = None,
+    sizes: Sequence[Sizes] = (),
+    known: set[tuple[object, ...]] | None = None,
+) -> None:
     """Raises CheckError where `program`, as `stage` left it, breaks a promise; the message has the nodes around it.
 
     `origin` is the captured program, which says what the model returns and writes to. `sizes` are those that the entry
-    check demands of each placeholder.
+    check demands of each placeholder. `known` takes up which ops were run, so that the next stage's program need not
+    run those that it left as they are.
     """
-    for node, broken in _faults(program, origin or program, sizes):
+    for node, broken in _faults(program, origin or program, sizes, set() if known is None else known):
         nodes = list(program.graph.nodes)
         place = nodes.index(node) if node is not None else 0
         around = nodes[max(0, place - _AROUND) : place + _AROUND]
@@ -42,12 +52,14 @@ def verify(program: Program, stage: str, *, origin: Program | None = None, sizes
         )
 
 
-def _faults(program: Program, origin: Program, sizes: Sequence[Sizes]) -> Iterator[tuple[Node | None, str]]:
+def _faults(
+    program: Program, origin: Program, sizes: Sequence[Sizes], known: set[tuple[object, ...]]
+) -> Iterator[tuple[Node | None, str]]:
     yield from _names(program)
     yield from _attributes(program)
     yield from _inputs(program, origin, sizes)
     yield from _memory(program, origin)
-    yield from _values(program)
+    yield from _values(program, known)
 
 
 def _names(program: Program) -> Iterator[tuple[Node | None, str]]:
@@ -111,50 +123,50 @@ def _memory(program: Program, origin: Program) -> Iterator[tuple[Node | None, st
             yield node, f"it hands out memory of the input {memory.name}, and the model does not"
 
 
-def _values(program: Program) -> Iterator[tuple[Node | None, str]]:
-    """Fake values are true: every op makes what its node says of the fake values that it reads."""
+def _values(program: Program, known: set[tuple[object, ...]]) -> Iterator[tuple[Node | None, str]]:
+    """Fake values are true: every op makes what its node says of what is said of the nodes that it reads."""
     inputs = program.graph.find_nodes(op="placeholder")
     fakes = [n.meta["val"] for n in inputs if isinstance(n.meta.get("val"), Tensor)]
     mode = getattr(fakes[0], "fake_mode", None) if fakes else None
     if mode is None:
         return
-    runner = _Fakes(program, mode)
     ignoring = mode.shape_env.ignore_fresh_unbacked_symbols() if mode.shape_env else contextlib.nullcontext()
     # As export ran them: ops that decompose by the python dispatcher ask less of symbolic sizes.
     with mode, enable_python_dispatcher(), ignoring, torch.no_grad():
         for node in program.graph.nodes:
-            if node.op == "output":
-                break
-            if node.op == "placeholder":
-                runner.env[node] = node.meta.get("val")
+            if node.op != "call_function":
                 continue
+            read = {n: _said(program, n, mode) for n in node.all_input_nodes}
+            told = node.meta.get("val")
+            about = (node.format_node(), *map(_shapes, (told, *read.values())))
+            if about in known or any(value is None for value in read.values()):
+                continue
+            # An op that writes to what it reads must not change what is said of that.
+            apart = {n: value.detach() if isinstance(value, Tensor) else value for n, value in read.items()}
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n, apart=apart: apart[n])
             try:
-                runner.env[node] = runner.run_node(node)
+                made = node.target(*args, **kwargs)  # pyright: ignore
             except Exception as error:
                 yield node, f"it cannot run on what it reads: {type(error).__name__}: {error}"
                 return
-            told = node.meta.get("val")
-            made = runner.env[node]
-            pairs = (
-                zip(told, made)
-                if isinstance(told, (list, tuple)) and isinstance(made, (list, tuple))
-                else [(told, made)]
-            )
-            for fake, value in pairs:
+            for fake, value in zip(pytree.tree_leaves(told), pytree.tree_leaves(made)):
                 if isinstance(fake, Tensor) and isinstance(value, Tensor) and (wrong := _differs(fake, value)):
                     yield node, f"its fake value is not true: {wrong}"
+            known.add(about)
 
 
-class _Fakes(torch.fx.Interpreter):
-    """Runs a program on fake values, its tensors made fake as they are fetched."""
+def _said(program: Program, node: Node, mode: Any) -> Any:
+    """A node's fake value, that of what it fetches where none is said, and None where nothing is."""
+    if node.op != "get_attr" or "val" in node.meta:
+        return node.meta.get("val")
+    value = fetch_any(program, str(node.target))
+    return mode.from_tensor(value.detach(), static_shapes=True) if isinstance(value, Tensor) else value
 
-    def __init__(self, program: Program, mode: Any) -> None:
-        super().__init__(program, garbage_collect_values=False)
-        self._mode = mode
 
-    def fetch_attr(self, target: str) -> Any:
-        value = super().fetch_attr(target)
-        return self._mode.from_tensor(value.detach(), static_shapes=True) if isinstance(value, Tensor) else value
+def _shapes(value: Any) -> tuple[object, ...]:
+    """What is compared of fake values, to know them again."""
+    leaves = pytree.tree_leaves(value)
+    return tuple((tuple(map(str, v.shape)), v.dtype, v.device) if isinstance(v, Tensor) else str(v) for v in leaves)
 
 
 def _differs(fake: Tensor, value: Tensor) -> str:
