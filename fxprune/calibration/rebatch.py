@@ -1,4 +1,4 @@
-"""cut: calibration data as batches of the program, cut anew so that results do not depend on how they came."""
+"""rebatch: calibration data as batches of the program, cut anew so that results do not depend on how they came."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""shelf: activations between two stages, in memory up to a limit, the rest in files."""
+"""spill: activations between two segments, in memory up to a limit, the rest in files."""
 
 from __future__ import annotations
 

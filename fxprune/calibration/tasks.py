@@ -1,4 +1,4 @@
-"""asked: what a plan asks of each weight and group, before any of them is fitted."""
+"""tasks: what a plan asks of each weight and group, before any of them is fitted."""
 
 from __future__ import annotations
 

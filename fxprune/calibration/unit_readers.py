@@ -1,4 +1,4 @@
-"""readers: the weights that sum over the units of a group, and what the units are worth to them."""
+"""unit_readers: the weights that sum over the units of a group, and what the units are worth to them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""constant_masks: weights that a graph multiplies by constant masks become weights with zeros, under their own names.
+"""own_masks: weights that a graph multiplies by constant masks become weights with zeros, under their own names.
 
 So is a model whose code says `F.linear(x, self.weight * self.mask)`, and what `transform(trainable=True)` leaves where
 masks are held. The graph's own tensors are replaced, the model's are not written to.

@@ -1,4 +1,4 @@
-"""check: the result held against the oracle, the captured model with the selection applied and nothing else changed."""
+"""compare: outputs held against the oracle's: the largest relative error of a tensor, and whether it is allowed."""
 
 from __future__ import annotations
 

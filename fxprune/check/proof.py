@@ -1,4 +1,4 @@
-"""prove: the capture held against the user's model, and everything made from it held against the oracle."""
+"""proof: the capture held against the user's model, and everything made from it held against the oracle."""
 
 from __future__ import annotations
 

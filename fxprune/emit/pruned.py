@@ -1,4 +1,4 @@
-"""emit: Program -> PrunedModule, the compiled torch.fx.GraphModule that transform returns."""
+"""pruned: Program -> PrunedModule, the compiled torch.fx.GraphModule that transform returns."""
 
 from __future__ import annotations
 

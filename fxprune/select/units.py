@@ -1,4 +1,4 @@
-"""channels: the structured half of select. Groups, scores and amounts -> the indices that each group keeps."""
+"""units: the structured half of select. Groups, scores and amounts -> the indices that each group keeps."""
 
 from __future__ import annotations
 

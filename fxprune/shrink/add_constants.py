@@ -1,4 +1,4 @@
-"""stand_in: puts the constants of what left a graph into biases, or where there are none, into the graph."""
+"""add_constants: puts the constants of what left a graph into biases, or where there are none, into the graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""structure: the structured half of a transform. Blocks drop, groups shrink, and whatever is not proved stays whole."""
+"""proved: the structured half of a transform. Blocks drop, groups shrink, and whatever is not proved stays whole."""
 
 from __future__ import annotations
 

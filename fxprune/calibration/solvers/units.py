@@ -1,4 +1,4 @@
-"""obs: which units (channels, heads) leave, so that the others can make up for them best."""
+"""units: which units (channels, heads) leave, so that the others can make up for them best."""
 
 from __future__ import annotations
 

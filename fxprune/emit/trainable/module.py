@@ -1,4 +1,4 @@
-"""trainable: Program -> TrainableModule, the torch.fx.GraphModule that transform returns for trainable=True."""
+"""module: Program -> TrainableModule, the torch.fx.GraphModule that transform returns for trainable=True."""
 
 from __future__ import annotations
 

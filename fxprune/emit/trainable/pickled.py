@@ -1,4 +1,4 @@
-"""graph_data: a torch.fx.Graph as plain data that pickles, and back.
+"""pickled: a torch.fx.Graph as plain data that pickles, and back.
 
 torch pickles a GraphModule as source code and traces that again, which loses what hangs on attributes of the module
 (such as `training`) and the names of the nodes.

@@ -1,4 +1,4 @@
-"""align: two graphs of one model side by side, in eval mode and in train mode, and what differs about each node."""
+"""side_by_side: one model's graphs of eval and train mode side by side, and what differs about each node."""
 
 from __future__ import annotations
 
