@@ -113,10 +113,10 @@ def _returned_apart(program: Program) -> Program:
 def _inductor(gm: torch.fx.GraphModule, inputs: Sequence[Any], settings: Settings) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
-    arguments = settings.compile_arguments()
+    arguments = settings.inductor_options()
     if arguments is None:
         return gm
-    patches = {k: v for k, v in arguments.get("options", {}).items() if k not in ("freezing", "guard_filter_fn")}
+    patches = {k: v for k, v in arguments.items() if k != "freezing"}
     return compile_fx(gm, list(inputs), config_patches=patches or None)  # pyright: ignore[reportReturnType]
 
 

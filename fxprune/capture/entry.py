@@ -8,6 +8,7 @@ refused.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -94,9 +95,40 @@ class EntryCheck:
             )
         return known
 
-    def check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Raises InputError unless the call is one that the captured graph is right for."""
+    def check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The flat inputs of a call. Raises InputError unless the captured graph is right for it."""
         flat = self.flatten(args, kwargs)
+        if not self._accepts(flat):
+            self._refuse(flat)
+        return flat
+
+    @functools.cached_property
+    def _accepts(self) -> Callable[[Sequence[Any]], bool]:
+        """Whether flat inputs are as they must be, in one generated function: a call is to cost microseconds."""
+        lines, names = [], {**compat.guard_names(), "Tensor": torch.Tensor, "same": _same_constant}
+        for index, want in enumerate(self.inputs):
+            a = f"a[{index}]"
+            if isinstance(want, TensorInput):
+                names |= {f"dtype{index}": want.dtype, f"device{index}": want.device}
+                lines.append(f"if not isinstance({a}, Tensor) or {a}.dtype is not dtype{index}: return False")
+                on = f"not {a}.is_cpu" if want.device.type == "cpu" else f"{a}.device != device{index}"
+                lines += [f"if {on}: return False", f"s = {a}.shape"]
+                sizes = [f"s[{d}] != {size}" for d, size in enumerate(want.sizes) if isinstance(size, int)]
+                lines.append(f"if {' or '.join([f'len(s) != {len(want.sizes)}', *sizes])}: return False")
+                if want.contiguous is not None:
+                    lines.append(f"if {a}.is_contiguous() is not {want.contiguous}: return False")
+            elif want is not None:
+                names[f"want{index}"] = want[1]
+                wrong = f"type({a}) is not want{index}" if want[0] == "type" else f"not same(want{index}, {a})"
+                lines.append(f"if {wrong}: return False")
+        # Sizes far from the captured ones can make a divisor zero; the condition is then not met.
+        lines += ["try:", *(f"    if not ({condition}): return False" for condition, _ in self.guards), "    pass"]
+        lines += ["except ZeroDivisionError:", "    return False", "return True"]
+        exec("\n    ".join(["def accepts(a):", f"if len(a) != {len(self.inputs)}: return False", *lines]), names)
+        return names["accepts"]
+
+    def _refuse(self, flat: Sequence[Any]) -> None:
+        """Raises InputError with what is wrong about flat inputs."""
         for path, want, got in zip(self.paths, self.inputs, flat, strict=True):
             if isinstance(want, TensorInput):
                 _check_tensor(path, want, got)
@@ -113,13 +145,22 @@ class EntryCheck:
                     why=f"the value {want[1]!r} was fixed when the model was captured",
                     do="Transform again with the value you want.",
                 )
-        failed = _guard_function(self.guards)(flat)
-        if failed is not None:
-            raise InputError(
-                "cannot call with these sizes",
-                why=f"the graph is only right where {self.guards[failed][1]}; got {_sizes_text(self.paths, flat)}",
-                do="Transform again with example inputs of this size, or say dynamic_shapes=.",
-            )
+        raise InputError(
+            "cannot call with these sizes",
+            why=f"the graph is only right where {self._failed(flat)}; got {_sizes_text(self.paths, flat)}",
+            do="Transform again with example inputs of this size, or say dynamic_shapes=.",
+        )
+
+    def _failed(self, flat: Sequence[Any]) -> str:
+        """The first guard that flat inputs do not meet, readable."""
+        for condition, readable in self.guards:
+            try:
+                met = eval(condition, {**compat.guard_names(), "a": flat})
+            except ZeroDivisionError:
+                met = False
+            if not met:
+                return readable
+        return "nothing is known to be wrong (please report it)"
 
     def strided_as(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> EntryCheck:
         """The same check that also demands tensors contiguous, or not, as in this call."""
@@ -131,6 +172,9 @@ class EntryCheck:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EntryCheck:
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 def _check_tensor(path: str, want: TensorInput, got: Any) -> None:
@@ -171,25 +215,6 @@ def _same_constant(want: Any, got: Any) -> bool:
 
 def _sizes_text(paths: Sequence[str], flat: Sequence[Any]) -> str:
     return ", ".join(f"{p} {list(v.shape)}" for p, v in zip(paths, flat, strict=True) if isinstance(v, torch.Tensor))
-
-
-_COMPILED: dict[tuple[tuple[str, str], ...], Callable[[Sequence[Any]], int | None]] = {}
-
-
-def _guard_function(guards: tuple[tuple[str, str], ...]) -> Callable[[Sequence[Any]], int | None]:
-    """One compiled function for all guards: the index of the first that fails, or None."""
-    function = _COMPILED.get(guards)
-    if function is None:
-        lines = ["def first_failing(a):"]
-        for index, (condition, _) in enumerate(guards):
-            lines += ["    try:", f"        if not ({condition}): return {index}"]
-            # Sizes far from the captured ones can make a divisor zero; the condition is then not met.
-            lines += ["    except ZeroDivisionError:", f"        return {index}"]
-        lines.append("    return None")
-        namespace = compat.guard_names()
-        exec("\n".join(lines), namespace)
-        function = _COMPILED[guards] = namespace["first_failing"]
-    return function
 
 
 class ForeignGuard(LookupError):

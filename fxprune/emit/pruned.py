@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.utils import _pytree as pytree
 
 from fxprune.capture.entry import EntryCheck
 from fxprune.errors import FxPruneError
-from fxprune.graph.program import Program, replace_tensors
+from fxprune.graph.program import Program, copy_program, replace_tensors
 from fxprune.select.selection import Selection
 
+from .compiled import Compiled, can_compile, returned
 from .report import Report
 
 
@@ -48,11 +50,80 @@ class Result(torch.fx.GraphModule):
 
 
 class PrunedModule(Result):
-    """A pruned, compiled model, which runs under no_grad and in the captured precision, whatever stands outside."""
+    """A pruned, compiled model, which runs under no_grad and in the captured precision, whatever stands outside.
+
+    Its weights are frozen into its code: `load_state_dict`, `to` and the like make the next call compile anew, and what
+    writes to a tensor of it otherwise is not seen.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), _without_autocast():
-            return super().__call__(*args, **kwargs)
+        if _is_traced():
+            with torch.no_grad():
+                return super().__call__(*args, **kwargs)
+        if torch._C._is_any_autocast_enabled():
+            # Dense ops would follow it, and packed ones know float32 only.
+            with _without_autocast():
+                return self(*args, **kwargs)
+        run = vars(self).get("_run") or self._prepare()
+        if self._forward_hooks or self._forward_pre_hooks or nn.modules.module._has_any_global_hook():
+            with torch.no_grad():
+                return _with_hooks(self, run, args, kwargs)
+        if not torch.is_grad_enabled():
+            return run(*args, **kwargs)
+        torch._C._set_grad_enabled(False)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            torch._C._set_grad_enabled(True)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether a call runs compiled code; the first one compiles it."""
+        return self.meta["compile"] is not None
+
+    def _prepare(self) -> Callable[..., Any]:
+        """What a call runs, from arguments to outputs. Nothing is compiled before it is called."""
+        entry, options = self.meta["entry"], self.meta["compile"]
+        program, check = copy_program(self), entry.check
+        if options is not None and (options.get("triton.cudagraphs") or not can_compile(program, entry)):
+            # CUDA graphs and writes to inputs are looked after by Dynamo.
+            through_dynamo = torch.compile(program, options={**options, "guard_filter_fn": _NO_GUARDS})
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                check(args, kwargs)
+                return through_dynamo(*args, **kwargs)
+        else:
+            compiled, structured = Compiled(program, entry, options), _structure(program)
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                return structured(compiled(check(args, kwargs)))
+
+        vars(self)["_run"] = run
+        return run
+
+    def _renew(self) -> None:
+        """Forgets the code, which holds the weights as they were."""
+        vars(self).pop("_run", None)
+
+    def recompile(self) -> Any:
+        """Generates `forward` anew from the graph, as a GraphModule does."""
+        code = super().recompile()
+        self._renew()
+        # torch's wrapper around __call__ explains errors of generated code, at the price of a small layer's time.
+        if "__call__" in vars(type(self)) and type(self) is not PrunedModule:
+            del type(self).__call__
+        return code
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As for any module; the next call compiles anew."""
+        found = super().load_state_dict(*args, **kwargs)
+        self._renew()
+        return found
+
+    def _apply(self, *args: Any, **kwargs: Any) -> PrunedModule:
+        super()._apply(*args, **kwargs)
+        self._renew()
+        return self
 
     def train(self, mode: bool = True) -> PrunedModule:
         if mode:
@@ -64,44 +135,78 @@ class PrunedModule(Result):
         return super().train(False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrunedModule:
-        result = super().__deepcopy__(memo)
-        _compile(result)
-        return result
+        run = vars(self).pop("_run", None)
+        try:
+            return super().__deepcopy__(memo)
+        finally:
+            if run is not None:
+                vars(self)["_run"] = run
 
     def __reduce__(self) -> tuple[Any, ...]:
         rebuild, (state, *rest) = super().__reduce__()
-        # What torch.compile made does not pickle; the loaded module compiles anew.
-        state.pop("_compiled_call_impl", None)
+        # Compiled code does not pickle; the loaded module compiles anew.
+        state.pop("_run", None)
         return _rebuild, (rebuild, (state, *rest))
 
 
+_NO_GUARDS = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+
+
+def _is_traced() -> bool:
+    """Whether somebody looks at the ops of a call, or makes other ops of them, instead of wanting it done."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or peek_interpreter_stack() is not None
+    )
+
+
+def _with_hooks(module: PrunedModule, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """A call of a module that has hooks: torch calls them around `forward`, which is made to be `run` meanwhile."""
+    vars(module)["forward"] = run
+    try:
+        return super(Result, module).__call__(*args, **kwargs)
+    finally:
+        del vars(module)["forward"]
+
+
+def _structure(program: Program) -> Callable[[Sequence[Any]], Any]:
+    """Outputs in the model's structure from those that the graph computes, flat; constants among them are put in."""
+    leaves = returned(program)
+    info = getattr(program.graph._codegen, "pytree_info", None)
+    spec = info.out_spec if info is not None else pytree.tree_structure(program.graph.output_node().args[0])
+    if len(leaves) == 1 and spec == pytree.tree_structure(0):
+        return lambda flat: flat[0]
+    if all(isinstance(leaf, torch.fx.Node) for leaf in leaves):
+        return lambda flat: pytree.tree_unflatten(flat, spec)
+
+    def put_in(flat: Sequence[Any]) -> Any:
+        computed = iter(flat)
+        return pytree.tree_unflatten([next(computed) if isinstance(v, torch.fx.Node) else v for v in leaves], spec)
+
+    return put_in
+
+
 def _without_autocast() -> contextlib.AbstractContextManager[object]:
-    """Switches torch.autocast off where it is on: dense ops would follow it, and packed ones know float32 only."""
-    active = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
-    if not active:
-        return _NOTHING
+    """Switches torch.autocast off on every device that a result runs on."""
     stack = contextlib.ExitStack()
-    for device in active:
-        stack.enter_context(torch.autocast(device, enabled=False))
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
     return stack
-
-
-_NOTHING = contextlib.nullcontext()
 
 
 def _rebuild(rebuild: Callable[..., torch.fx.GraphModule], arguments: tuple[Any, ...]) -> PrunedModule:
     plain = rebuild(*arguments)
     result = PrunedModule(plain, plain.graph, class_name="PrunedModule")
     result.meta = arguments[0]["meta"]
-    result.eval()
-    _compile(result)
-    return result
+    return result.eval()
 
 
 def emit(program: Program, entry: EntryCheck, compile_options: Mapping[str, Any] | None) -> PrunedModule:
-    """A PrunedModule over the program's tensors, compiled lazily with torch.compile's arguments `compile_options`.
+    """A PrunedModule over the program's tensors, which the first call compiles with Inductor's `compile_options`.
 
-    None leaves it eager. The first call compiles.
+    None leaves it eager.
     """
     for node in program.graph.nodes:
         # Fake values hold the capture's shape environment, which neither pickles nor is of use after emission.
@@ -115,7 +220,6 @@ def emit(program: Program, entry: EntryCheck, compile_options: Mapping[str, Any]
         result, lambda t: nn.Parameter(t.detach(), False) if isinstance(t, nn.Parameter) and t.requires_grad else t
     )
     result.meta = {"entry": entry, "compile": dict(compile_options) if compile_options is not None else None}
-    _compile(result)
     return result
 
 
@@ -129,9 +233,3 @@ def own_storage(program: Program, theirs: set[int]) -> None:
         return nn.Parameter(clone, requires_grad=False) if isinstance(tensor, nn.Parameter) else clone
 
     replace_tensors(program, own)
-
-
-def _compile(module: PrunedModule) -> None:
-    if module.meta["compile"] is not None:
-        # torch.compile takes entries out of the options it is given.
-        module.compile(**copy.deepcopy(module.meta["compile"]))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fxprune.errors import InputError
+from fxprune.graph.environment import variable
 from fxprune.lower.layouts import LAYOUTS
 
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -21,9 +22,9 @@ class Settings:
 
     mode      torch.compile's mode, or None
     compile   False leaves the result eager
-    freezing  Inductor's freezing, which the dense baseline gets too
+    freezing  Inductor's freezing: constants are folded and weights laid out for their kernels
     layout    force this layout ("dense" or one of LAYOUTS) instead of measuring
-    measure   time the whole model against dense torch.compile and emit dense where that is faster
+    measure   time the result in its forms, and against the user's model as it runs best: the fastest form is emitted
     tune_for  sizes of dim 0 of the inputs to choose layouts for; empty: the example's
     align     widths are left at multiples of this where dead channels leave: others are slower to compute
     masked_matmul   with trainable=True: masks of linear layers are bits that their products apply, so that no w * m
@@ -64,10 +65,11 @@ class Settings:
         if layout is not None and layout not in ("dense", *LAYOUTS):
             raise _unknown("layout", layout, ("dense", *LAYOUTS))
         values["tune_for"] = _sizes(values.get("tune_for", ()))
+        values.setdefault("measure", variable("FXPRUNE_MEASURE") != "0")
         return Settings(mode=mode, **values)
 
-    def compile_arguments(self) -> dict[str, Any] | None:
-        """torch.compile's arguments, or None for eager. It takes no `mode` with `options`: a mode becomes options."""
+    def inductor_options(self) -> dict[str, Any] | None:
+        """Inductor's options, or None for eager. A mode of torch.compile is so many of these."""
         if not self.compile:
             return None
         options: dict[str, Any] = {}
@@ -75,9 +77,14 @@ class Settings:
             options.update(torch._inductor.list_mode_options(self.mode))  # pyright: ignore[reportAttributeAccessIssue]
         if self.freezing:
             options["freezing"] = True
-        # The result's tensors are its own and frozen; to guard each of them costs more than a layer.
-        options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-        return {"options": options}
+        return options
+
+    def words(self, options: Mapping[str, Any] | None) -> str:
+        """How a graph with these of Inductor's options runs."""
+        if options is None:
+            return "eager graph" if self.compile else "eager graph (compile=False)"
+        frozen = " with freezing" if options.get("freezing") else ""
+        return f"torch.compile's Inductor{frozen}" + (f", mode {self.mode}" if self.mode else "")
 
 
 def _sizes(value: Any) -> tuple[int, ...]:

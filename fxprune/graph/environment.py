@@ -13,6 +13,7 @@ VARIABLES = {
     "FXPRUNE_TRACE": "a folder: every stage writes the program as it left it, and what it changed",
     "FXPRUNE_STOP": "a stage, such as shrink: transform ends after it and hands out the graph as it then is",
     "FXPRUNE_CHECK": "1 verifies the program after every stage and hides no error; 2 also holds it against the oracle",
+    "FXPRUNE_MEASURE": "0 leaves out the timing of whole models, as options={'measure': False} does",
     "FXPRUNE_NATIVE": "0 leaves the C++ kernels out: plain torch takes their place",
     "FXPRUNE_CACHE_DIR": "a folder for compiled kernels and measured choices, in place of the user's cache",
     "FXPRUNE_NATIVE_FLAGS": "more flags for the C++ compiler, such as -mno-avx512f",

@@ -9,13 +9,22 @@ from fxprune.errors import InputError
 
 
 def test_defaults_and_values() -> None:
-    assert Settings.read(None, None) == Settings()
+    assert Settings.read(None, {"measure": True}) == Settings()
     read = Settings.read("max-autotune", {"tune_for": [1, 8], "layout": "dense", "freezing": False})
     assert read.tune_for == (1, 8) and read.layout == "dense" and read.mode == "max-autotune"
-    arguments = read.compile_arguments()
-    assert arguments is not None and arguments["options"]["max_autotune"] is True
-    assert "freezing" not in arguments["options"]
-    assert Settings.read(None, {"compile": False}).compile_arguments() is None
+    options = read.inductor_options()
+    assert options is not None and options["max_autotune"] is True
+    assert "freezing" not in options and Settings().inductor_options() == {"freezing": True}
+    assert Settings.read(None, {"compile": False}).inductor_options() is None
+
+
+def test_a_variable_says_whether_whole_models_are_timed_and_options_have_the_last_word(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FXPRUNE_MEASURE", "0")
+    assert not Settings.read(None, None).measure and Settings.read(None, {"measure": True}).measure
+    monkeypatch.delenv("FXPRUNE_MEASURE")
+    assert Settings.read(None, None).measure
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,186 @@
+"""compiled: a graph as Inductor's code for the sizes that it is called with, called without Dynamo.
+
+torch.compile guards each call against whatever may have changed about a module. The tensors of a result are its own,
+and what its inputs must be like is known, so its graph goes to Inductor as it is: a call costs a comparison of sizes.
+Inductor's freezing needs this too: given to torch.compile as an option it does nothing, for by then Dynamo has made
+inputs of the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._dynamo.source import ConstantSource
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils import _pytree as pytree
+
+from fxprune.capture.entry import EntryCheck, TensorInput
+from fxprune.check.calls import Call
+from fxprune.check.compare import compare
+from fxprune.errors import warn_once
+from fxprune.graph import compat
+from fxprune.graph.environment import words_of
+from fxprune.graph.memory import writes
+from fxprune.graph.program import Program
+
+# Programs kept for one graph: one for the example's sizes, one for all others, and more where that one is not for all.
+MOST_PROGRAMS = 8
+# What is compiled for another size, whichever comes out right first: for all sizes or not, frozen or not.
+_TRIES = ((True, True), (True, False), (False, True))
+_SIZES = Call("sizes of a call", (), {})
+
+
+class Sized(NamedTuple):
+    """A program, and whether it is one for these input tensors."""
+
+    fits: Callable[[Sequence[Tensor]], bool]
+    run: Callable[..., Sequence[Any]]
+
+
+class Compiled:
+    """A graph as code for the sizes that it is called with.
+
+    The first program is for the sizes and strides of the first call alone. A call of another size makes one for all
+    sizes, or, where that cannot be, one for these; inputs in other strides are copied. Without `options` of Inductor
+    the graph runs as it is, and takes any inputs.
+    """
+
+    def __init__(self, program: Program, entry: EntryCheck, options: Mapping[str, Any] | None) -> None:
+        self._program, self._options = program, dict(options or {})
+        tensors = {i: want for i, want in enumerate(entry.inputs) if isinstance(want, TensorInput)}
+        self._wants = tensors if options is not None else dict(enumerate(entry.inputs))
+        self._programs = () if options is not None else (Sized(lambda _: True, self._eager()),)
+
+    def __call__(self, flat: Sequence[Any]) -> Sequence[Any]:
+        """The outputs that are no constants, for flat inputs that the entry check has let pass."""
+        inputs = [flat[i] for i in self._wants]
+        for program in self._programs:
+            if program.fits(inputs):
+                return program.run(*inputs)
+        if self._programs and not all(t.is_contiguous() for t in inputs):
+            inputs = [t.contiguous() for t in inputs]
+        return self._found_or_made(inputs).run(*inputs)
+
+    def _found_or_made(self, inputs: list[Tensor]) -> Sized:
+        """The program for these inputs, made where there is none. Raises the error of the first."""
+        with compat.alone():
+            found = next((each for each in self._programs if each.fits(inputs)), None)
+            if found is None:
+                found = self._compile(inputs) if not self._programs else self._another(inputs)
+                self._programs += (found,) if len(self._programs) < MOST_PROGRAMS else ()
+        return found
+
+    def _another(self, inputs: list[Tensor]) -> Sized:
+        """A program for all sizes, or for these; the graph itself where there cannot be one.
+
+        None is used before it has been held against the graph: with symbolic sizes Inductor's freezing takes an image
+        that it has laid out anew for the old one where it is read a second time (torch 2.13).
+        """
+        why = f"{MOST_PROGRAMS} programs for other sizes are kept already"
+        graph = self._eager()
+        for dynamic, freezing in _TRIES if len(self._programs) < MOST_PROGRAMS else ():
+            try:
+                program = self._compile(inputs, dynamic=dynamic, freezing=freezing)
+                row = compare("compiled = graph", _SIZES, graph(*inputs), program.run(*inputs))
+            # Whatever a compiler raises; the first program came out.
+            except Exception as error:
+                why = words_of(error)
+                continue
+            why = f"what was compiled for them is off by {row.error:.1e}"
+            if row.ok and program.fits(inputs):
+                return program
+        shapes = [t.shape for t in inputs]
+        warn_once(f"a result runs eager, which is slower, for inputs {', '.join(str(list(s)) for s in shapes)}: {why}")
+        return Sized(lambda others: [t.shape for t in others] == shapes, graph)
+
+    def _compile(self, inputs: list[Tensor], *, dynamic: bool = False, freezing: bool = True) -> Sized:
+        from torch._inductor.compile_fx import compile_fx
+
+        shapes = ShapeEnv()
+        mode = FakeTensorMode(shape_env=shapes)
+        fakes = [
+            _fake(mode, tensor, [dynamic and isinstance(size, str) for size in want.sizes], f"t{index}")
+            for index, (tensor, want) in enumerate(zip(inputs, self._wants.values(), strict=True))
+            if isinstance(want, TensorInput)
+        ]
+        options = {key: value for key, value in self._options.items() if freezing or key != "freezing"}
+        module = self._flat()
+        with torch.no_grad(), tracing(TracingContext(mode)), compat.quiet_export():
+            function = compile_fx(module, fakes, config_patches=options)
+        return Sized(_condition(shapes, fakes), function)  # pyright: ignore[reportArgumentType]
+
+    def _eager(self) -> Callable[..., Sequence[Any]]:
+        return self._flat().forward
+
+    def _flat(self) -> GraphModule:
+        return GraphModule(self._program, flat_graph(self._program, list(self._wants)))
+
+
+def can_compile(program: Program, entry: EntryCheck) -> bool:
+    """Whether a graph is a function of tensors and constants, which writes to none of them, and of which tensors come.
+
+    Inductor's code takes each input for memory of its own, which matters where one is written to.
+    """
+    inputs = program.graph.find_nodes(op="placeholder")
+    written = {memory for node in program.graph.nodes for memory in writes(node)}
+    for node, want in zip(inputs, entry.inputs, strict=True):
+        is_constant = not isinstance(want, TensorInput) and want is not None and want[0] == "constant"
+        if node in written or not (isinstance(want, TensorInput) or (is_constant and not node.users)):
+            return False
+    has_tensors = any(isinstance(want, TensorInput) for want in entry.inputs)
+    return has_tensors and any(isinstance(value, Node) for value in returned(program))
+
+
+def returned(program: Program) -> list[Any]:
+    """What the graph returns, flat: nodes and constants."""
+    return pytree.tree_leaves(program.graph.output_node().args)
+
+
+def flat_graph(program: Program, inputs: Sequence[int]) -> Graph:
+    """The graph as a function of the inputs at these places that returns a tuple of what it computes, no constants."""
+    graph = Graph()
+    copied: dict[Node, Node] = {}
+    places = {node: place for place, node in enumerate(program.graph.find_nodes(op="placeholder"))}
+    for node in program.graph.nodes:
+        if node.op == "output":
+            graph.output(tuple(copied[value] for value in returned(program) if isinstance(value, Node)))
+        elif node not in places or places[node] in inputs:
+            copied[node] = graph.node_copy(node, lambda n: copied[n])
+    return graph
+
+
+def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic: Sequence[bool], name: str) -> Tensor:
+    sizes = [DimDynamic.DYNAMIC if each else DimDynamic.STATIC for each in dynamic]
+    context = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=[None] * len(sizes))
+    return mode.from_tensor(tensor.detach(), symbolic_context=context, source=ConstantSource(name))
+
+
+def _condition(shapes: ShapeEnv, fakes: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], bool]:
+    """Whether a program that was made for `fakes` is right for other tensors: their sizes, strides, and what Inductor
+    took for granted about sizes on its way.
+    """
+    conditions, symbols, names = [], [], []
+    for index, fake in enumerate(fakes):
+        a, static = f"a[{index}]", not any(isinstance(size, torch.SymInt) for size in fake.shape)
+        if static:
+            conditions.append(f"{a}.shape == {tuple(fake.shape)}")
+        for dim, size in enumerate(fake.shape):
+            if isinstance(size, torch.SymInt):
+                symbols.append(size)
+                names.append(f"{a}.shape[{dim}]")
+            elif not static:
+                conditions.append(f"{a}.shape[{dim}] == {size}")
+        strides = f"{a}.stride() == {tuple(fake.stride())}"
+        conditions.append(f"{a}.is_contiguous()" if fake.is_contiguous() else strides)
+    if symbols:
+        guards = shapes.produce_guards_expression(symbols) or "True"
+        for place, name in enumerate(names):
+            guards = guards.replace(f"L['t{place}']", name)
+        conditions.append(f"({guards})")
+    return eval(f"lambda a: {' and '.join(conditions)}", compat.guard_names())
