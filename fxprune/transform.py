@@ -228,7 +228,8 @@ def _fold(job: Job) -> Iterable[str]:
 
 def _lower(job: Job) -> Iterable[str]:
     assert job.program is not None
-    chooser = Chooser(only=job.settings.layout)
+    size = sum(p.nbytes for p in job.program.parameters())
+    chooser = Chooser(only=job.settings.layout, model_bytes=size)
     sizes = batches(job.captured, job.settings.tune_for)
     job.program, job.lowered = lower(job.program, job.shrunk[1].mask, chooser, sizes)
     return [f"{w.name}: {w.choice.layout}, {w.choice.why}" for w in job.lowered]
@@ -241,6 +242,7 @@ def _emit(job: Job) -> Iterable[str]:
     compat.return_memory(dense_bytes)
     report, (program, left) = job.report, job.shrunk
     found = deliver(
+        job.model,
         job.captured,
         program,
         left,
@@ -249,7 +251,6 @@ def _emit(job: Job) -> Iterable[str]:
         example=job.example,
         expected=job.expected,
         settings=job.settings,
-        is_smaller=bool(report.groups or report.dropped),
         whole=job.whole,
     )
     job.result = found.result

@@ -129,12 +129,17 @@ def untouched(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
+def runnable(model: Any) -> Any:
+    """What runs a model: itself, or the module of an ExportedProgram."""
+    return model.module() if isinstance(model, ExportedProgram) else model
+
+
 def run_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The user's model on the example. Raises InputError with the model's own error as cause where it fails."""
-    runnable = model.module() if isinstance(model, ExportedProgram) else model
+    function = runnable(model)
     try:
         with torch.no_grad():
-            return runnable(*args, **kwargs)
+            return function(*args, **kwargs)
     except Exception as error:
         shapes = ", ".join(
             f"{list(t.shape)} {t.dtype} on {t.device}"

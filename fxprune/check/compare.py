@@ -60,6 +60,16 @@ def compare(what: str, call: Call, expected: Sequence[Any], got: Sequence[Any]) 
     return CheckRow(what, call.label, worst, tolerance)
 
 
+def largest_difference(got: Sequence[Any], expected: Sequence[Any]) -> float:
+    """Largest max|a - b| / max|b| over the floating outputs, whatever their precision; infinite where shapes differ."""
+    worst = 0.0
+    for a, b in zip(got, expected, strict=True):
+        if isinstance(b, Tensor) and b.is_floating_point():
+            error, _ = _difference(a.to(b.dtype) if isinstance(a, Tensor) else a, b)
+            worst = max(worst, error)
+    return worst
+
+
 def _difference(got: Any, expected: Any) -> tuple[float, float]:
     exact = TOLERANCE[torch.float64]
     if not isinstance(expected, Tensor) or not isinstance(got, Tensor):

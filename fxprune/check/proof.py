@@ -22,6 +22,8 @@ from .calls import Call, resized_call, restrided_call, second_call, turned_call
 from .compare import CheckRow, compare, is_finite, outputs, refuse
 from .oracle import Oracle
 
+_RESULT = "result = pruned model"
+
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
@@ -57,14 +59,15 @@ class Expected:
             raise refuse(row, f"The stage {name} is at fault: please report it with FXPRUNE_TRACE=<dir>.")
         return row
 
-    def result(self, result: Any, graph: Program) -> list[CheckRow]:
-        """The result (compiled) on the calls of the example's sizes, its graph (not compiled) at the second size."""
-        rows = []
-        for call, expected in zip(self.proof.calls, self.outputs, strict=True):
-            resized = call is self.proof.resized
-            what = "result's graph = pruned model" if resized else "result = pruned model"
-            rows.append(compare(what, call, expected, outputs(graph if resized else result, call)))
-        return rows
+    def result(self, result: Any) -> list[CheckRow]:
+        """The result, as it runs, on the calls of the example's sizes."""
+        calls = zip(self.proof.same_size, self.outputs, strict=False)
+        return [compare(_RESULT, call, expected, outputs(result, call)) for call, expected in calls]
+
+    def second_size(self, result: Any) -> CheckRow | None:
+        """The result, as it runs, at the second size, if there is one."""
+        call = self.proof.resized
+        return compare(_RESULT, call, self.outputs[-1], outputs(result, call)) if call is not None else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +124,7 @@ def capture_checked(
     Where a capture with dynamic sizes is wrong at the second size, every size is fixed, and a note says so; where the
     user asked for those sizes, that is an error.
     """
-    runnable = model.module() if isinstance(model, ExportedProgram) else model
+    runnable = admit.runnable(model)
     with admit.untouched(runnable):
         args, kwargs = example.args, example.kwargs
         admit.run_model(runnable, *example.copy())

@@ -15,7 +15,7 @@ from fxprune.couple.removal import Cuts, removal
 from fxprune.graph.note import Note
 from fxprune.graph.program import Program
 from fxprune.lower.lower import Lowered
-from fxprune.measure.timing import ModelTiming
+from fxprune.measure.model_timing import ModelTiming
 from fxprune.select.selection import Fit, Recovery, Selection
 from fxprune.shrink.dead.dead import ROUTES, Dead
 
@@ -151,16 +151,25 @@ class Report:
         if self.weights:
             lines.append(f"weights: {_megabytes(self.dense_bytes)} dense, {_megabytes(self.bytes)} as stored")
         if self.timing is not None:
-            t = self.timing
-            lines.append(
-                f"model:   {1e3 * t.dense:.2f} ms dense (torch.compile, frozen), {1e3 * t.pruned:.2f} ms pruned: "
-                f"{t.ratio:.2f}x ({t.threads} threads, {t.device})"
-            )
+            lines.append(f"model:   {self.timing}")
+            lines += _half_line(self.timing)
         lines += [f"kernels: {self.kernels}", f"emitted: {self.compiled}"]
         if self.seconds:
             spent = ", ".join(f"{stage} {s:.1f} s" for stage, s in self.seconds.items() if s >= 0.05)
             lines.append(f"took:    {spent or 'under 0.1 s'}")
         return "\n".join(lines)
+
+
+def _half_line(timing: ModelTiming) -> list[str]:
+    """What the dense model takes in bfloat16, for a machine that has units for it."""
+    half = timing.half
+    if half is None:
+        return []
+    ratio = timing.pruned / half.seconds
+    faster = f"{ratio:.2f}x as fast as this" if ratio > 1 else f"this is {1 / ratio:.2f}x as fast"
+    return [
+        f"in bfloat16 the dense model takes {1e3 * half.seconds:.3g} ms: {faster}; outputs differ by {half.error:.0e}"
+    ]
 
 
 def weight_reports(selection: Selection, lowered: list[Lowered]) -> list[WeightReport]:

@@ -1,17 +1,42 @@
-"""Interleaved timing: the primitive under the chooser and the benchmark."""
+"""Interleaved timing: one method for the chooser of layouts, the choice of a result, its report and the benchmark.
+
+Functions are called in turn, round by round, so that drift of the machine hits all alike, and each twice over: once
+when the others have just run, with cold caches, and then again and again, as a loop calls a model, with caches as warm
+as the function leaves them. A model is called in a loop, so warm times decide; cold ones are told where they differ.
+What is compared are medians.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
 
 # Reads of twice the L2 cache before each call on a GPU; one takes some 30 us.
 _SPOILS = 6
-_Timer = Callable[[Callable[[], Any]], float]
+
+
+class Samples(NamedTuple):
+    """Seconds of a call, round by round, with caches warm and cold."""
+
+    warm: list[float]
+    cold: list[float]
+
+    @property
+    def typical(self) -> float:
+        """The median of a call in a loop."""
+        return median(self.warm)
+
+    @property
+    def alone(self) -> float:
+        """The median of a call after others."""
+        return median(self.cold)
+
+
+_Timer = Callable[[Callable[[], Any]], tuple[float, float]]
 
 
 def interleave(
@@ -22,13 +47,12 @@ def interleave(
     min_rounds: int = 5,
     max_rounds: int = 200,
     on_round: Callable[[], None] | None = None,
-) -> list[list[float]]:
-    """Times the functions in turn, round by round, so that drift of the machine hits all alike.
+) -> list[Samples]:
+    """Times the functions in turn; rounds end after `seconds` in all, but not before `min_rounds`.
 
-    Returns one list of seconds per function. Rounds end after `seconds` in all, but not before `min_rounds`. What runs
-    on the CPU (no `device`) and is far below the clock's resolution is repeated inside a round; what runs on a GPU is
-    timed between events there, once a round and with nothing of it left in the L2 cache, for between two calls of a
-    layer a model reads more than that holds.
+    What runs on the CPU (no `device`) and is far below the clock's resolution is repeated inside a round. What runs on
+    a GPU is timed between events there, once a round and with nothing of it left in the L2 cache, for between two calls
+    of a layer a model reads more than that holds: its warm and cold times are the same.
     """
     if device is None or device.type != "cuda":
         return _rounds(functions, [_by_clock(f) for f in functions], seconds, min_rounds, max_rounds, on_round)
@@ -47,14 +71,15 @@ def interleave_graphs(
     min_rounds: int = 10,
     max_rounds: int = 200,
 ) -> list[list[float]]:
-    """`interleave` on a GPU with each function as a CUDA graph, which has no launches to wait for.
+    """Seconds of each function as a CUDA graph on a GPU, round by round; a graph has no launches to wait for.
 
     Raises RuntimeError where a function cannot be captured.
     """
     with torch.cuda.device(device):
         graphs = [_captured(function, device) for function in functions]
     replays = [graph.replay for graph in graphs]
-    return interleave(replays, device, seconds=seconds, min_rounds=min_rounds, max_rounds=max_rounds)
+    found = interleave(replays, device, seconds=seconds, min_rounds=min_rounds, max_rounds=max_rounds)
+    return [samples.warm for samples in found]
 
 
 def _rounds(
@@ -64,17 +89,19 @@ def _rounds(
     min_rounds: int,
     max_rounds: int,
     on_round: Callable[[], None] | None,
-) -> list[list[float]]:
-    samples: list[list[float]] = [[] for _ in functions]
+) -> list[Samples]:
+    found = [Samples([], []) for _ in functions]
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() < end):
-        for function, timer, into in zip(functions, timers, samples, strict=True):
-            into.append(timer(function))
+        for function, timer, samples in zip(functions, timers, found, strict=True):
+            cold, warm = timer(function)
+            samples.cold.append(cold)
+            samples.warm.append(warm)
         rounds += 1
         if on_round is not None:
             on_round()
-    return samples
+    return found
 
 
 def _by_clock(function: Callable[[], Any]) -> _Timer:
@@ -84,22 +111,30 @@ def _by_clock(function: Callable[[], Any]) -> _Timer:
     function()
     repeats = max(1, min(100, int(5e-5 / max(time.perf_counter() - start, 1e-9))))
 
-    def timer(function: Callable[[], Any]) -> float:
+    def timer(function: Callable[[], Any]) -> tuple[float, float]:
         start = time.perf_counter()
+        function()
+        _wait()
+        between = time.perf_counter()
         for _ in range(repeats):
             function()
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / repeats
+        _wait()
+        return between - start, (time.perf_counter() - between) / repeats
 
     return timer
+
+
+def _wait() -> None:
+    """Until a GPU that a function uses, though none of its inputs is there, has done its work."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _by_events(device: torch.device) -> _Timer:
     """Seconds of a call on a GPU, from when the device is ready for it until it has done it."""
     spoil = torch.zeros(max(_cache_bytes(device), 1 << 20) // 2, dtype=torch.float32, device=device)
 
-    def timer(function: Callable[[], Any]) -> float:
+    def timer(function: Callable[[], Any]) -> tuple[float, float]:
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         # Read, so that the cache holds nothing that it would have to write back meanwhile; and so often that the device
         # is busy until the host has prepared the call, as it is in a loop of calls.
@@ -109,7 +144,8 @@ def _by_events(device: torch.device) -> _Timer:
         function()
         stop.record()
         stop.synchronize()
-        return start.elapsed_time(stop) / 1e3
+        seconds = start.elapsed_time(stop) / 1e3
+        return seconds, seconds
 
     return timer
 
@@ -134,23 +170,3 @@ def _captured(function: Callable[[], Any], device: torch.device) -> torch.cuda.C
 
 def _cache_bytes(device: torch.device) -> int:
     return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)) or 50 << 20
-
-
-def undisturbed(samples: Sequence[float]) -> float:
-    """The fastest sample: what a choice between kernels rests on, since other work on the machine only adds time."""
-    return min(samples)
-
-
-@dataclasses.dataclass
-class ModelTiming:
-    """Seconds of the whole model dense (torch.compile, frozen) and as emitted: the fastest of interleaved runs."""
-
-    dense: float
-    pruned: float
-    threads: int
-    device: str
-
-    @property
-    def ratio(self) -> float:
-        """How many times faster the result is."""
-        return self.dense / self.pruned

@@ -19,6 +19,7 @@ from fxprune.lower.layouts.choose import Chooser
 from fxprune.lower.layouts.gpu import GpuLayout
 from fxprune.lower.layouts.remember import Choices
 from fxprune.lower.layouts.site import Site, Verdict
+from fxprune.measure.timing import Samples
 from tests.kernels.kernel_case import same_bits, sparse
 from triton_kernels import activation, prune24
 
@@ -145,7 +146,7 @@ def test_what_cannot_be_packed_or_timed_is_told_and_stays_dense(monkeypatch: pyt
     }
     assert not Chooser().choose(site_of(weight))[0].reused
     monkeypatch.setattr(choose, "interleave_graphs", no_memory)
-    told = choose._times([lambda: weight], torch.device("cuda"), 0.1)
+    told = choose._times([lambda: weight], torch.device("cuda"), 0.1, False)
     assert told == "it could not be timed (OutOfMemoryError: CUDA out of memory.)"
 
 
@@ -243,7 +244,9 @@ def library(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(cusparselt, "_compress", lambda weight: weight.clone())
     monkeypatch.setattr(cusparselt, "_multiply", product)
-    monkeypatch.setattr(cusparselt, "interleave", lambda calls, *_, **__: [[2.0], [1.0]][: len(calls)])
+    monkeypatch.setattr(
+        cusparselt, "interleave", lambda calls, *_, **__: [Samples([2.0], []), Samples([1.0], [])][: len(calls)]
+    )
     monkeypatch.setattr(cusparselt, "_algorithms", {})
     return seen
 

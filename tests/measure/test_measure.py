@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from fxprune.errors import InputError
-from fxprune.measure.benchmark import _ways, benchmark, device_of
-from fxprune.measure.timing import interleave, interleave_graphs
+from fxprune.measure import benchmark as benchmark_module
+from fxprune.measure import race
+from fxprune.measure.benchmark import benchmark
+from fxprune.measure.device import device_of, has_bfloat16_units
+from fxprune.measure.race import duel, fastest
+from fxprune.measure.timing import Samples, interleave, interleave_graphs
+from fxprune.measure.ways import Call, Maker, channels_last, compiled, ways_of
 
 
 def test_interleave_gives_every_function_as_many_rounds() -> None:
     calls: list[str] = []
     a, b = interleave([lambda: calls.append("a"), lambda: calls.append("b")], seconds=0.0, min_rounds=3, max_rounds=3)
-    assert len(a) == len(b) == 3
-    assert min(*a, *b) >= 0
+    assert len(a.warm) == len(b.warm) == len(a.cold) == len(b.cold) == 3
+    assert min(*a.warm, *b.warm, *a.cold, *b.cold) >= 0
     assert "".join(calls).replace("a", "") and "".join(calls).rstrip("b").endswith("a")
 
 
-def test_an_uncompiled_module_is_run_in_the_best_of_three_ways() -> None:
+def test_an_uncompiled_module_is_run_in_the_best_of_its_ways() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval()
     result = benchmark(model, lambda x: x, (torch.randn(2, 8),), rounds=5, progress=False)
-    assert result.a.way in ("eager", "torch.compile", "torch.compile + freezing")
+    assert result.a.way in ON_CPU
     assert result.b.way == "as given"
     assert len(result.a.samples) == len(result.b.samples) == 5
     assert result.ratio == pytest.approx(result.a.median / result.b.median)
@@ -48,12 +57,123 @@ def test_a_bare_tensor_as_inputs_is_refused() -> None:
         benchmark(nn.Identity(), nn.Identity(), torch.randn(1, 2), progress=False)  # pyright: ignore[reportArgumentType]
 
 
-def test_on_a_gpu_the_dense_side_may_record_cuda_graphs() -> None:
-    model = nn.Linear(2, 2).eval()
-    on_cpu = ["eager", "torch.compile", "torch.compile + freezing"]
-    assert list(_ways(model, None)) == list(_ways(model, torch.device("cpu"))) == on_cpu
+ON_CPU = ["eager", "torch.compile", "torch.compile, frozen"]
+IMAGES = ["eager, channels_last", "torch.compile, frozen, channels_last"]
+
+
+def test_a_dense_model_is_run_in_every_way_that_its_user_has() -> None:
+    linear, conv = nn.Linear(2, 2).eval(), nn.Conv2d(3, 4, 3).eval()
+    x, image = (torch.randn(1, 2),), (torch.randn(1, 3, 8, 8),)
+    assert list(ways_of(linear, x, {}, None)) == list(ways_of(linear, x, {}, torch.device("cpu"))) == ON_CPU
+    assert list(ways_of(conv, image, {}, None)) == ON_CPU + IMAGES
     graphs = ["torch.compile, reduce-overhead", "torch.compile, max-autotune"]
-    assert list(_ways(model, torch.device("cuda"))) == on_cpu + graphs
+    assert list(ways_of(linear, x, {}, torch.device("cuda"))) == ON_CPU + graphs
+    assert list(ways_of(torch.compile(linear), x, {}, None)) == ["torch.compile"]
+    assert list(ways_of(lambda x: x, x, {}, None)) == ["as given"]
+    with pytest.raises(InputError, match="training mode"):
+        ways_of(nn.Linear(2, 2), x, {}, None)
+
+
+def test_every_way_computes_what_the_model_computes_and_leaves_it_as_it_was() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = model(x)
+        before = {name: (value.clone(), value.stride()) for name, value in model.state_dict().items()}
+        for name, make in ways_of(model, (x,), {}, None).items():
+            call = make()
+            assert torch.allclose(call(), expected, atol=1e-5) and torch.allclose(call(), expected, atol=1e-5), name
+    after = model.state_dict()
+    assert all(torch.equal(after[n], v) and after[n].stride() == stride for n, (v, stride) in before.items())
+    assert model._compiled_call_impl is None
+
+
+def test_a_frozen_model_is_frozen() -> None:
+    """Given to torch.compile as an option, freezing does nothing: the weights stay inputs."""
+    model = nn.Linear(8, 8).eval()
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        frozen, live = compiled(model, freezing=True), compiled(model)
+        before = frozen(x)
+        live(x)
+        model.weight.mul_(2)
+        assert torch.equal(frozen(x), before)
+        assert torch.allclose(live(x), model(x), atol=1e-6) and not torch.allclose(before, model(x), atol=1e-2)
+
+
+def test_channels_last_is_of_a_copy_also_where_a_hook_computes_the_weight() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3)).eval()
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    x = torch.randn(1, 3, 8, 8)
+    assert torch.allclose(channels_last(model)(x), model(x), atol=1e-6)
+    assert model[0].weight.is_contiguous()
+
+
+def test_each_function_is_timed_as_itself() -> None:
+    def slow() -> None:
+        time.sleep(2e-3)
+
+    for functions, slower in (([slow, int], 0), ([int, slow, int], 1), ([int, int, slow], 2)):
+        samples = interleave(functions, seconds=0.0, min_rounds=5)
+        assert max(range(len(samples)), key=lambda i: samples[i].typical) == slower
+        assert max(range(len(samples)), key=lambda i: samples[i].alone) == slower
+
+
+def test_a_cold_call_is_the_first_after_others_and_a_warm_one_follows_itself() -> None:
+    """A function that is slow whenever another ran last is slow cold, and only cold."""
+    last: list[str] = []
+
+    def sticky() -> None:
+        if last[-1:] != ["sticky"]:
+            time.sleep(2e-3)
+        last.append("sticky")
+
+    samples, _ = interleave([sticky, lambda: last.append("other")], seconds=0.0, min_rounds=5)
+    assert samples.alone > samples.typical
+
+
+def test_a_race_is_won_by_the_fastest_and_tells_who_did_not_run() -> None:
+    def late(seconds: float) -> Maker:
+        return lambda: lambda: time.sleep(seconds)
+
+    def failing() -> Call:
+        raise RuntimeError("no compiler")
+
+    won = fastest({"a": late(4e-3), "fails": failing, "b": late(1e-3), "c": late(8e-3)}, None)
+    assert (
+        won.name == "b" and set(won.seconds) == {"a", "b", "c"} and won.failed == {"fails": "RuntimeError: no compiler"}
+    )
+    assert won.seconds["b"] < won.seconds["a"] < won.seconds["c"]
+
+
+def test_a_duel_that_is_close_is_fought_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    fought: list[float] = []
+
+    def seconds_of(ratio: float) -> Callable[..., list[Samples]]:
+        def fake(functions: object, device: object, *, seconds: float, min_rounds: int) -> list[Samples]:
+            fought.append(seconds)
+            return [Samples([1.0], [1.0]), Samples([ratio], [ratio])]
+
+        return fake
+
+    for ratio, times in ((1.0, 2), (1.2, 2), (0.9, 2), (2.0, 1), (0.4, 1)):
+        monkeypatch.setattr(race, "interleave", seconds_of(ratio))
+        fought.clear()
+        duel(int, int, None)
+        assert len(fought) == times, ratio
+
+
+def test_a_dense_float32_model_is_shown_in_bfloat16_where_the_machine_has_units_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval(), torch.randn(2, 8)
+    for has in (True, False):
+        monkeypatch.setattr(benchmark_module, "has_bfloat16_units", lambda _, has=has: has)
+        result = benchmark(model, lambda x: x, (x,), rounds=3, progress=False)
+        assert (result.half is not None) == has and ("a, bfloat16" in str(result)) == has
+    monkeypatch.setattr(benchmark_module, "has_bfloat16_units", lambda _: True)
+    assert benchmark(model.double(), lambda x: x, (x.double(),), rounds=3, progress=False).half is None
+    assert isinstance(has_bfloat16_units(None), bool)
 
 
 def test_the_device_is_that_of_the_first_tensor_on_one() -> None:
@@ -66,7 +186,7 @@ def test_what_runs_on_a_gpu_is_timed_between_events() -> None:
     assert device_of(("text", [x])) == x.device
     calls: list[int] = []
     samples = interleave([lambda: calls.append(1), lambda: x @ x], x.device, seconds=0.0, min_rounds=4)
-    assert [len(s) for s in samples] == [4, 4] and len(calls) == 5 and min(samples[1]) > 0
+    assert [len(s.warm) for s in samples] == [4, 4] and len(calls) == 5 and min(samples[1].warm) > 0
     graphs = interleave_graphs([lambda: x @ x], x.device, seconds=0.0, min_rounds=4)
     assert len(graphs[0]) == 4 and min(graphs[0]) > 0
     result = benchmark(nn.Linear(64, 64).eval().cuda(), lambda x: x, (x,), rounds=5, progress=False)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fxprune.graph.environment import words_of
-from fxprune.measure.timing import interleave, interleave_graphs, undisturbed
+from fxprune.measure.device import cache_bytes
+from fxprune.measure.timing import interleave, interleave_graphs
 
 from . import LAYOUTS
 from .dense import best_dense, predict_dense
@@ -28,11 +29,13 @@ _NO_MEMORY = "there is not enough memory on the device to pack it"
 class Chooser:
     """Remembers what it measured: sites alike in shape, sparsity (to 2%), sizes and device are measured once.
 
-    What was measured on a GPU other processes know as well (`remember`).
+    What was measured on a GPU other processes know as well (`remember`). `model_bytes` are those of all weights: where
+    they fit into a core's cache a layer finds its own there, and is timed so; else the others' have taken their place.
     """
 
-    def __init__(self, *, only: str | None = None) -> None:
+    def __init__(self, *, only: str | None = None, model_bytes: int | None = None) -> None:
         self.only = only
+        self._warm = model_bytes is not None and model_bytes <= cache_bytes()
         self._known: dict[tuple[object, ...], Choice] = {}
 
     def choose(self, site: Site) -> tuple[Choice, Packed | None]:
@@ -61,7 +64,7 @@ class Chooser:
             if packed or known.layout == "dense":
                 self._known[key] = known
                 return dataclasses.replace(known, reused=True), packed.get(known.layout)
-        choice, packed = _measure(site, fitting, refused)
+        choice, packed = _measure(site, fitting, refused, self._warm)
         if _NO_MEMORY in choice.refused.values():
             return choice, packed  # There may be enough for the next.
         self._known[key] = choice
@@ -101,7 +104,7 @@ def _likeness(site: Site, fitting: list[str]) -> tuple[object, ...]:
     return (*weight.shape, round(kept * 50), site.tokens, weight.dtype, weight.device, threads, tuple(stored))
 
 
-def _measure(site: Site, fitting: list[str], refused: dict[str, str]) -> tuple[Choice, Packed | None]:
+def _measure(site: Site, fitting: list[str], refused: dict[str, str], warm: bool) -> tuple[Choice, Packed | None]:
     packed, refused = _pack(site, fitting, refused)
     fitting = list(packed)
     if not fitting:
@@ -114,7 +117,7 @@ def _measure(site: Site, fitting: list[str], refused: dict[str, str]) -> tuple[C
         x = torch.randn(tokens, site.weight.shape[1], generator=generator).to(site.weight)
         dense = best_dense(site, x)
         sparse = [_bind(name, x, packed[name], site.bias) for name in fitting]
-        samples = _times([*dense, *sparse], x.device, SECONDS_PER_SITE / len(site.tokens))
+        samples = _times([*dense, *sparse], x.device, SECONDS_PER_SITE / len(site.tokens), warm)
         if isinstance(samples, str):
             return Choice("dense", samples, {**refused, **dict.fromkeys(fitting, samples)}, ()), None
         baseline = min(samples[: len(dense)])
@@ -146,10 +149,13 @@ def _pack(site: Site, fitting: list[str], refused: dict[str, str]) -> tuple[dict
     return packed, refused
 
 
-def _times(functions: list[Callable[[], Tensor]], device: torch.device, seconds: float) -> list[float] | str:
+def _times(
+    functions: list[Callable[[], Tensor]], device: torch.device, seconds: float, warm: bool
+) -> list[float] | str:
     """Seconds of each function, or why they could not be timed."""
     if device.type != "cuda":
-        return [undisturbed(samples) for samples in interleave(functions, seconds=seconds)]
+        found = interleave(functions, seconds=seconds)
+        return [samples.typical if warm else samples.alone for samples in found]
     try:
         # A kernel's time on a GPU strays to both sides, so that medians are compared.
         return [median(samples) for samples in interleave_graphs(functions, device, seconds=seconds)]

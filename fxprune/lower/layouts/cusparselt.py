@@ -7,7 +7,6 @@ default one can be slower than dense, so it is searched for each shape and power
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -105,4 +104,4 @@ def _search(compressed: Tensor, given: Tensor, bias: Tensor | None) -> int:
         except RuntimeError:  # The library has no such algorithm for these sizes.
             del calls[number]
     samples = interleave(list(calls.values()), given.device, seconds=0.02)
-    return min(zip(calls, samples, strict=True), key=lambda pair: median(pair[1]))[0] if calls else 0
+    return min(zip(calls, samples, strict=True), key=lambda pair: pair[1].typical)[0] if calls else 0
