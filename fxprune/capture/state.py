@@ -173,7 +173,12 @@ def _contents(found: Any) -> Any:
         return found.get_state()
     if isinstance(found, set):
         return set(found)
-    return list(dict.items(found)) if isinstance(found, dict) else list(found)
+    return list(_kind(found).items(found)) if isinstance(found, dict) else list(found)
+
+
+def _kind(found: object) -> Any:
+    # An OrderedDict has an order of its own beside that of a dict; others may do more than they are told.
+    return OrderedDict if isinstance(found, OrderedDict) else dict
 
 
 def _joined(path: str, name: Any) -> str:
@@ -197,10 +202,9 @@ def _put_back(container: Any, saved: Any) -> bool:
     elif isinstance(container, dict):
         changed = len(now) != len(saved) or any(a is not c or b is not d for (a, b), (c, d) in zip(now, saved))
         if changed:
-            kind: Any = OrderedDict if isinstance(container, OrderedDict) else dict
-            kind.clear(container)
+            _kind(container).clear(container)
             for name, value in saved:
-                kind.__setitem__(container, name, value)
+                _kind(container).__setitem__(container, name, value)
     else:
         changed = len(now) != len(saved) or any(a is not b for a, b in zip(now, saved))
         if changed:

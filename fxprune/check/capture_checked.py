@@ -174,9 +174,9 @@ def _parted(row: CheckRow) -> CaptureError:
     return CaptureError(
         "the captured graph does not compute what the model computes",
         where=row.call,
-        why=f"{differ}{f' ({row.note})' if row.note else ''}. torch.export fixes what is no tensor op: a value read off "
-        "a tensor (.item(), .tolist(), numpy), a branch on torch.compiler.is_exporting() or is_compiling(), what an "
-        "earlier call left in the model or in a global",
+        why=f"{differ}{f' ({row.note})' if row.note else ''}. torch.export fixes what is no tensor op: a value read "
+        "off a tensor (.item(), .tolist(), numpy), a branch on torch.compiler.is_exporting() or is_compiling(), what "
+        "an earlier call left in the model or in a global",
         do="Take that out of forward, or compute it with tensor ops such as torch.where.",
     )
 

@@ -10,8 +10,8 @@ An element counts where the oracle's is finite; what is not finite must be so in
   are to the tolerance: numbers that cancel leave that much.
 
 Sentinels, such as masked logits, are told apart before: one to four values (the same to 1e-3), of 1e4 or more, that
-stand 1e4 above all others; or where all others are zero, or there are none, of 1e8 or a quarter of the largest number of
-the type. They must be equal to within the tolerance of themselves, and the scale of the others comes from the others.
+stand 1e4 above all others; or where all others are zero, or there are none, of 1e8 or a quarter of what the type can
+hold. They must be equal to within the tolerance of themselves, and the scale of the others comes from the others.
 """
 
 from __future__ import annotations
