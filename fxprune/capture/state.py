@@ -17,7 +17,8 @@ from fxprune.errors import InputError
 # Tensors that are no buffers are copied up to this many bytes in all, the smallest first.
 _COPIED = 64 * 2**20
 _CHUNK = 2**20
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Eight bytes are two numbers: products with the top bit of 64 would all be alike.
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 
 class State:

@@ -59,25 +59,18 @@ def capture_checked(
         keeps = state.restore()
 
         def capture_as(*, static: bool) -> Capture:
-            def captured() -> Capture:
-                state.restore()
-                return capture(
-                    model,
-                    example.args,
-                    example.kwargs,
-                    None if static else dynamic_shapes,
-                    static=static,
-                    fold_masks=fold_masks,
-                )
-
+            shapes = None if static else dynamic_shapes
+            arguments = (model, example.args, example.kwargs, shapes)
+            state.restore()
             try:
-                return captured()
+                return capture(*arguments, static=static, fold_masks=fold_masks)
             except CaptureError:
                 if not keeps:
                     raise
             # What a model makes of itself at its first call, export may not be able to make.
+            state.restore()
             theirs.answer_next(example)
-            return captured()
+            return capture(*arguments, static=static, fold_masks=fold_masks)
 
         captured = capture_as(static=False)
         if not check:
