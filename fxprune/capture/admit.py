@@ -15,7 +15,7 @@ from fxprune.errors import InputError
 from fxprune.graph.environment import words_of
 
 from .hooks import mask_hooks
-from .state import State, surroundings
+from .state import State, random_streams
 
 
 def admit_model(model: object) -> None:
@@ -103,10 +103,11 @@ def admit_call(model: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dic
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[State]:
-    """Puts back what calls of the model inside change: what is reached from it, random streams, global settings.
+    """Puts back what calls of the model inside change: what is reached from it, global settings, random streams.
 
-    The state can be restored in between as well. Raises InputError where a weight changed that is too large to have
-    been copied. Masks of torch.nn.utils.prune and of parametrizations, as large as weights, are taken for weights.
+    The state, which is all but the streams, can be restored in between as well. Raises InputError where a weight
+    changed that is too large to have been copied. Masks of torch.nn.utils.prune and of parametrizations, as large as
+    weights, are taken for weights.
     """
     masks = set()
     for path, module in model.named_modules():
@@ -114,7 +115,7 @@ def untouched(model: nn.Module) -> Iterator[State]:
         for name, buffer in module._buffers.items():
             if buffer is not None and (name in names or (buffer.dim() > 1 and _parametrizes(path))):
                 masks.add(id(buffer))
-    state, put_back = State(model, masks), surroundings()
+    state, put_back = State(model, masks), random_streams()
     try:
         yield state
     finally:

@@ -26,11 +26,12 @@ class State:
 
     Walked are modules, dicts, lists, tuples, sets, deques, and objects of the package that the module which holds them
     comes from. Buffers and small tensors are copied. Weights beyond those have a fingerprint, for a copy would double
-    the memory of the model: one of them that is written to is an error.
+    the memory of the model: one of them that is written to is an error. Global settings of torch are kept as well.
     """
 
     def __init__(self, model: nn.Module, weights: Collection[int] = ()) -> None:
         """`weights` are ids of buffers that are as large as weights and are treated as these."""
+        self._settings = _settings()
         self._containers: list[tuple[Any, Any]] = []
         tensors: list[tuple[str, Tensor]] = []
         for path, found in _reached(model):
@@ -47,7 +48,8 @@ class State:
             left -= 0 if is_buffer else size
 
     def restore(self) -> bool:
-        """Puts back attributes, containers and copied tensors that are not as they were; says whether any was."""
+        """Puts back what is not as it was, and says whether anything of the model was not."""
+        self._settings()
         changed = [_put_back(container, contents) for container, contents in self._containers]
         return any(changed + [kept.restore() for kept in self._tensors])
 
@@ -214,21 +216,11 @@ def _put_back(container: Any, saved: Any) -> bool:
     return changed
 
 
-def surroundings() -> Callable[[], None]:
-    """What puts back random streams and global settings as they are now."""
-    streams: list[tuple[Callable[[Any], object], Any]] = [
-        (torch.set_rng_state, torch.get_rng_state()),
-        (random.setstate, random.getstate()),
-    ]
-    if torch.cuda.is_initialized():
-        streams.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
-    if numpy := sys.modules.get("numpy"):
-        streams.append((numpy.random.set_state, numpy.random.get_state()))
+def _settings() -> Callable[[], None]:
+    """What puts back the global settings as they are now."""
     grad, dtype, deterministic = torch.is_grad_enabled(), torch.get_default_dtype(), _deterministic()
 
     def put_back() -> None:
-        for write, value in streams:
-            write(value)
         torch.set_grad_enabled(grad)
         torch.set_default_dtype(dtype)
         if _deterministic() != deterministic:
@@ -239,3 +231,21 @@ def surroundings() -> Callable[[], None]:
 
 def _deterministic() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def random_streams() -> Callable[[], None]:
+    """What puts back the random streams as they are now."""
+    streams: list[tuple[Callable[[Any], object], Any]] = [
+        (torch.set_rng_state, torch.get_rng_state()),
+        (random.setstate, random.getstate()),
+    ]
+    if torch.cuda.is_initialized():
+        streams.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+    if numpy := sys.modules.get("numpy"):
+        streams.append((numpy.random.set_state, numpy.random.get_state()))
+
+    def put_back() -> None:
+        for write, value in streams:
+            write(value)
+
+    return put_back
