@@ -122,7 +122,6 @@ def _means(
     found = _Means(folded, method)
     count = 0
     with untouched(folded), _all_require_grad(folded):
-        _replace_buffers(folded)
         _let_recurrent_learn(folded)
         with tqdm(batches, desc=method, unit="batch", disable=None if progress else True, leave=False) as bar:
             for count, batch in enumerate(bar, 1):
@@ -207,15 +206,6 @@ def _all_require_grad(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-
-
-def _replace_buffers(model: nn.Module) -> None:
-    # a batch-norm writes to its statistics without a trace in their version, so `untouched` does not notice
-    own: dict[int, Tensor] = {}
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = own.setdefault(id(buffer), buffer.detach().clone())
 
 
 def _let_recurrent_learn(model: nn.Module) -> None:

@@ -16,8 +16,9 @@ from fxprune.calibration.batches import read_calls
 from fxprune.calibration.calibrate import calibrate_calls
 from fxprune.capture.capture import Capture
 from fxprune.check.calls import Call
-from fxprune.check.compare import CheckRow
-from fxprune.check.proof import Expected, Proof, capture_checked
+from fxprune.check.capture_checked import capture_checked
+from fxprune.check.compare import CheckRow, nothing_compared
+from fxprune.check.proof import Expected, Proof
 from fxprune.couple.coupling import Coupling
 from fxprune.emit.deliver import deliver, deliver_trainable
 from fxprune.emit.pending import pending
@@ -218,6 +219,8 @@ def _shrink(job: Job) -> Iterable[str]:
     if found.selection.dead and not found.selection.keep and not report.dropped:
         job.whole = (program, dataclasses.replace(found.selection, dead={}))
     job.shrunk = (job.program, job.left)
+    if job.expected is not None:
+        job.expected = dataclasses.replace(job.expected, unpacked=job.shrunk)
     return [f"{name}: {len(kept)} stay" for name, kept in job.selection.staying.items()]
 
 
@@ -312,7 +315,7 @@ def _run(job: Job) -> PrunedModule | TrainableModule:
                 break
     job.selection.values = job.values
     report.fits, report.recovery = job.selection.fits, job.selection.recovery
-    job.tell(job.selection.notes)
+    job.tell([*job.selection.notes, *nothing_compared(report.checks)])
     job.result.meta["report"], job.result.meta["selection"] = report, job.selection
     return job.result
 

@@ -166,23 +166,41 @@ def capture_for(model: nn.Module, calls: Sequence[Call], dynamic_shapes: Any = N
         for place, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and leaf.dim():
                 shapes[leaf] = {dim: Dim.AUTO for dim in {0, *varying.get(place, ())}}
-    captured = capture(model, first.args, first.kwargs, shapes)
-    row = _compared(model, captured, first)
+    captured = _captured(model, first, shapes)
+    row = _compared(model, captured, calls)
     if not row.ok and not varying and dynamic_shapes is None:
         # A model that takes sizes for something else than numbers can only be captured with every size fixed.
-        captured = capture(model, first.args, first.kwargs, static=True)
-        row = _compared(model, captured, first)
+        captured = _captured(model, first, static=True)
+        row = _compared(model, captured, calls)
     if not row.ok:
         raise refuse(
-            row, "Does it draw random numbers, or keep state between calls? Such a model cannot be calibrated."
+            row,
+            "Does it draw random numbers, keep state between calls, or read values off its inputs? Such a model cannot "
+            "be calibrated.",
         )
     for call in calls:
         check_call(captured, call)
     return captured
 
 
-def _compared(model: nn.Module, captured: Capture, call: Call) -> CheckRow:
-    """The captured program held against the model, on two samples where these can be called alone."""
+def _captured(model: nn.Module, call: Call, shapes: Any = None, *, static: bool = False) -> Capture:
+    with admit.untouched(model):
+        return capture(model, call.args, call.kwargs, shapes, static=static)
+
+
+def _compared(model: nn.Module, captured: Capture, calls: Sequence[Call]) -> CheckRow:
+    """The captured program held against the model on the first two calls, on two samples where they can be cut.
+
+    A second call shows what the first one's values were read for.
+    """
+    row = _compared_on(model, captured, calls[0])
+    if not row.ok or len(calls) == 1:
+        return row
+    check_call(captured, calls[1])
+    return _compared_on(model, captured, calls[1])
+
+
+def _compared_on(model: nn.Module, captured: Capture, call: Call) -> CheckRow:
     size = samples_of(call)
     few = call if size is None else _first(call, size, 2)
     try:

@@ -15,6 +15,7 @@ from fxprune.errors import InputError
 from fxprune.graph.environment import words_of
 
 from .hooks import mask_hooks
+from .state import State, random_streams
 
 
 def admit_model(model: object) -> None:
@@ -101,32 +102,26 @@ def admit_call(model: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dic
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Puts back what calls of the model inside change: attributes that they set, and buffers that they write.
+def untouched(model: nn.Module) -> Iterator[State]:
+    """Puts back what calls of the model inside change: what is reached from it, global settings, random streams.
 
-    Masks of torch.nn.utils.prune and of parametrizations, as large as weights and only ever read, are not copied.
+    The state, which is all but the streams, can be restored in between as well. Raises InputError where a weight
+    changed that is too large to have been copied. Masks of torch.nn.utils.prune and of parametrizations, as large as
+    weights, are taken for weights.
     """
-    tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    values: list[tuple[Tensor, int, Tensor]] = []
+    masks = set()
     for path, module in model.named_modules():
-        for table in (vars(module), module._parameters, module._buffers, module._modules):
-            tables.append((table, dict(table)))
-        masks = {f"{hook._tensor_name}_mask" for hook in mask_hooks(module).values()}
+        names = {f"{hook._tensor_name}_mask" for hook in mask_hooks(module).values()}
         for name, buffer in module._buffers.items():
-            is_mask = name in masks or (buffer is not None and buffer.dim() > 1 and _parametrizes(path))
-            if buffer is not None and not is_mask:
-                values.append((buffer, buffer._version, buffer.detach().clone()))
+            if buffer is not None and (name in names or (buffer.dim() > 1 and _parametrizes(path))):
+                masks.add(id(buffer))
+    state, put_back = State(model, masks), random_streams()
     try:
-        yield
+        yield state
     finally:
-        for table, saved in tables:
-            if table.keys() != saved.keys() or any(table[key] is not saved[key] for key in saved):
-                table.clear()
-                table.update(saved)
-        with torch.no_grad():
-            for buffer, version, value in values:
-                if buffer._version != version:
-                    buffer.copy_(value)
+        state.restore()
+        put_back()
+        state.check()
 
 
 def runnable(model: Any) -> Any:

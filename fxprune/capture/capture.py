@@ -188,7 +188,7 @@ def _rewrap(unlifted: torch.fx.GraphModule) -> Program:
     for node in list(graph.nodes):
         if node.op == "call_module" and node.target == "_guards_fn":
             graph.erase_node(node)
-    graph.eliminate_dead_code(lambda node: node.op != "call_function" or node.is_impure())
+    graph.eliminate_dead_code(lambda node: node.op != "call_function" or (node.is_impure() and not _only_draws(node)))
     for node in list(graph.nodes):
         if node.op == "get_attr" and node.users:
             order = {n: i for i, n in enumerate(graph.nodes)} if len(node.users) > 1 else {}
@@ -200,6 +200,14 @@ def _rewrap(unlifted: torch.fx.GraphModule) -> Program:
     program._tracer_cls = None
     program.eval()
     return program
+
+
+def _only_draws(node: torch.fx.Node) -> bool:
+    """Whether an op is only impure because it moves the random stream, which is the user's."""
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload) or op._schema.is_mutable:
+        return False
+    return torch.Tag.nondeterministic_seeded in op.tags
 
 
 def _refuse_state(program: Program) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -118,34 +119,45 @@ def restrided_call(call: Call) -> Call:
 
 def resized_call(capture: Capture, call: Call) -> Call | None:
     """The call at another size in every dynamic dimension, or None where no other size is allowed."""
+    sizes = dynamic_sizes(capture, call)
+    for change in (lambda n: n + 1, lambda n: 2 * n, lambda n: n - 1, lambda n: n // 2, lambda n: 4 * n):
+        new = {symbol: change(size) for symbol, size in sizes.items()}
+        if new and min(new.values()) >= 1 and new != sizes:
+            resized = sized_call(capture, call, new, "second size")
+            if resized is not None:
+                return resized
+    return None
+
+
+def dynamic_sizes(capture: Capture, call: Call) -> dict[str, int]:
+    """Symbol -> size, of every dynamic dimension of a call."""
     flat = capture.entry.flatten(call.args, call.kwargs)
     sizes: dict[str, int] = {}
     for want, got in zip(capture.entry.inputs, flat, strict=True):
         if isinstance(want, TensorInput):
             sizes.update({s: got.shape[d] for d, s in enumerate(want.sizes) if isinstance(s, str)})
-    if not sizes:
+    return sizes
+
+
+def sized_call(capture: Capture, call: Call, sizes: Mapping[str, int], label: str) -> Call | None:
+    """The call with other sizes in dynamic dimensions (symbol -> size), or None where they are not allowed."""
+    flat = capture.entry.flatten(call.args, call.kwargs)
+    leaves = iter(zip(capture.entry.inputs, flat, strict=True))
+
+    def resize(_: Any) -> Any:
+        want, example = next(leaves)
+        if not isinstance(want, TensorInput):
+            return example
+        got = example
+        for dim, size in enumerate(want.sizes):
+            if isinstance(size, str) and size in sizes:
+                got = got.index_select(dim, torch.arange(sizes[size], device=got.device) % got.shape[dim])
+        return _laid_out_as(example, got)
+
+    args, kwargs = pytree.tree_map(resize, (call.args, call.kwargs))
+    try:
+        capture.entry.check(args, kwargs)
+    except InputError:
         return None
-    for change in (lambda n: n + 1, lambda n: 2 * n, lambda n: n - 1, lambda n: n // 2, lambda n: 4 * n):
-        new = {symbol: change(size) for symbol, size in sizes.items()}
-        if min(new.values()) < 1 or new == sizes:
-            continue
-        leaves = iter(zip(capture.entry.inputs, flat, strict=True))
-
-        def resize(_: Any, leaves: Any = leaves, new: dict[str, int] = new) -> Any:
-            want, example = next(leaves)
-            if not isinstance(want, TensorInput):
-                return example
-            got = example
-            for dim, size in enumerate(want.sizes):
-                if isinstance(size, str):
-                    got = got.index_select(dim, torch.arange(new[size], device=got.device) % got.shape[dim])
-            return _laid_out_as(example, got)
-
-        args, kwargs = pytree.tree_map(resize, (call.args, call.kwargs))
-        try:
-            capture.entry.check(args, kwargs)
-        except InputError:
-            continue
-        shapes = ", ".join(str(list(t.shape)) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-        return Call(f"second size {shapes}", args, kwargs)
-    return None
+    shapes = ", ".join(str(list(t.shape)) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+    return Call(f"{label} {shapes}", args, kwargs)

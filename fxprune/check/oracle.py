@@ -9,22 +9,38 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fxprune.couple.removal import Removal
-from fxprune.graph.ops import HALF
 from fxprune.graph.program import Program, named_arguments, names_of_parameters
 from fxprune.select.selection import Selection
 
 from .calls import Call
+
+# What becomes of a type where a program runs in a wider one.
+_WIDER = {
+    torch.float32: {torch.float16: torch.float32, torch.bfloat16: torch.float32},
+    torch.float64: {
+        **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64),
+        **dict.fromkeys((torch.complex32, torch.complex64), torch.complex128),
+    },
+}
+
+
+def widened(value: Any, dtype: torch.dtype) -> Any:
+    """A tensor, or the name of a type, in `dtype` (float32 or float64) where it is a narrower float."""
+    wider = _WIDER[dtype]
+    if isinstance(value, Tensor):
+        return value.to(wider[value.dtype]) if value.dtype in wider else value
+    return wider.get(value, value) if isinstance(value, torch.dtype) else value
 
 
 class Oracle(torch.fx.Interpreter):
     """Runs a captured program with the selection's values and zeros applied as weights are fetched, one at a time.
 
     `removal` says which slices of which tensors leave, and are zero here, and which statistics run over the rest. With
-    `wide` a program in half precision runs in float32, where rounding hides nothing.
+    `wide` narrower floats become float32, where the rounding of half types hides nothing, or float64.
     """
 
     def __init__(
-        self, program: Program, selection: Selection, removal: Removal | None = None, *, wide: bool = False
+        self, program: Program, selection: Selection, removal: Removal | None = None, *, wide: torch.dtype | None = None
     ) -> None:
         super().__init__(program)
         self._selection = selection
@@ -46,20 +62,23 @@ class Oracle(torch.fx.Interpreter):
 
     def fetch_args_kwargs_from_env(self, n: torch.fx.Node) -> tuple[Any, Any]:
         """The arguments of a node, with dtypes among them as wide as the tensors."""
-        return pytree.tree_map(self._widened, super().fetch_args_kwargs_from_env(n))
+        found = super().fetch_args_kwargs_from_env(n)
+        return found if self._wide is None else pytree.tree_map(self._widened, found)
 
     def _widened(self, value: Any) -> Any:
-        if self._wide and isinstance(value, torch.dtype):
-            return torch.float32 if value in HALF else value
-        if self._wide and isinstance(value, Tensor) and value.dtype in HALF:
-            return value.float()
-        return value
+        return value if self._wide is None else widened(value, self._wide)
+
+    def in_float64(self) -> Oracle:
+        """The same in float64."""
+        return Oracle(self.module, self._selection, self._removal, wide=torch.float64)  # pyright: ignore
 
     def run_node(self, n: torch.fx.Node) -> Any:
         """The node's value; a statistic over an axis that shrinks runs over what is kept of it."""
         statistic = self._removal.statistics.get(n.name)
         if statistic is None:
-            return super().run_node(n)
+            found = super().run_node(n)
+            # Where a tensor is made, its type may be written nowhere.
+            return found if self._wide is None else pytree.tree_map(self._widened, found)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         return statistic.run(n, named_arguments(n.target, args, kwargs))
 

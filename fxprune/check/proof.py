@@ -1,4 +1,4 @@
-"""proof: the capture held against the user's model, and everything made from it held against the oracle."""
+"""proof: everything that is made from a capture, held against the oracle on every call that a check uses."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ import dataclasses
 import math
 from typing import Any
 
-from torch import nn
-from torch.export import ExportedProgram
+import torch
 
-from fxprune.capture import admit
-from fxprune.capture.capture import Capture, capture
+from fxprune.capture.capture import Capture
 from fxprune.couple.removal import Removal
-from fxprune.errors import CaptureError, InputError
-from fxprune.graph.note import Note
 from fxprune.graph.ops import HALF
 from fxprune.graph.program import Program
 from fxprune.select.selection import Selection
 
-from .calls import Call, resized_call, restrided_call, second_call, turned_call
-from .compare import CheckRow, compare, is_finite, outputs, refuse
+from .calls import Call
+from .compare import CheckRow, compare, outputs, refuse
 from .oracle import Oracle
+from .rounding import within_rounding
 
 _RESULT = "result = pruned model"
 
@@ -29,20 +26,24 @@ _RESULT = "result = pruned model"
 class Expected:
     """What the oracle answers to the calls of a proof, and comparisons with it.
 
-    outputs  the flat outputs of each call, in the precision of the model
-    wide     the same in float32 where the model is in half precision and something shrinks: rounding hides nothing
+    outputs   the flat outputs of each call, in the precision of the model
+    wide      the same in float32 where the model is in half precision and something shrinks: rounding hides nothing
+    oracle    what answered them
+    unpacked  what the result is made of, before weights were folded or packed, and what is left to apply to it
     """
 
     proof: Proof
+    oracle: Oracle
     outputs: list[list[Any]]
     wide: list[list[Any]]
     is_wide: bool = False
+    unpacked: tuple[Program, Selection] | None = None
 
     def shrunk(self, program: Program, selection: Selection, what: str = "shrunk = zeroed") -> CheckRow:
         """A shrunk program with its masks, held against the oracle: the worst of all calls; half types in float32."""
-        oracle = Oracle(program, selection, wide=self.is_wide)
+        shrunk = Oracle(program, selection, wide=torch.float32 if self.is_wide else None)
         rows = [
-            compare(what, call, expected, oracle.outputs(call))
+            self._compared(what, call, expected, shrunk.outputs(call), shrunk)
             for call, expected in zip(self.proof.calls, self.wide, strict=True)
         ]
         # Each row has the tolerance of its own outputs: what is worst is the furthest beyond it.
@@ -61,22 +62,36 @@ class Expected:
 
     def result(self, result: Any) -> list[CheckRow]:
         """The result, as it runs, on the calls of the example's sizes."""
-        calls = zip(self.proof.same_size, self.outputs, strict=False)
-        return [compare(_RESULT, call, expected, outputs(result, call)) for call, expected in calls]
+        return self._rows(result, 0, len(self.proof.same_size))
 
-    def second_size(self, result: Any) -> CheckRow | None:
-        """The result, as it runs, at the second size, if there is one."""
-        call = self.proof.resized
-        return compare(_RESULT, call, self.outputs[-1], outputs(result, call)) if call is not None else None
+    def at_other_sizes(self, result: Any) -> list[CheckRow]:
+        """The result, as it runs, at other sizes: the compiled code, not only its graph."""
+        return self._rows(result, len(self.proof.same_size), None)
+
+    def _rows(self, result: Any, first: int, end: int | None) -> list[CheckRow]:
+        calls = list(zip(self.proof.calls, self.outputs, strict=True))[first:end]
+        return [self._compared(_RESULT, call, expected, outputs(result, call)) for call, expected in calls]
+
+    def _compared(
+        self, what: str, call: Call, expected: list[Any], got: list[Any], graph: Oracle | None = None
+    ) -> CheckRow:
+        """A comparison, which the model's own rounding judges where it fails; `graph` is then held in float64."""
+        row = compare(what, call, expected, got)
+        if graph is None and self.unpacked is not None:
+            graph = Oracle(*self.unpacked)
+        if row.ok or graph is None:
+            return row
+        right, ours = self.oracle.in_float64(), graph.in_float64()
+        return within_rounding(row, call, expected, got, lambda: right.outputs(call), lambda: ours.outputs(call))
 
 
 @dataclasses.dataclass(frozen=True)
 class Proof:
-    """The calls that everything made from a capture is tried on: those of the example's sizes, and a second size."""
+    """The calls that everything made from a capture is tried on: those of the example's sizes, and other sizes."""
 
     captured: Capture
     same_size: tuple[Call, ...]
-    resized: Call | None = None
+    other_sizes: tuple[Call, ...] = ()
 
     @property
     def example(self) -> Call:
@@ -85,8 +100,8 @@ class Proof:
 
     @property
     def calls(self) -> list[Call]:
-        """All calls, the second size last."""
-        return [*self.same_size, *([self.resized] if self.resized is not None else [])]
+        """All calls, those of other sizes last."""
+        return [*self.same_size, *self.other_sizes]
 
     def expect(self, selection: Selection, program: Program | None = None, removal: Removal | None = None) -> Expected:
         """Runs the oracle, masking in-graph over the user's storage, and keeps its outputs.
@@ -98,121 +113,6 @@ class Proof:
         found = [oracle.outputs(call) for call in self.calls]
         half = any(getattr(n.meta.get("val"), "dtype", None) in HALF for n in program.graph.nodes)
         if removal is None or not half:
-            return Expected(self, found, found)
-        wide = Oracle(program, selection, removal, wide=True)
-        return Expected(self, found, [wide.outputs(call) for call in self.calls], True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Checked:
-    """A capture that computes what the model computes, and the calls to hold what is made from it to.
-
-    `proof` is None where nothing is checked.
-    """
-
-    captured: Capture
-    proof: Proof | None
-    notes: list[Note]
-    checks: list[CheckRow]
-
-
-def capture_checked(
-    model: nn.Module | ExportedProgram, example: Call, dynamic_shapes: Any, *, check: bool, fold_masks: bool
-) -> Checked:
-    """Captures the model and holds the captured program against it, on the example and at a second size.
-
-    Where a capture with dynamic sizes is wrong at the second size, every size is fixed, and a note says so; where the
-    user asked for those sizes, that is an error.
-    """
-    runnable = admit.runnable(model)
-    with admit.untouched(runnable):
-        args, kwargs = example.args, example.kwargs
-        admit.run_model(runnable, *example.copy())
-        captured = capture(model, args, kwargs, dynamic_shapes, fold_masks=fold_masks)
-        calls = [example, second_call(example)]
-        if not check:
-            notes = [*captured.notes, Note("nothing was checked: check=False", "warning")]
-            return Checked(captured, None, notes, [])
-        notes: list[Note] = []
-        expected = outputs(runnable, example)
-        first = compare("capture = your model", example, expected, outputs(captured.program, example))
-        if not first.ok and dynamic_shapes is None and not isinstance(model, ExportedProgram):
-            # A model that takes sizes for something else than numbers can only be captured with every size fixed.
-            captured = capture(model, args, kwargs, static=True, fold_masks=fold_masks)
-            why = f"with dim 0 dynamic the capture was wrong ({first.error:.1e})"
-            captured.notes.append(Note(f"every size is fixed: {why}", "fallback"))
-            first = compare("capture = your model", example, expected, outputs(captured.program, example))
-        checks = [first]
-        if not first.ok:
-            raise refuse(
-                first,
-                "Does it draw random numbers, or keep state between calls? Such a model cannot be transformed.",
-            )
-        if not _runs(runnable, calls[1]):
-            refused = "the model refuses a second input drawn at random, so only the example was checked"
-            notes.append(Note(refused, "warning"))
-            calls.pop()
-        turned = turned_call(example)
-        if turned is not None:
-            if _runs(runnable, turned) and is_finite(outputs(runnable, turned)):
-                calls.append(turned)
-            else:
-                untried = "flags that the example has constant were not tried at other values: the model fails there"
-                notes.append(Note(untried, "warning"))
-        resized = resized_call(captured, example)
-        if resized is not None:
-            row = _check_resized(runnable, captured, resized)
-            if row is None:
-                refused = f"the model itself refuses the {resized.label}, so no second size was checked"
-                notes.append(Note(refused, "warning"))
-                resized = None
-            elif row.ok:
-                checks.append(row)
-            elif dynamic_shapes is not None or isinstance(model, ExportedProgram):
-                raise refuse(row, "Leave dynamic_shapes out: the sizes are then fixed where the model needs it.")
-            else:
-                captured = capture(model, args, kwargs, static=True, fold_masks=fold_masks)
-                why = f"at the {resized.label} the capture was wrong ({row.error:.1e})"
-                captured.notes.append(Note(f"every size is fixed: {why}", "fallback"))
-                resized = None
-        _hold_to_strides(runnable, captured, example)
-        return Checked(captured, Proof(captured, tuple(calls), resized), [*notes, *captured.notes], checks)
-
-
-def _runs(function: Any, call: Call) -> bool:
-    try:
-        admit.run_model(function, *call.copy())
-    except InputError:
-        return False
-    return True
-
-
-def _hold_to_strides(runnable: Any, captured: Capture, example: Call) -> None:
-    """Where the model and its capture part for inputs in other strides, the entry check demands the example's.
-
-    Export gives no guard for what a model reads off strides; few models read anything.
-    """
-    restrided = restrided_call(example)
-    if not _runs(runnable, restrided):
-        return
-    wanted = outputs(runnable, restrided)
-    try:
-        alike = compare("other strides", restrided, wanted, outputs(captured.program, restrided)).ok
-    except RuntimeError:
-        # A view that the captured strides allow and these do not.
-        alike = False
-    if not alike:
-        captured.entry = captured.entry.strided_as(example.args, example.kwargs)
-        held = "for inputs in other strides the model computes something else; calls are held to these"
-        captured.notes.append(Note(held, "fallback"))
-
-
-def _check_resized(runnable: Any, captured: Capture, call: Call) -> CheckRow | None:
-    """The comparison at another size, or None where the user's model does not run there."""
-    if not _runs(runnable, call):
-        return None
-    try:
-        got = outputs(captured.program, call)
-    except Exception as error:
-        raise CaptureError("cannot run the captured graph at another size", where=call.label, why=str(error)) from error
-    return compare("capture = your model", call, outputs(runnable, call), got)
+            return Expected(self, oracle, found, found)
+        wide = Oracle(program, selection, removal, wide=torch.float32)
+        return Expected(self, oracle, found, [wide.outputs(call) for call in self.calls], True)

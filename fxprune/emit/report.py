@@ -259,7 +259,7 @@ def _dead_table(dead: Dead) -> str:
 
 
 def _checks_table(checks: list[CheckRow]) -> str:
-    rows = [(c.what, c.call, f"{c.error:.1e}", f"{c.tolerance:.0e}", "ok" if c.ok else "FAILED") for c in checks]
+    rows = [(c.what, c.call, f"{c.error:.1e}", f"{c.tolerance:.0e}", c.verdict) for c in checks]
     headers = ("check", "on", "max relative error", "allowed", "")
     return tabulate(rows, headers=headers, disable_numparse=True)
 

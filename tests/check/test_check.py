@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fxprune.check.calls import Call, second_call
-from fxprune.check.compare import compare, outputs
+from fxprune.check.compare import compare, nothing_compared, outputs
+from tests.oracle import Apply, quick
 
 CALL = Call("example", (), {})
 ONES = torch.ones(3)
@@ -75,3 +78,125 @@ def test_outputs_leave_the_call_as_it_was() -> None:
     x = torch.zeros(3)
     assert torch.equal(outputs(lambda x: x.add_(1), Call("example", (x,), {}))[0], torch.ones(3))
     assert not x.any()
+
+
+# --- sentinels, and outputs of several scales ------------------------------------------------------------------------
+
+SENTINELS = (-1e9, torch.finfo(torch.float32).min, 1e30, -65504.0, -math.inf)
+
+
+@given(st.sampled_from(SENTINELS), st.floats(0.02, 0.98), st.floats(0.01, 5.0), st.integers(0, 2**32))
+def test_a_sentinel_hides_nothing(value: float, share: float, spread: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = spread * torch.randn(6, 50, generator=generator) / 5
+    hidden = torch.rand(6, 50, generator=generator) < share
+    hidden[0, :2] = torch.tensor([True, False])
+    expected = x.masked_fill(hidden, value)
+    right = expected + 1e-6 * spread * torch.randn(6, 50, generator=generator)
+    row = compare("a = b", CALL, [expected], [right])
+    assert row.ok and row.compared == pytest.approx(float((~hidden).float().mean()))
+    wrong = right.clone()
+    wrong[0, 1] += 0.01 * spread
+    assert not compare("a = b", CALL, [expected], [wrong]).ok
+    wrong = right.clone()
+    wrong[0, 0] = value * 0.99 if math.isfinite(value) else 1.0
+    assert not compare("a = b", CALL, [expected], [wrong]).ok
+
+
+def test_sentinels_that_were_added() -> None:
+    x = torch.randn(4, 100)
+    hidden = torch.arange(100) >= 20
+    for value in (-1e9, torch.finfo(torch.float32).min):
+        expected = x + torch.where(hidden, value, 0.0)
+        row = compare("a = b", CALL, [expected], [expected + torch.where(hidden, 0.0, 1e-2)])
+        assert not row.ok and row.compared == pytest.approx(0.2)
+
+
+def test_what_stands_far_below_is_no_reason_for_sentinels() -> None:
+    # What cancels leaves rounding of the others behind.
+    expected = torch.tensor([5.0, -4.0, 3.0, 1e-7])
+    assert compare("a = b", CALL, [expected], [expected + torch.tensor([0.0, 0.0, 0.0, 3e-7])]).ok
+
+
+@given(st.integers(0, 2**32), st.floats(10.0, 1e12))
+def test_a_huge_element_hides_nothing(seed: int, huge: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    expected = torch.randn(40, 30, generator=generator)
+    expected[3, 4] = huge
+    assert compare("a = b", CALL, [expected], [expected * (1 + 1e-6)]).ok
+    wrong = expected.clone()
+    wrong[5, 6] += 0.1
+    assert not compare("a = b", CALL, [expected], [wrong]).ok
+
+
+@pytest.mark.parametrize("small", ["few", "many", "half"])
+def test_channels_of_other_scales(small: str) -> None:
+    count = {"few": 1, "many": 30, "half": 16}[small]
+    expected = torch.randn(64, 32)
+    expected[:, count:] *= 50
+    noise = torch.randn(64, 32) * expected.abs().mean(0)
+    assert compare("a = b", CALL, [expected], [expected + 1e-6 * noise]).ok
+    wrong = expected.clone()
+    wrong[:, 0] *= 1.05
+    assert not compare("a = b", CALL, [expected], [wrong]).ok
+
+
+@given(st.integers(0, 2**32), st.sampled_from(["normal", "relu", "softmax", "heavy", "cancelled", "dead channel"]))
+def test_rounding_is_no_error(seed: int, kind: str) -> None:
+    """float32 against float64 through some layers, in outputs of many kinds."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(20, 64, generator=generator)
+    weights = [torch.randn(64, 64, generator=generator) / 8 for _ in range(4)]
+
+    def run(dtype: torch.dtype) -> torch.Tensor:
+        y = x.to(dtype)
+        for weight in weights:
+            y = (y @ weight.to(dtype)).tanh()
+        if kind == "relu":
+            return y.relu()
+        if kind == "softmax":
+            return (20 * y).softmax(-1)
+        if kind == "heavy":
+            return (y * 6).exp()
+        if kind == "cancelled":
+            return y - y.mean(0) * 0.999
+        return y * (torch.arange(64) > 0) + y.mean().square() * 1e-9 if kind == "dead channel" else y
+
+    row = compare("a = b", CALL, [run(torch.float32)], [run(torch.float64).float()])
+    assert row.ok and row.compared == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "compared", "blind"),
+    [
+        ([torch.full((3,), math.nan)], 0.0, (0,)),
+        ([torch.full((3,), math.inf)], 0.0, (0,)),
+        ([torch.full((3,), -1e9)], 0.0, (0,)),
+        ([torch.full((3,), -65504.0).half()], 0.0, (0,)),
+        ([torch.tensor([-1e9, math.nan])], 0.0, (0,)),
+        ([torch.ones(3), torch.full((3,), math.nan)], 0.5, (1,)),
+        ([torch.tensor([1.0, 2.0, math.nan, -1e9])], 0.5, ()),
+        ([torch.zeros(3)], 1.0, ()),
+        ([torch.tensor([0.0, 0.0, -1e9, -1e9])], 0.5, ()),
+        ([torch.full((3,), 7.0)], 1.0, ()),
+        ([torch.tensor([1, 2])], 1.0, ()),
+        ([None, "a"], 0.0, ()),
+        ([torch.zeros(0)], 0.0, ()),
+    ],
+)
+def test_a_row_says_what_it_compared(values: list[Any], compared: float, blind: tuple[int, ...]) -> None:
+    row = compare("a = b", CALL, values, values)
+    assert row.ok and row.compared == compared and row.blind == blind
+    told = nothing_compared([row])
+    assert bool(told) == (bool(blind) or not compared)
+    assert all(note.level == "warning" and "example" in note for note in told)
+    assert ("nothing to compare" in row.verdict) == (not compared)
+
+
+@pytest.mark.parametrize(
+    ("forward", "told"), [(lambda y: y / 0, True), (lambda y: (y, y * math.nan), True), (tuple, False)]
+)
+def test_the_report_tells_of_checks_that_compared_nothing(forward: Any, told: bool) -> None:
+    model = Apply(lambda linear, x: forward([linear(x)]) if forward is tuple else forward(linear(x))).eval()
+    report = quick(model, torch.randn(4, 16)).report
+    assert any(note.startswith("nothing to compare") for note in report.notes) is told

@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 
 import fxprune
 from fxprune.check import proof
-from fxprune.emit import deliver
+from fxprune.emit import trial
 from fxprune.emit.pruned import PrunedModule
 from fxprune.errors import CheckError
 from fxprune.lower.layouts import choose
@@ -55,9 +55,9 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PrunedModule]:
             a, b = duel(user.call, pruned)
             return ModelTiming(user.name, a.typical, b.typical, (a.alone, b.alone), 1, "made up")
 
-        monkeypatch.setattr(deliver, "duel", duel)
-        monkeypatch.setattr(deliver, "time_against", against)
-        monkeypatch.setattr(deliver, "has_bfloat16_units", lambda _: False)
+        monkeypatch.setattr(trial, "duel", duel)
+        monkeypatch.setattr(trial, "time_against", against)
+        monkeypatch.setattr(trial, "has_bfloat16_units", lambda _: False)
         monkeypatch.setattr(choose, "_times", lambda functions, *_: [2.0] * (len(functions) - 1) + [1.0])
         chosen = {"measure": True, **options}
         return fxprune.transform(model or masked(), example_inputs=(X,), options=chosen, progress=False)
@@ -113,8 +113,8 @@ def test_a_result_that_is_slower_than_the_users_best_says_so(timed: Any) -> None
 
 def test_no_other_form_is_compiled_where_the_result_wins(timed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    original = deliver.emit
-    monkeypatch.setattr(deliver, "emit", lambda *args: (made.append(args[2]), original(*args))[1])
+    original = trial.emit
+    monkeypatch.setattr(trial, "emit", lambda *args: (made.append(args[2]), original(*args))[1])
     timed(FAST)
     assert made == [{"freezing": True}] * 2
 
@@ -164,7 +164,7 @@ def test_really_timed_the_report_names_the_users_best_way_and_all_that_were_trie
 
 def test_a_float32_result_says_what_the_dense_model_takes_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     for has in (True, False):
-        monkeypatch.setattr(deliver, "has_bfloat16_units", lambda _, has=has: has)
+        monkeypatch.setattr(trial, "has_bfloat16_units", lambda _, has=has: has)
         result = fxprune.transform(masked(), example_inputs=(X,), options={"measure": True}, progress=False)
         half = result.report.timing.half
         assert (half is not None) == has == ("in bfloat16 the dense model takes" in str(result.report))

@@ -15,7 +15,7 @@ from torch.nn.utils import prune
 
 import fxprune
 from fxprune import Channels, Plan, Rule
-from fxprune.emit import deliver
+from fxprune.emit import trial
 from fxprune.measure.model_timing import ModelTiming
 from fxprune.measure.timing import Samples
 from fxprune.shrink.dead import dead as dead_pass
@@ -357,8 +357,8 @@ def test_widths_are_left_at_multiples_of_eight():
 def test_dead_channels_stay_where_taking_them_out_does_not_pay(ratio: float, monkeypatch: pytest.MonkeyPatch):
     model = shuffled(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 5, 3)))
     zero(model[0].weight, out=range(8))
-    monkeypatch.setattr(deliver, "time_against", lambda *_: ModelTiming("eager", ratio, 1.0, (1.0, 1.0), 1, "cpu"))
-    monkeypatch.setattr(deliver, "duel", lambda *_: (Samples([2.0], [2.0]), Samples([1.0], [1.0])))
+    monkeypatch.setattr(trial, "time_against", lambda *_: ModelTiming("eager", ratio, 1.0, (1.0, 1.0), 1, "cpu"))
+    monkeypatch.setattr(trial, "duel", lambda *_: (Samples([2.0], [2.0]), Samples([1.0], [1.0])))
     options = {"compile": False, "measure": True}
     result = fxprune.transform(model, example_inputs=(image(),), options=options, progress=False)
     with torch.no_grad():

@@ -133,7 +133,7 @@ def _check_student(
         return
     masked = dataclasses.replace(selection, values={}, keep={}, dead={})
     leaving = removal(coupling, selection.keep)
-    wanted = run_flat(Oracle(program, masked, leaving, wide=True), call)
+    wanted = run_flat(Oracle(program, masked, leaving, wide=torch.float32), call)
     runner = Tapped(student.program, ())
     runner.values = student.values()
     row = compare("shrunk = zeroed", call, wanted, run_flat(runner, call))

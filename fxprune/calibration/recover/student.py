@@ -122,7 +122,7 @@ class Tapped(Oracle):
     """Runs a program, in half precision as float32, and remembers what the nodes named in `taps` gave."""
 
     def __init__(self, program: Program, taps: Collection[str], values: Mapping[str, Tensor] | None = None) -> None:
-        super().__init__(program, Selection(), wide=True)
+        super().__init__(program, Selection(), wide=torch.float32)
         self.taps, self.values = frozenset(taps), values or {}
         self.tapped: dict[str, Any] = {}
 

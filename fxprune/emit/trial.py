@@ -1,0 +1,172 @@
+"""trial: forms of one program on their way to be emitted: compiled, held against the oracle, and raced.
+
+A race is between two calls, each timed in a loop: forms of the result against each other, the winner against the user's
+model as it runs best. Where that wins, more forms are tried: with the dead channels, not frozen, and eager.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from fxprune.capture.capture import Capture
+from fxprune.check.calls import Call
+from fxprune.check.compare import CheckRow, largest_difference, refuse
+from fxprune.check.proof import Expected
+from fxprune.errors import warn_once
+from fxprune.graph.environment import words_of
+from fxprune.graph.note import Note
+from fxprune.graph.program import Program, copy_program
+from fxprune.lower.lower import Lowered
+from fxprune.measure.device import device_of, has_bfloat16_units
+from fxprune.measure.model_timing import Half, ModelTiming, time_against
+from fxprune.measure.race import duel, fastest
+from fxprune.measure.ways import in_bfloat16, ways_of
+
+from .pruned import PrunedModule, emit, own_storage
+from .settings import Settings
+
+_GRAPHS = '; mode="reduce-overhead" runs it as a CUDA graph, without launches to wait for'
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A way to emit a program: the program, Inductor's options or None for eager, and what became of each weight."""
+
+    name: str
+    make: Callable[[], Program]
+    options: dict[str, Any] | None
+    lowered: list[Lowered]
+
+    def others(self) -> list[Form]:
+        """The same program not frozen, and not compiled."""
+        if self.options is None:
+            return []
+        live = {key: value for key, value in self.options.items() if key != "freezing"}
+        return [dataclasses.replace(self, options=each) for each in (live, None) if each != self.options]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A form that was compiled and found right, how it runs in words, and what it took to get there."""
+
+    form: Form
+    result: PrunedModule
+    compiled: str
+    notes: tuple[Note, ...] = ()
+    checks: tuple[CheckRow, ...] = ()
+
+
+class Trial:
+    """Tries forms of a program. `notes` say what was dropped and what was slower."""
+
+    def __init__(self, captured: Capture, example: Call, expected: Expected | None, settings: Settings) -> None:
+        self._captured, self._expected, self._settings = captured, expected, settings
+        self._args, self._kwargs = example.copy()
+        self._device = device_of(example.args, example.kwargs)
+        self._theirs = {t.data_ptr() for t in (*captured.program.parameters(), *captured.program.buffers())}
+        self.notes: list[Note] = []
+
+    def first_right(self, forms: Sequence[Form]) -> Candidate:
+        """The first form that is right. Raises CheckError where none is."""
+        for form in forms:
+            found = self._right(form, is_last=form is forms[-1])
+            if found is not None:
+                return found
+        raise AssertionError("unreachable: the last form is right or raises")
+
+    def fastest_right(self, forms: Sequence[Form], fallbacks: Sequence[Form]) -> Candidate:
+        """The fastest form of those that are right, else the first of `fallbacks`. Raises CheckError where none is."""
+        best: Candidate | None = None
+        for form in forms:
+            found = self._right(form, is_last=False)
+            if found is not None and (best is None or self._is_faster(found, best)):
+                best = found
+        return best or self.first_right(fallbacks)
+
+    def against(self, user: Any, best: Candidate, more: Sequence[Form]) -> tuple[Candidate, ModelTiming]:
+        """The best candidate against the user's model as that runs best; `more` are tried where that is faster."""
+        ways = ways_of(user, self._args, self._kwargs, self._device)
+        if not self._settings.compile:
+            ways = {name: make for name, make in ways.items() if name.startswith("eager")}
+        champion = fastest(ways, self._device)
+        timing = time_against(champion, self._call(best), self._device)
+        for form in more:
+            if timing.ratio >= 1.0:
+                break
+            other = self._right(form, is_last=False)
+            if other is None or not self._is_faster(other, best):
+                continue
+            if form.name == "whole":
+                slower = f"the smaller model measured slower than the whole one ({timing.ratio:.2f}x)"
+                self.notes.append(Note(f"{slower}, so its dead channels stay", "missed"))
+            best, timing = other, time_against(champion, self._call(other), self._device)
+        if timing.ratio < 1.0:
+            slower = f"the result is no faster than your model as it is ({timing.ratio:.2f}x of {timing.way})"
+            self.notes.append(Note(slower, "missed"))
+        return best, timing
+
+    def half(self, user: Any, best: Candidate) -> Half | None:
+        """The user's float32 model in bfloat16, where the device has units for it and the model runs so."""
+        floats = {p.dtype for p in user.parameters() if p.is_floating_point()}
+        if floats != {torch.float32} or not has_bfloat16_units(self._device) or not self._settings.compile:
+            return None
+        try:
+            function = in_bfloat16(user)
+            got = pytree.tree_leaves(function(*self._args, **self._kwargs))
+        # Whatever a model raises that does not take another precision.
+        except Exception:
+            return None
+        want = pytree.tree_leaves(self._call(best)())
+        samples, _ = duel(lambda: function(*self._args, **self._kwargs), self._call(best), self._device)
+        return Half(samples.typical, largest_difference(got, want))
+
+    def _right(self, form: Form, *, is_last: bool) -> Candidate | None:
+        """A form compiled, if its code is right at every size. Raises CheckError for the last that there is."""
+        program = form.make()
+        own_storage(program, self._theirs)
+        found = self._compiled(form, program)
+        for rows in (self._expected.result, self._expected.at_other_sizes) if self._expected is not None else ():
+            checks = rows(found.result)
+            wrong = next((row for row in checks if not row.ok), None)
+            if wrong is not None and is_last:
+                raise refuse(wrong, "Please report it with FXPRUNE_TRACE=<dir>.")
+            if wrong is not None:
+                why = f"the {form.name} result was wrong on the {wrong.call} ({wrong.error:.1e})"
+                self.notes.append(Note(f"{why} and was dropped", "warning"))
+                return None
+            found = dataclasses.replace(found, checks=(*found.checks, *checks))
+        return found
+
+    def _compiled(self, form: Form, program: Program) -> Candidate:
+        """The program emitted as the form says; eager where it does not compile."""
+        result = emit(copy_program(program), self._captured.entry, form.options)
+        if form.options is not None:
+            try:
+                result(*self._args, **self._kwargs)
+            # Whatever a compiler raises; the graph has been run eager before.
+            except Exception as error:
+                text = f"torch.compile failed, so the graph is emitted eager: {words_of(error)}"
+                warn_once(text)
+                eager = emit(copy_program(program), self._captured.entry, None)
+                return Candidate(form, eager, "eager graph (torch.compile failed)", (Note(text, "fallback"),))
+        return Candidate(form, result, self._settings.words(form.options))
+
+    def _is_faster(self, new: Candidate, old: Candidate) -> bool:
+        """Whether a candidate beats another; that the packed one is slower is told."""
+        before, after = duel(self._call(old), self._call(new), self._device)
+        if after.typical >= before.typical:
+            return False
+        if old.form.name == "packed" != new.form.name:
+            why = f"the whole model measured slower packed ({after.typical / before.typical:.2f}x)"
+            launches = self._device is not None and self._settings.mode in (None, "default")
+            self.notes.append(Note(f"{why}, so it was emitted dense{_GRAPHS if launches else ''}", "fallback"))
+        return True
+
+    def _call(self, found: Candidate) -> Callable[[], Any]:
+        return functools.partial(found.result, *self._args, **self._kwargs)
