@@ -11,7 +11,7 @@ from fxprune.plan.plan import Drop, Plan, Rule
 
 from . import gradient_score, prune
 from .analyze import analyze
-from .errors import FxPruneError
+from .errors import FxPruneError, FxPruneWarning
 from .transform import transform
 
 __version__ = "0.1.0"
@@ -21,6 +21,7 @@ __all__ = [
     "Drop",
     "Existing",
     "FxPruneError",
+    "FxPruneWarning",
     "Plan",
     "Report",
     "Rule",

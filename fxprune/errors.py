@@ -1,6 +1,8 @@
-"""Errors in four parts: what failed, where, why, and what to do about it."""
+"""Errors in four parts: what failed, where, why, and what to do about it; and warnings, each given once."""
 
 from __future__ import annotations
+
+import warnings
 
 
 class FxPruneError(Exception):
@@ -48,3 +50,17 @@ class CheckError(FxPruneError, RuntimeError):
 
 class BuildError(FxPruneError, RuntimeError):
     """The native kernels could not be compiled or loaded on this machine."""
+
+
+class FxPruneWarning(UserWarning):
+    """Something is slower than it need be, or not as it looks, on this machine or in this process."""
+
+
+_warned: set[str] = set()
+
+
+def warn_once(text: str) -> None:
+    """Warns with an FxPruneWarning, the first time that a process says this text."""
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, FxPruneWarning, stacklevel=2)

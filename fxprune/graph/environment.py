@@ -1,8 +1,12 @@
-"""environment: every variable that fxprune reads, and what a failure becomes when the stages are checked."""
+"""environment: the variables that fxprune reads, what a failure becomes when the stages are checked, and threads."""
 
 from __future__ import annotations
 
 import os
+
+import torch
+
+from fxprune.errors import warn_once
 
 # README has this table for users.
 VARIABLES = {
@@ -39,3 +43,15 @@ def hidden(error: Exception) -> str:
     if check_level():
         raise error
     return words_of(error)
+
+
+def warn_of_one_thread() -> None:
+    """Warns once where torch computes on one thread, the machine has more, and the user did not ask for it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # torchrun sets the variable itself.
+    is_asked = "OMP_NUM_THREADS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    if torch.get_num_threads() == 1 < cores and not is_asked:
+        warn_once(
+            f"torch computes on 1 thread of {cores} cores: what fxprune measures and chooses is for one thread. "
+            f"Call torch.set_num_threads({cores}), or set OMP_NUM_THREADS=1 to say that it is meant."
+        )

@@ -17,6 +17,7 @@ from torch.fx import Node
 from fxprune.capture.capture import Capture
 from fxprune.errors import InputError
 from fxprune.graph.compat import symbol_hint
+from fxprune.graph.environment import warn_of_one_thread
 from fxprune.graph.program import Program, copy_program, drop_unused, fetch, owner
 from fxprune.graph.weights import Use, uses
 from fxprune.lower.layouts.choose import Chooser
@@ -49,6 +50,7 @@ def lower(
 
     `batches` gives the sizes to tune for, symbol by symbol; a symbol that is not named counts with its example's size.
     """
+    warn_of_one_thread()
     result = copy_program(program)
     found = uses(result)
     lowered: dict[str, Lowered] = {}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from fxprune import FxPruneWarning, errors
 from fxprune.errors import BuildError
 from fxprune.kernels import native
-from fxprune.kernels.native import build
+from fxprune.kernels.native import build, cache
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,22 +39,22 @@ print(native.status().available, native.status().isa or "-", worst, fit.ok, fit.
 """
 
 
-def start(cache: Path, **environment: str) -> subprocess.Popen[str]:
-    env = {**os.environ, "FXPRUNE_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1", **environment}
+def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
+    env = {**os.environ, "FXPRUNE_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1", **environment}
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, "-c", PROGRAM], env=env, cwd=ROOT, text=True, stdout=pipe, stderr=pipe)
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[str, str, float, str, str]:
+def finish(process: subprocess.Popen[str], warned: str = "") -> tuple[str, str, float, str, str]:
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert "warn" not in err.lower(), err
+    assert err.count("FxPruneWarning") == bool(warned) and warned in err, err
     available, isa, worst, fits, why = out.strip().split("|")
     return available, isa, float(worst), fits, why
 
 
-def objects(cache: Path) -> list[Path]:
-    return sorted(cache.iterdir()) if cache.exists() else []
+def objects(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.exists() else []
 
 
 needs_compiler = pytest.mark.skipif(not native.status().available, reason=native.status().detail)
@@ -72,12 +74,14 @@ def test_switched_off_the_plain_kernel_answers(tmp_path: Path) -> None:
 
 
 def test_without_a_compiler_the_plain_kernel_answers(tmp_path: Path) -> None:
-    available, _, worst, _, why = finish(start(tmp_path, CXX="no-such-compiler"))
+    available, _, worst, _, why = finish(start(tmp_path, CXX="no-such-compiler"), "without its C++ kernels")
     assert available == "False" and "no-such-compiler" in why and worst < 1e-5
 
 
 def test_a_failing_compiler_is_reported(tmp_path: Path) -> None:
-    available, _, worst, _, why = finish(start(tmp_path, FXPRUNE_NATIVE_FLAGS="--no-such-flag"))
+    available, _, worst, _, why = finish(
+        start(tmp_path, FXPRUNE_NATIVE_FLAGS="--no-such-flag"), "without its C++ kernels"
+    )
     assert available == "False" and "compile" in why and worst < 1e-5
     assert objects(tmp_path) == []
 
@@ -115,9 +119,44 @@ def test_the_key_follows_flags_sources_and_cpu(monkeypatch: pytest.MonkeyPatch) 
     assert len(keys) == 4
 
 
-def test_an_unwritable_cache_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@needs_compiler
+@pytest.mark.parametrize("of_another", [False, True], ids=["own folder", "a folder that others can write"])
+def test_an_unwritable_cache_is_told_and_a_private_folder_takes_its_place(tmp_path: Path, of_another: bool) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("FXPRUNE_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    if native.status().available:
-        with pytest.raises(BuildError, match="FXPRUNE_CACHE_DIR"):
-            build.build()
+    here = tmp_path / "tmp"
+    here.mkdir()
+    theirs = here / f"fxprune-{os.getuid()}"
+    if of_another:
+        theirs.mkdir()
+        theirs.chmod(0o777)
+    answer = finish(start(tmp_path / "file" / "cache", TMPDIR=str(here)), "cannot write to its cache")
+    assert answer[0] == "True" and answer[2] < 1e-5
+    (built,) = here.glob("fxprune-*/nonzeros-*.so")
+    assert stat.S_IMODE(built.parent.stat().st_mode) == 0o700
+    assert (built.parent == theirs) is not of_another
+
+
+def test_a_home_that_is_none_is_an_unwritable_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("FXPRUNE_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(cache, "_temporary", lambda: tmp_path)
+    monkeypatch.setattr(errors, "_warned", set())
+    with pytest.warns(FxPruneWarning, match="home directory"):
+        assert cache.cached("x") == tmp_path / "x"
+
+
+def test_what_a_cache_that_cannot_be_written_holds_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "built.so").write_text("")
+    monkeypatch.setenv("FXPRUNE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(cache.tempfile, "TemporaryFile", lambda **_: pytest.fail("what is there need not be written"))
+    assert cache.cached("built.so") == tmp_path / "built.so"
+
+
+def test_a_compiler_that_hangs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "TIMEOUT", 0.1)
+    with pytest.raises(BuildError, match="timed out"):
+        build.run(["sleep", "5"])

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxprune.errors import BuildError, InputError
+from fxprune.errors import BuildError, InputError, warn_once
 from fxprune.graph.environment import variable
 
 from . import build
@@ -74,7 +74,12 @@ def _load() -> Status:
         name.restype = ctypes.c_char_p
         isa = name().decode()
     except (BuildError, OSError, RuntimeError) as error:
-        return Status(False, f"{error} {error.__cause__ or ''}".strip())
+        why = f"{error} {error.__cause__ or ''}".strip()
+        warn_once(
+            f"fxprune runs without its C++ kernels, so weights with scattered zeros stay dense on the CPU: {why} "
+            "Install g++ or name a C++ compiler in CXX; FXPRUNE_NATIVE=0 says that it is meant."
+        )
+        return Status(False, why)
     return Status(True, f"C++ kernels with {isa}", isa)
 
 

@@ -17,6 +17,8 @@ import torch
 from fxprune.errors import BuildError
 from fxprune.graph.environment import variable
 
+from .cache import cached
+
 HERE = Path(__file__).parent
 SOURCE = HERE / "nonzeros.cpp"
 # torch 2.11's stable ABI: the object does not depend on the C++ ABI of the torch it was built with.
@@ -25,14 +27,6 @@ FLAGS = (
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 )  # fmt: skip
 TIMEOUT = 300
-
-
-def cache_dir() -> Path:
-    """FXPRUNE_CACHE_DIR, else fxprune/ in the user's cache directory."""
-    chosen = variable("FXPRUNE_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxprune"
 
 
 def compiler() -> list[str]:
@@ -67,7 +61,7 @@ def cpu() -> str:
 def key(command: list[str]) -> str:
     """A hash of everything that the object depends on."""
     ask = [*command, "--version"]
-    version = subprocess.run(ask, capture_output=True, text=True, check=False, timeout=TIMEOUT)
+    version = run(ask)
     digest = hashlib.sha256()
     for source in sorted([SOURCE, *HERE.glob("*.h")]):
         digest.update(source.read_bytes())
@@ -79,17 +73,17 @@ def key(command: list[str]) -> str:
 def build() -> Path:
     """Path of the compiled object, compiled now unless the cache has it. Raises BuildError."""
     command = compiler()
-    target = cache_dir() / f"nonzeros-{key(command)}.so"
-    if target.exists():
-        return target
+    name = f"nonzeros-{key(command)}.so"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        target = cached(name)
+        if target.exists():
+            return target
         # Written beside its final name and moved there in one step: others see all of it or nothing.
         handle, temporary = tempfile.mkstemp(suffix=".so", prefix="building-", dir=target.parent)
         os.close(handle)
     except OSError as error:
         why, do = str(error), "Set FXPRUNE_CACHE_DIR to a writable directory."
-        raise BuildError("cannot write the compiled kernels", where=str(target), why=why, do=do) from error
+        raise BuildError("cannot write the compiled kernels", where=name, why=why, do=do) from error
     try:
         compile_to(command, temporary)
         os.replace(temporary, target)
@@ -108,11 +102,16 @@ def call(command: list[str], target: str) -> list[str]:
 
 def compile_to(command: list[str], target: str) -> None:
     """Run the compiler on SOURCE; its first error line becomes the BuildError's reason."""
-    try:
-        done = subprocess.run(call(command, target), capture_output=True, text=True, check=False, timeout=TIMEOUT)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError("cannot run the C++ compiler", where=command[0], why=str(error)) from error
+    done = run(call(command, target))
     if done.returncode != 0:
         errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
         why = errors[0].strip() if errors else f"exit status {done.returncode}"
         raise BuildError("the C++ kernels do not compile", where=shlex.join(command), why=why)
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """What a command of the compiler says, and its exit status."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError("cannot run the C++ compiler", where=command[0], why=str(error)) from error

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from fxprune.kernels.native.build import cache_dir
+from fxprune.errors import warn_once
+from fxprune.kernels.native.cache import cached
 from fxprune.kernels.triton import language
 from fxprune.measure import timing
 
@@ -36,7 +37,7 @@ class Choices:
         return found if isinstance(found, dict) else None
 
     def put(self, key: str, choice: Choice) -> None:
-        """Keeps a choice. Where the file cannot be written nothing is kept, and the next process measures again."""
+        """Keeps a choice. Where the file cannot be written nothing is kept: the next process measures again."""
         kept = {**self._read(), key: dataclasses.asdict(choice)}
         temporary = None
         try:
@@ -46,9 +47,13 @@ class Choices:
             with os.fdopen(handle, "w") as file:
                 json.dump(kept, file, indent=1)
             os.replace(temporary, self.file)
-        except OSError:
+        except OSError as error:
             if temporary is not None:
                 Path(temporary).unlink(missing_ok=True)
+            warn_once(
+                f"fxprune cannot keep what it measured ({error}): every process measures again. Set FXPRUNE_CACHE_DIR "
+                "to a writable folder."
+            )
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -69,4 +74,4 @@ def choices_of(device: torch.device) -> Choices:
     sources = [*(file for folder in folders for file in folder.glob("*.py")), Path(timing.__file__)]
     for source in sorted(sources):
         digest.update(source.read_bytes())
-    return Choices(cache_dir() / f"choices-{digest.hexdigest()[:24]}.json")
+    return Choices(cached(f"choices-{digest.hexdigest()[:24]}.json"))
