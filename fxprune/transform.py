@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -297,7 +298,9 @@ def _run(job: Job) -> PrunedModule | TrainableModule:
         for stage in stages:
             bar.set_postfix_str(stage.name)
             start, told, before = time.perf_counter(), len(report.notes), job.program
-            lines = stage.run(job)
+            # Calibration takes long, and takes the lock itself where it captures.
+            with contextlib.nullcontext() if stage is CALIBRATE else compat.alone():
+                lines = stage.run(job)
             report.seconds[stage.name] = time.perf_counter() - start
             trace.write(stage.name, job.program, [*report.notes[told:], *lines])
             if job.program is not before:

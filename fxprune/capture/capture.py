@@ -142,7 +142,7 @@ def apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...
 
 
 def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
-    with torch.no_grad(), compat.sizes_of_one_stay_dynamic(), compat.quiet_export():
+    with compat.alone(), torch.no_grad(), compat.sizes_of_one_stay_dynamic(), compat.quiet_export():
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fxprune.errors import FxPruneError
+from fxprune.graph import compat
 from fxprune.plan.plan import Plan
 from fxprune.select.candidates import candidates_without_graph
 from fxprune.select.selection import Selection
@@ -26,12 +27,28 @@ class PendingModule(PrunedModule):
         raise _refuse("read the selection of")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        finish = vars(self)["_finish"]
-        result = finish(args, kwargs)
+        with compat.alone():
+            # Not where another thread has done the work while this one waited.
+            if isinstance(self, PendingModule):
+                self._become_result(args, kwargs)
+        return self(*args, **kwargs)
+
+    def _become_result(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state = vars(self)
+        if state["_is_busy"]:
+            raise FxPruneError(
+                "cannot call this result inside its own first call",
+                why="the model that it is made of calls it",
+                do="Transform a model that does not hold the result.",
+            )
+        state["_is_busy"] = True
+        try:
+            result = state["_finish"](args, kwargs)
+        finally:
+            state["_is_busy"] = False
         # The object that the user holds turns into the result itself, so that nothing stays of the detour.
         object.__setattr__(self, "__dict__", vars(result))
         object.__setattr__(self, "__class__", type(result))
-        return self(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PendingModule:
         raise _refuse("copy")
@@ -51,6 +68,7 @@ def pending(
         plan.bind(candidates_without_graph(model))
     root = nn.Module()
     shell = PendingModule(root, torch.fx.Graph(), class_name="PendingModule")
+    vars(shell)["_is_busy"] = False
     vars(shell)["_finish"] = lambda args, kwargs: transform(model, plan, args, kwargs, **later)
     shell.meta["report"] = Report(type(model).__name__, pending=True)
     return shell

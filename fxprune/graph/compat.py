@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -123,6 +124,20 @@ def many_compilations() -> Iterator[None]:
     """Lets one forward be compiled in many ways: past Dynamo's limit of 8 it would run eager without a word."""
     with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096):
         yield
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """One thread at a time captures and compiles, and may do so again inside: what torch.export sets, all threads see.
+
+    The lock is the one that torch.compile holds while it compiles. With one of our own, a thread that compiles inside a
+    transform and one that transforms inside a compilation would wait for each other.
+    """
+    with getattr(torch._dynamo.convert_frame, "compile_lock", _LOCK):
+        yield
+
+
+_LOCK = threading.RLock()
 
 
 def children_of(spec: Any) -> list[Any]:
