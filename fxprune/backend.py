@@ -32,6 +32,7 @@ from fxprune.lower.fold import fold_masks
 from fxprune.lower.layouts.choose import Chooser
 from fxprune.lower.lower import lower
 from fxprune.select.decide import choose_selection
+from fxprune.select.subnormal import flush_parameters
 
 from .errors import InputError, warn_once
 
@@ -207,7 +208,7 @@ class _Programs:
 def _pack(traced: Traced, inputs: Sequence[Any], settings: Settings, chooser: Chooser) -> _Packed | None:
     """The program for these inputs; None where no weight is packed and nothing else is a constant."""
     captured = traced.bind(inputs)
-    program = _returned_apart(fold_constants(captured.program))
+    program, _ = flush_parameters(_returned_apart(fold_constants(captured.program)), hidden=True)
     selection = choose_selection(captured, program).selection
     folded = fold_masks(program, selection)
     reads = {str(node.target): node for node in folded.graph.find_nodes(op="get_attr")}
