@@ -39,6 +39,7 @@ from fxprune.select.decide import check_values, choose_selection, couple_if_need
 from fxprune.select.selection import Selection
 from fxprune.shrink.drop.blocks import choose_blocks
 from fxprune.shrink.proved import drop_proved, shrink_proved
+from fxprune.shrink.subnormal import flush_proved
 
 from .capture import admit
 from .errors import InputError
@@ -190,7 +191,9 @@ def _couple(job: Job) -> Iterable[str]:
     job.tell(checks=dropped.checks)
     job.values = dict(job.replay.values) if job.replay is not None else {}
     check_values(program, job.values)
-    job.program = put_values(dropped.program, job.values)
+    flushed = flush_proved(put_values(dropped.program, job.values), job.proof)
+    job.program = flushed.program
+    job.tell(flushed.notes, flushed.checks)
     job.coupling = couple_if_needed(job.program, job.plan, job.replay)
     return str(job.coupling or "no groups were asked for").splitlines()
 
@@ -279,7 +282,7 @@ def _emit_trainable(job: Job) -> Iterable[str]:
 CALIBRATE = Stage("calibrate", _calibrate)  # plan, data -> a selection with masks and new values
 SPINE = (
     Stage("capture", _capture),  # model, example -> a program that computes what the model computes
-    Stage("couple", _couple),  # -> without dropped blocks, with new values; which axes are one
+    Stage("couple", _couple),  # -> without dropped blocks and subnormals, with new values; which axes are one
     Stage("select", _select),  # plan -> what stays: indices of groups, elements of weights
     Stage("shrink", _shrink),  # -> without what leaves, and without what that left dead
 )
@@ -305,10 +308,10 @@ def _run(job: Job) -> PrunedModule | TrainableModule:
             # Calibration takes long, and takes the lock itself where it captures.
             with contextlib.nullcontext() if stage is CALIBRATE else compat.alone():
                 lines = stage.run(job)
-            report.seconds[stage.name] = time.perf_counter() - start
-            trace.write(stage.name, job.program, [*report.notes[told:], *lines])
-            if job.program is not before:
-                _verify(job, stage)
+                report.seconds[stage.name] = time.perf_counter() - start
+                trace.write(stage.name, job.program, [*report.notes[told:], *lines])
+                if job.program is not before:
+                    _verify(job, stage)
             bar.update()
             if stage.name == stop:
                 job.result = _unfinished(job, stage)

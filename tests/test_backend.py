@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,9 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from fxprune import FxPruneWarning, backend, errors
 from fxprune.backend import fxprune
 
 PACKED = {"layout": "nonzeros"}
+# Leaves the compiler out, which takes seconds.
+EAGER = {**PACKED, "compile": False}
 
 
 class Net(nn.Module):
@@ -49,12 +54,35 @@ def fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def pruned(model: nn.Module) -> nn.Module:
+class Three(nn.Module):
+    """Three linears that read one input, so that they are stored together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(64, 32) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q(x) * self.k(x) + self.v(x)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
+    """A list that grows by what a function of the backend returns, at each call."""
+    function, made = getattr(backend, name), []
+
+    def called(*args: Any) -> Any:
+        made.append(function(*args))
+        return made[-1]
+
+    monkeypatch.setattr(backend, name, called)
+    return made
+
+
+def pruned(model: nn.Module, amount: float = 0.9) -> nn.Module:
     """Hooks left on the first linear of each Net, made permanent on the second."""
     for module in model.modules():
         if isinstance(module, Net):
-            prune.l1_unstructured(module.a, "weight", 0.9)
-            prune.l1_unstructured(module.c, "weight", 0.9)
+            prune.l1_unstructured(module.a, "weight", amount)
+            prune.l1_unstructured(module.c, "weight", amount)
             prune.remove(module.c, "weight")
             assert module.norm.running_mean is not None
             module.norm.running_mean.normal_()
@@ -77,27 +105,238 @@ def test_equals_the_pruned_model_at_every_batch_size(dynamic: bool | None, caplo
     assert "a.weight -> nonzeros" in caplog.text and "c.weight -> nonzeros" in caplog.text
 
 
+def set_storage(weight: Tensor) -> None:
+    weight.data.set_((weight.data * 2).untyped_storage(), 0, weight.shape, weight.stride())
+
+
+def through_numpy(weight: Tensor) -> None:
+    weight.numpy()[:] *= 2
+
+
+WRITES: dict[str, Callable[[Tensor], object]] = {
+    "in place": lambda w: w.mul_(2),
+    "data": lambda w: w.data.mul_(2),
+    "data replaced": lambda w: setattr(w, "data", w * 2),
+    "set_": set_storage,
+    "foreach on views": lambda w: torch._foreach_mul_([w.data[:5]], 2),
+    "numpy": through_numpy,
+    "one sign": lambda w: w.data.view(-1)[w.abs().argmax()].neg_(),
+    "two rows swapped": lambda w: w.data.copy_(w[[1, 0, *range(2, len(w))]]),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("name", ["a.weight_orig", "a.weight_mask", "a.bias", "norm.weight", "c.weight", "c.bias"])
 @torch.no_grad()
-def test_weights_changed_in_place_are_seen() -> None:
+def test_whoever_writes_to_weights_is_seen(name: str, write: str) -> None:
+    model = pruned(Net())
+    for bias in (model.get_parameter("a.bias"), model.get_parameter("norm.weight")):
+        bias.normal_()
+    compiled = torch.compile(model, backend=fxprune, options=EAGER)
+    x = torch.randn(4, 64)
+    before = compiled(x)
+    tensor = dict(model.named_parameters(), **dict(model.named_buffers()))[name]
+    if tensor.dim() < 2 and write == "two rows swapped":
+        tensor.data[:2] = tensor.data[[1, 0]]
+    else:
+        WRITES[write](tensor)
+    assert_equal(compiled(x), model(x))
+    assert not torch.equal(before, model(x)) or name == "a.weight_mask"
+
+
+@torch.no_grad()
+def test_biases_that_are_stored_together_are_seen() -> None:
+    model = Three().eval()
+    for linear in (model.q, model.k, model.v):
+        prune.l1_unstructured(linear, "weight", 0.9)
+        prune.remove(linear, "weight")
+    compiled = torch.compile(model, backend=fxprune, options=EAGER)
+    x = torch.randn(4, 64)
+    assert_equal(compiled(x), model(x))
+    model.k.bias.data.add_(1)
+    assert_equal(compiled(x), model(x))
+
+
+@torch.no_grad()
+def test_what_a_pruning_hook_leaves_on_its_module_is_its_own() -> None:
+    model: Any = pruned(Net())
+    compiled = torch.compile(model, backend=fxprune, options=EAGER)
+    x = torch.randn(4, 64)
+    compiled(x)
+    model.a.weight.mul_(3)
+    assert_equal(compiled(x), model(x))
+    compiled(x)
+    assert torch.equal(model.a.weight, model.a.weight_orig * model.a.weight_mask)
+
+
+@torch.no_grad()
+def test_constant_weights_are_looked_at_by_version_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "fingerprint", lambda tensor: pytest.fail("weights are not read"))
+    model = pruned(Net())
+    compiled = torch.compile(model, backend=fxprune, options={**EAGER, "constant_weights": True})
+    x = torch.randn(4, 64)
+    assert_equal(compiled(x), model(x))
+    model.get_parameter("c.weight").mul_(2)
+    model.get_parameter("a.weight_orig").mul_(2)
+    assert_equal(compiled(x), model(x))
+
+
+@torch.no_grad()
+def test_only_what_is_packed_is_read_and_packed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    packings = counted(monkeypatch, "_pack")
+    model = nn.Sequential(nn.Linear(64, 64), pruned(Net())).eval()
+    compiled = torch.compile(model, backend=fxprune, options=EAGER)
+    x = torch.randn(4, 64)
+    compiled(x)
+    for _ in range(3):
+        model.get_parameter("0.weight").data.mul_(2)
+        assert_equal(compiled(x), model(x))
+    assert len(packings) == 1
+
+
+@torch.no_grad()
+def test_where_nothing_is_packed_nothing_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_Programs", lambda *_: pytest.fail("the graph is Inductor's alone"))
+    model, x = Net().eval(), torch.randn(4, 64)
+    compiled = torch.compile(model, backend=fxprune)
+    assert_equal(compiled(x), model(x))
+    model.get_parameter("c.weight").data.mul_(2)
+    assert_equal(compiled(x), model(x))
+
+
+@torch.no_grad()
+def test_weights_that_change_keep_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    later = counted(monkeypatch, "_compiled_later")
     model = pruned(Net())
     compiled = torch.compile(model, backend=fxprune, options=PACKED)
     x = torch.randn(4, 64)
-    before = compiled(x)
-    weight = model.get_parameter("c.weight")
-    weight.mul_(2)
-    assert_equal(compiled(x), model(x))
-    assert not torch.allclose(before, model(x))
-    weight.mul_(0.5)
-    assert_equal(compiled(x), before)
+    for _ in range(3):
+        model.get_parameter("c.weight").data.mul_(2)
+        assert_equal(compiled(x), model(x))
+    assert later == []
 
 
 @torch.no_grad()
-def test_blocks_that_share_a_frame_keep_their_own_weights() -> None:
-    model = pruned(Blocks())
+def test_weights_that_change_again_and_again_run_dense_compiled_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "_warned", set())
+    later, packings = counted(monkeypatch, "_compiled_later"), counted(monkeypatch, "_pack")
+    model = pruned(Net())
     compiled = torch.compile(model, backend=fxprune, options=PACKED)
+    weight = model.get_parameter("c.weight")
+    with pytest.warns(FxPruneWarning, match="changed again and again") as told:
+        for step in range(2 * backend.MOST_CHANGES):
+            x = torch.randn(4 + step % 3, 64)
+            weight.data.mul_(1.1)
+            assert_equal(compiled(x), model(x))
+    assert len([w for w in told if w.category is FxPruneWarning]) == 1
+    assert len(later) == 1 and hasattr(later[0], "_torchdynamo_orig_callable")
+    assert len(packings) <= 1 + backend.MOST_CHANGES
+
+
+@torch.no_grad()
+def test_rare_changes_go_on_being_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "FEW_CALLS", 2)
+    packings = counted(monkeypatch, "_pack")
+    model, x = pruned(Net()), torch.randn(4, 64)
+    compiled = torch.compile(model, backend=fxprune, options=EAGER)
+    for step in range(2 * backend.MOST_CHANGES):
+        for _ in range(2):
+            assert_equal(compiled(x), model(x))
+        model.get_parameter("c.weight").data.mul_(1.1)
+        assert len(packings) == 1 + step
+
+
+@torch.no_grad()
+def test_the_oldest_program_goes_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "MOST_PROGRAMS", 2)
+    monkeypatch.setattr(errors, "_warned", set())
+    model, x = pruned(Blocks()), torch.randn(4, 64)
+    compiled = torch.compile(model, backend=fxprune, options=EAGER)
+    with pytest.warns(FxPruneWarning, match="changed again and again"):
+        for _ in range(backend.MOST_CHANGES):
+            assert_equal(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("amounts", [(0.9, 0.9, 0.9), (0.9, 0.5, 0.0)], ids=["alike", "of other sparsity"])
+@torch.no_grad()
+def test_blocks_that_share_a_frame_keep_their_own_weights_and_are_compiled(
+    amounts: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = counted(monkeypatch, "_compiled_later")
+    model = Blocks()
+    for block, amount in zip(model.blocks, amounts, strict=True):
+        pruned(block, amount)
+    compiled = torch.compile(model.eval(), backend=fxprune, options=PACKED)
+    for batch in (4, 7, 4):
+        x = torch.randn(batch, 64)
+        assert_equal(compiled(x), model(x))
+    # What differs in values alone shares what was compiled; nothing runs eager.
+    assert (later == []) is (len(set(amounts)) == 1)
+    assert all(hasattr(program, "_torchdynamo_orig_callable") for program in later)
+
+
+@torch.no_grad()
+def test_blocks_that_differ_in_a_number_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    later = counted(monkeypatch, "_compiled_later")
+    model = pruned(Blocks())
+    for eps, norm in zip((1e-5, 1.0, 2.0), [m for m in model.modules() if isinstance(m, nn.BatchNorm1d)], strict=True):
+        norm.eps = eps
+    compiled = torch.compile(model, backend=fxprune, options=PACKED, dynamic=True)
     for batch in (4, 7):
         x = torch.randn(batch, 64)
         assert_equal(compiled(x), model(x))
+    assert all(hasattr(program, "_torchdynamo_orig_callable") for program in later)
+
+
+@torch.no_grad()
+def test_parameters_that_are_replaced_are_let_go() -> None:
+    model: Any = pruned(Net())
+    compiled = torch.compile(model, backend=fxprune, options=EAGER)
+    x = torch.randn(4, 64)
+    compiled(x)
+    old = weakref.ref(model.c.weight)
+    for _ in range(3):
+        model.c.weight = nn.Parameter(model.c.weight * 2)
+        assert_equal(compiled(x), model(x))
+    gc.collect()
+    assert old() is None
+
+
+@torch.no_grad()
+def test_modules_of_one_function_keep_their_own_weights() -> None:
+    first, second = pruned(Net()), pruned(Net())
+    compiled = torch.compile(lambda x: first(x) + second(x), backend=fxprune, options=PACKED)
+    x = torch.randn(4, 64)
+    assert_equal(compiled(x), first(x) + second(x))
+
+
+@torch.no_grad()
+def test_a_model_that_keeps_state_stays_dense_and_keeps_it(caplog: pytest.LogCaptureFixture) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.seen = pruned(Net()), nn.Buffer(torch.zeros(64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.add_(x.sum(0))
+            return self.net(x) + (self.seen * 2).sum()
+
+    model, x = Counts().eval(), torch.randn(4, 64)
+    compiled = torch.compile(model, backend=fxprune, options=PACKED)
+    for calls in (1, 2, 3):
+        got = compiled(x)
+        torch.testing.assert_close(model.seen, calls * x.sum(0))
+        assert_equal(got, model.net(x) + (model.seen * 2).sum())
+    assert "it writes to its parameters or buffers" in caplog.text
+
+
+def test_inference_tensors_are_taken() -> None:
+    for options in (EAGER, {**EAGER, "constant_weights": True}):
+        torch._dynamo.reset()
+        with torch.inference_mode():
+            model, x = pruned(Net()), torch.randn(4, 64)
+            compiled = torch.compile(model, backend=fxprune, options=options)
+            assert_equal(compiled(x), model(x))
 
 
 def test_with_gradients_the_graph_stays_dense_and_trains(caplog: pytest.LogCaptureFixture) -> None:

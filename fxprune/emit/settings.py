@@ -13,6 +13,7 @@ from fxprune.errors import InputError
 from fxprune.graph.environment import variable
 from fxprune.lower.layouts import LAYOUTS
 
+_FLAGS = ("compile", "freezing", "measure", "masked_matmul", "constant_weights")
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -29,6 +30,8 @@ class Settings:
     align     widths are left at multiples of this where dead channels leave: others are slower to compute
     masked_matmul   with trainable=True: masks of linear layers are bits that their products apply, so that no w * m
               takes memory; on a GPU the kernels of `triton_kernels.masked` do it
+    constant_weights  for the backend of torch.compile: nobody writes to the weights, so that calls look at their
+              identity and version alone, and not at what they hold
     """
 
     mode: str | None = None
@@ -39,6 +42,7 @@ class Settings:
     tune_for: tuple[int, ...] = ()
     align: int = 8
     masked_matmul: bool = False
+    constant_weights: bool = False
 
     @staticmethod
     def read(mode: str | None, options: Mapping[str, Any] | None) -> Settings:
@@ -56,7 +60,7 @@ class Settings:
         for key, value in values.items():
             if key not in known:
                 raise _unknown("option", key, sorted(known))
-            if key in ("compile", "freezing", "measure", "masked_matmul") and not isinstance(value, bool):
+            if key in _FLAGS and not isinstance(value, bool):
                 raise InputError(f"cannot use option {key}={value!r}", why="it is not True or False")
         align = values.get("align", 1)
         if isinstance(align, bool) or not isinstance(align, int) or align < 1:

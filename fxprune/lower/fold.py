@@ -17,6 +17,7 @@ from fxprune.graph.program import (
 )
 from fxprune.graph.weights import norm_behind
 from fxprune.select.selection import Selection
+from fxprune.select.subnormal import flush_hidden
 
 aten = torch.ops.aten
 _CONVS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
@@ -44,7 +45,8 @@ def fold_batch_norm(program: Program) -> Program:
     """A copy with each inference batch-norm folded into the convolution before it.
 
     Folds where the convolution's output has no other reader and neither its weight nor its bias is used elsewhere.
-    w' = w * g / sqrt(var + eps), b' = (b - mean) * g / sqrt(var + eps) + beta, computed in float64.
+    w' = w * g / sqrt(var + eps), b' = (b - mean) * g / sqrt(var + eps) + beta, computed in float64. What becomes
+    subnormal beside ordinary numbers is zero.
     """
     result = copy_program(program)
     for node in list(result.graph.nodes):
@@ -86,9 +88,11 @@ def _fold(program: Program, norm: Node) -> None:
     new_weight = (weight.double() * scale.reshape(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
     name = str(weight_node.target)
     module, leaf = owner(program, name)
-    replace_parameter(program, [name], new_weight)
+    replace_parameter(program, [name], flush_hidden(new_weight))
     bias_name = f"{name.rpartition('.')[0]}.{leaf}_folded_bias".lstrip(".")
-    module._parameters[f"{leaf}_folded_bias"] = torch.nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+    module._parameters[f"{leaf}_folded_bias"] = torch.nn.Parameter(
+        flush_hidden(bias.to(weight.dtype)), requires_grad=False
+    )
     read = [a for a in (*conv.args[2:3], *norm.args) if isinstance(a, Node) and a.op == "get_attr"]
     with program.graph.inserting_before(conv):
         bias_node = program.graph.get_attr(bias_name)

@@ -34,6 +34,7 @@ def test_a_variable_says_whether_whole_models_are_timed_and_options_have_the_las
         (None, {"tunefor": 1}, "unknown option 'tunefor'. Did you mean 'tune_for'"),
         (None, {"layout": "nonzero"}, "unknown layout 'nonzero'. Did you mean 'nonzeros'"),
         (None, {"freezing": 1}, "it is not True or False"),
+        (None, {"constant_weights": "no"}, "it is not True or False"),
         (None, {"tune_for": [0]}, "each at least 1"),
         (None, {"tune_for": [True]}, "each at least 1"),
         (None, {"tune_for": "8"}, "each at least 1"),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxprune.capture.capture import capture
+from fxprune.lower.layouts import choose
 from fxprune.lower.layouts.choose import Chooser
 from fxprune.lower.layouts.site import Choice, Packed, Site
 from fxprune.lower.lower import batches, lower
@@ -90,3 +91,23 @@ def test_a_site_is_asked_about_at_the_rows_it_will_see() -> None:
         chooser = Watching()
         lower(captured.program, ["linear.weight"], chooser, batches(captured, sizes))
         assert chooser.sites[0].tokens == rows
+
+
+def test_what_is_read_at_every_call_counts_as_time_of_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Tensor] = []
+
+    def times(functions: list[Callable[[], Tensor]], *_: object) -> list[float]:
+        for function in functions:
+            function()
+        return [1.0] * len(functions)
+
+    monkeypatch.setattr(choose, "_times", times)
+    monkeypatch.setattr(choose, "fingerprint", read.append)
+    weight = torch.randn(64, 64) * (torch.rand(64, 64) < 0.1)
+    sites = [Site(name, "node", weight, None, (4,), "") for name in ("a", "b", "c")]
+    original = torch.randn(64, 64)
+    chooser = Chooser()
+    chooser.watched = {"a": [original], "b": [original, weight]}
+    # Alike in all else, they are measured apart.
+    assert [chooser.choose(site)[0].reused for site in (*sites, *sites)] == [False] * 3 + [True] * 3
+    assert [id(tensor) for tensor in read] == [id(original), id(original), id(weight)]

@@ -49,6 +49,7 @@ for _schema in (
     _library.define(_schema, tags=(torch.Tag.needs_fixed_stride_order,))
 _lock = threading.Lock()
 _status: Status | None = None
+_object: ctypes.CDLL | None = None
 
 
 def load() -> Status:
@@ -64,13 +65,20 @@ def load() -> Status:
 status = load
 
 
+def function_of_object(name: str) -> Any:
+    """A C function of the compiled kernels, for ctypes; None where they do not run on this machine."""
+    return getattr(_object, name) if load().available else None
+
+
 def _load() -> Status:
+    global _object
     if variable("FXPRUNE_NATIVE") == "0":
         return Status(False, "switched off by FXPRUNE_NATIVE=0")
     try:
         path = build.build()
         torch.ops.load_library(path)
-        name = ctypes.CDLL(str(path)).fxprune_isa
+        _object = ctypes.CDLL(str(path))
+        name = _object.fxprune_isa
         name.restype = ctypes.c_char_p
         isa = name().decode()
     except (BuildError, OSError, RuntimeError) as error:

@@ -17,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "fingerprint.h"
 #include "microkernels.h"
 
 namespace fxprune {
@@ -256,6 +257,10 @@ std::vector<Tensor> nonzeros_linear_split(
 
 // Which vector instructions this object was compiled for.
 extern "C" const char* fxprune_isa() { return FXPRUNE_ISA; }
+
+extern "C" uint64_t fxprune_fingerprint(const void* data, int64_t bytes) {
+  return fxprune::fingerprint(data, bytes);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fxprune, CPU, m) {
   m.impl("nonzeros_linear", TORCH_BOX(&fxprune::nonzeros_linear));

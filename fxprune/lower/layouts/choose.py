@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 import torch
 from torch import Tensor
 
 from fxprune.graph.environment import words_of
+from fxprune.kernels.native.fingerprint import fingerprint
 from fxprune.measure.device import cache_bytes
 from fxprune.measure.timing import interleave, interleave_graphs
 
@@ -31,11 +32,14 @@ class Chooser:
 
     What was measured on a GPU other processes know as well (`remember`). `model_bytes` are those of all weights: where
     they fit into a core's cache a layer finds its own there, and is timed so; else the others' have taken their place.
+    `watched` names weights that can be stored only if every call looks whether these tensors still hold what they held:
+    that is part of what packing costs.
     """
 
     def __init__(self, *, only: str | None = None, model_bytes: int | None = None) -> None:
         self.only = only
         self._warm = model_bytes is not None and model_bytes <= cache_bytes()
+        self.watched: Mapping[str, Sequence[Tensor]] = {}
         self._known: dict[tuple[object, ...], Choice] = {}
 
     def choose(self, site: Site) -> tuple[Choice, Packed | None]:
@@ -56,7 +60,8 @@ class Chooser:
             return Choice("dense", few, {**refused, **dict.fromkeys(fitting, few)}, ()), None
         if not fitting:
             return Choice("dense", "no sparse layout fits", refused, ()), None
-        key = _likeness(site, fitting)
+        watched = self.watched.get(site.name, ())
+        key = (*_likeness(site, fitting), sum(tensor.nbytes for tensor in watched))
         memory = _memory(site.weight)
         known = self._known.get(key) or (None if memory is None else _recalled(memory, key, fitting))
         if known is not None:
@@ -64,7 +69,7 @@ class Chooser:
             if packed or known.layout == "dense":
                 self._known[key] = known
                 return dataclasses.replace(known, reused=True), packed.get(known.layout)
-        choice, packed = _measure(site, fitting, refused, self._warm)
+        choice, packed = _measure(site, fitting, refused, watched, self._warm)
         if _NO_MEMORY in choice.refused.values():
             return choice, packed  # There may be enough for the next.
         self._known[key] = choice
@@ -104,7 +109,9 @@ def _likeness(site: Site, fitting: list[str]) -> tuple[object, ...]:
     return (*weight.shape, round(kept * 50), site.tokens, weight.dtype, weight.device, threads, tuple(stored))
 
 
-def _measure(site: Site, fitting: list[str], refused: dict[str, str], warm: bool) -> tuple[Choice, Packed | None]:
+def _measure(
+    site: Site, fitting: list[str], refused: dict[str, str], watched: Sequence[Tensor], warm: bool
+) -> tuple[Choice, Packed | None]:
     packed, refused = _pack(site, fitting, refused)
     fitting = list(packed)
     if not fitting:
@@ -116,7 +123,7 @@ def _measure(site: Site, fitting: list[str], refused: dict[str, str], warm: bool
     for tokens in site.tokens:
         x = torch.randn(tokens, site.weight.shape[1], generator=generator).to(site.weight)
         dense = best_dense(site, x)
-        sparse = [_bind(name, x, packed[name], site.bias) for name in fitting]
+        sparse = [_bind(name, x, packed[name], site.bias, watched) for name in fitting]
         samples = _times([*dense, *sparse], x.device, SECONDS_PER_SITE / len(site.tokens), warm)
         if isinstance(samples, str):
             return Choice("dense", samples, {**refused, **dict.fromkeys(fitting, samples)}, ()), None
@@ -170,6 +177,12 @@ def _limit(name: str) -> str:
     return "" if most is None else f"; a call with more than {most} tokens unpacks it first"
 
 
-def _bind(name: str, x: Tensor, packed: Packed, bias: Tensor | None) -> Callable[[], Tensor]:
+def _bind(name: str, x: Tensor, packed: Packed, bias: Tensor | None, watched: Sequence[Tensor]) -> Callable[[], Tensor]:
     layout = LAYOUTS[name]
-    return lambda: layout.call(x, packed, bias, "")
+
+    def call() -> Tensor:
+        for tensor in watched:
+            fingerprint(tensor)
+        return layout.call(x, packed, bias, "")
+
+    return call
