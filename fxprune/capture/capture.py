@@ -141,8 +141,11 @@ def apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...
     return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
 
 
-def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
-    with torch.no_grad(), compat.sizes_of_one_stay_dynamic(), compat.quiet_export():
+def export_program(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, *, gradients: bool = False
+) -> ExportedProgram:
+    """torch.export's own capture. With `gradients` its regions without gradients stand in the graph as such."""
+    with torch.set_grad_enabled(gradients), compat.sizes_of_one_stay_dynamic(), compat.quiet_export():
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
