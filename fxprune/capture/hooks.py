@@ -24,7 +24,7 @@ def fold_existing(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     Returns the model itself where there is nothing to fold. Otherwise the copy shares all storage with the model except
     the folded weights.
     """
-    if not any(_pruned_names(m) or parametrize.is_parametrized(m) for m in model.modules()):
+    if not any(pruned_names(m) or parametrize.is_parametrized(m) for m in model.modules()):
         return model, {}
     shadow = _shadow(model)
     masks: dict[str, Tensor] = {}
@@ -34,7 +34,7 @@ def fold_existing(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
             if isinstance(module, parametrize.ParametrizationList):
                 continue
             prefix = f"{path}." if path else ""
-            for name in _pruned_names(module):
+            for name in pruned_names(module):
                 masks[prefix + name] = _fold_hook(module, name, folded)
             if parametrize.is_parametrized(module):
                 masks.update({prefix + n: m for n, m in _fold_parametrizations(module).items()})
@@ -46,7 +46,14 @@ def mask_hooks(module: nn.Module) -> Mapping[int, prune.BasePruningMethod]:
     return {k: h for k, h in module._forward_pre_hooks.items() if isinstance(h, prune.BasePruningMethod)}
 
 
-def _pruned_names(module: nn.Module) -> list[str]:
+def parametrized_names(model: nn.Module) -> list[str]:
+    """The tensors of a model that parametrizations compute."""
+    found = [(path, m) for path, m in model.named_modules() if parametrize.is_parametrized(m)]
+    return [f"{path}.{name}".lstrip(".") for path, m in found for name in cast(nn.ModuleDict, m.parametrizations)]
+
+
+def pruned_names(module: nn.Module) -> list[str]:
+    """The parameters of one module that torch.nn.utils.prune hooks mask."""
     return list(dict.fromkeys(h._tensor_name for h in mask_hooks(module).values()))
 
 
@@ -112,16 +119,17 @@ def _fold_parametrizations(module: nn.Module) -> dict[str, Tensor]:
     # In training mode spectral_norm would write to buffers that are the user's own.
     lists.eval()
     values = {name: getattr(module, name).detach().clone() for name in lists}
-    buffers = {name for name in lists if not isinstance(getattr(lists[name], "original", None), nn.Parameter)}
     # parametrize.remove_parametrizations would edit the class, which the copy shares with the user's module.
     del module._modules["parametrizations"]
     module.__class__ = type(module).__mro__[1]
     masks = {}
     for name, value in values.items():
-        if name in buffers and not hasattr(lists[name], "original0"):
-            module.register_buffer(name, value)
+        # Not `original` itself: a mask makes a plain tensor of it.
+        parts = [*lists[name].parameters()]
+        if parts:
+            setattr(module, name, nn.Parameter(value, requires_grad=any(part.requires_grad for part in parts)))
         else:
-            setattr(module, name, nn.Parameter(value, requires_grad=False))
+            module.register_buffer(name, value)
         if not bool((value != 0).all()):
             masks[name] = value != 0
     return masks

@@ -17,12 +17,13 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.export import ExportedProgram
 
 from fxprune.capture.capture import Capture
+from fxprune.capture.hooks import parametrized_names
 from fxprune.check.calls import Call
 from fxprune.check.compare import CheckRow, refuse
 from fxprune.check.proof import Expected
 from fxprune.emit.trainable.modes import training_modes
 from fxprune.emit.trainable.module import TrainableModule, emit_trainable, origin_of
-from fxprune.graph.note import Note
+from fxprune.graph.note import Note, some
 from fxprune.graph.program import Program, copy_program
 from fxprune.lower.fold import fold
 from fxprune.lower.lower import Lowered
@@ -132,6 +133,10 @@ def deliver_trainable(
     Raises CheckError where it is not right.
     """
     modes, notes = training_modes(model, captured, example.args, example.kwargs, dynamic_shapes)
+    computed = parametrized_names(model) if isinstance(model, nn.Module) else []
+    if computed:
+        why = "these weights train as the plain values that their parametrizations computed, and are not computed anew"
+        notes.append(Note(f"{why}: {some(computed)}", "warning"))
     origin = origin_of(model, captured)
     result = emit_trainable(
         program, captured.entry, modes, origin, selection.mask, masked_matmul=settings.masked_matmul
