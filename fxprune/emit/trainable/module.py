@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping
-from typing import Any, cast
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 from torch.fx.node import has_side_effect
-from torch.nn.utils import parametrize
 
 from fxprune.capture.capture import Capture
 from fxprune.capture.entry import EntryCheck
+from fxprune.capture.hooks import pruned_names
 from fxprune.emit.pruned import Result
 from fxprune.errors import InputError
 from fxprune.graph.program import (
@@ -33,6 +34,9 @@ from .pickled import graph_data, graph_from
 from .side_by_side import Inserted, ModeArguments
 
 aten = torch.ops.aten
+
+# path.parametrizations.weight.original1 -> path.weight
+_PARAMETRIZED = re.compile(r"^(.*\.)?parametrizations\.([^.]+)\.original\d*(?:_orig)?$")
 
 
 class TrainableModule(Result):
@@ -70,22 +74,48 @@ def _module(root: nn.Module, graph: Graph, codegen: Any) -> TrainableModule:
 
 
 def _alike(result: TrainableModule, source: nn.Module) -> TrainableModule:
-    """Gives a copy what torch's GraphModule forgets of each part: its mode, and which buffers are not saved."""
+    """Gives a copy what torch's GraphModule forgets of its source: modes, order, and which buffers are not saved."""
     for path, module in result.named_modules():
         original = source.get_submodule(path)
         module.training = original.training
         module._non_persistent_buffers_set = set(original._non_persistent_buffers_set)
+    _order(result, _names(source))
     return result
+
+
+def _names(module: nn.Module) -> list[str]:
+    """All parts, parameters and buffers of a module in its order, tied ones under each of their names."""
+    names = []
+    for path, part in module.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        names += [path, *(prefix + name for name in (*part._parameters, *part._buffers))]
+    return names
+
+
+def _order(result: nn.Module, names: Sequence[str]) -> None:
+    """Puts what `result` holds into the order of `names`; what is new comes last.
+
+    torch's GraphModule has it in the order of the graph, and an optimiser's state goes to parameters by position.
+    """
+    ranks: dict[str, int] = {}
+    for rank, name in enumerate(names):
+        ranks.setdefault(name, rank)
+    for path, part in result.named_modules():
+        prefix = f"{path}." if path else ""
+        for table in (part._modules, part._parameters, part._buffers):
+            for name in sorted(table, key=lambda name: ranks.get(prefix + name, len(names))):
+                table[name] = table.pop(name)  # pyright: ignore[reportArgumentType]
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
     """What a trainable result takes from the user's model besides the program.
 
-    Names of the parameters that require gradients and of the buffers that a state_dict holds, the buffers that count
-    batches, and the storages (data pointers) that a result must not share.
+    Names of all that it holds in its own order, of the parameters that require gradients and of the buffers that a
+    state_dict holds, the buffers that count batches, and the storages (data pointers) that a result must not share.
     """
 
+    names: tuple[str, ...]
     trains: frozenset[str]
     saved: frozenset[str]
     counters: Mapping[str, Tensor]
@@ -99,17 +129,37 @@ def origin_of(model: nn.Module | ExportedProgram, captured: Capture) -> Origin:
     buffers = dict(program.named_buffers(remove_duplicate=False))
     storages = {t.untyped_storage().data_ptr() for t in [*parameters.values(), *buffers.values()]}
     trains = {name for name, p in parameters.items() if p.requires_grad}
-    saved = set(model.state_dict) if isinstance(model, ExportedProgram) else set()
     counters = {name: b for name, b in buffers.items() if name.endswith("num_batches_tracked")}
-    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
-        prefix = f"{path}." if path else ""
-        saved.update(prefix + name for name in module._buffers.keys() - module._non_persistent_buffers_set)
-        if parametrize.is_parametrized(module):
-            for name, parts in cast(nn.ModuleDict, module.parametrizations).items():
-                # The capture holds the value that the parametrization computes, which is no leaf of the user's model.
-                if any(p.requires_grad for p in parts.parameters()):
-                    trains.add(prefix + name)
-    return Origin(frozenset(trains), frozenset(saved), counters, frozenset(storages - {0}))
+    if isinstance(model, ExportedProgram):
+        names, saved = _with_parts(model.state_dict), set(model.state_dict)
+    else:
+        names, saved = _plain_names(model), set()
+        for path, module in model.named_modules():
+            prefix = f"{path}." if path else ""
+            saved.update(prefix + name for name in module._buffers.keys() - module._non_persistent_buffers_set)
+    return Origin(tuple(names), frozenset(trains), frozenset(saved), counters, frozenset(storages - {0}))
+
+
+def _plain_names(model: nn.Module) -> list[str]:
+    """The names of a model as they are once its masks and parametrizations are folded, in the order of what holds them.
+
+    So the order is that of `model.parameters()`, where a mask moved a weight behind its bias.
+    """
+    pruned = {f"{path}.{name}".lstrip(".") for path, m in model.named_modules() for name in pruned_names(m)}
+    names = []
+    for name in _names(model):
+        name = _PARAMETRIZED.sub(r"\1\2", name)
+        names.append(name.removesuffix("_orig") if name.removesuffix("_orig") in pruned else name)
+    return names
+
+
+def _with_parts(names: Iterable[str]) -> list[str]:
+    """Names of tensors, each behind the paths of the modules that hold it."""
+    found: list[str] = []
+    for name in names:
+        parts = name.split(".")
+        found += [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return found
 
 
 def emit_trainable(
@@ -142,6 +192,7 @@ def emit_trainable(
     for path, module in result.named_modules():
         prefix = f"{path}." if path else ""
         module._non_persistent_buffers_set = {n for n in module._buffers if prefix + n not in origin.saved | masked}
+    _order(result, origin.names)
     return result.eval()
 
 
