@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,19 @@ def _shadow(model: nn.Module) -> nn.Module:
             why=f"its module tree cannot be copied ({type(error).__name__}: {error})",
             do="Make the masks permanent with torch.nn.utils.prune.remove on each pruned weight first.",
         ) from error
+
+
+def separate(model: nn.Module) -> nn.Module:
+    """A copy of the module tree over the same storage, whose tensors are objects of their own."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in memo:
+                memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        others = [v for v in [*module._buffers.values(), *vars(module).values()] if isinstance(v, Tensor)]
+        for tensor in others:
+            memo.setdefault(id(tensor), tensor.detach())
+    return copy.deepcopy(model, memo)
 
 
 # id of a pruned parameter -> the masks it has at its owners, each with what became of it there

@@ -28,12 +28,14 @@ class Expected:
     """What the oracle answers to the calls of a proof, and comparisons with it.
 
     outputs  the flat outputs of each call, in the precision of the model
+    oracle   what answered
     wide     the same in float32 where the model is in half precision and something shrinks: rounding hides nothing
     """
 
     proof: Proof
     outputs: list[list[Any]]
     wide: list[list[Any]]
+    oracle: Oracle
     is_wide: bool = False
 
     def shrunk(self, program: Program, selection: Selection, what: str = "shrunk = zeroed") -> CheckRow:
@@ -95,9 +97,9 @@ class Proof:
         found = [oracle.outputs(call) for call in self.calls]
         half = any(getattr(n.meta.get("val"), "dtype", None) in HALF for n in program.graph.nodes)
         if removal is None or not half:
-            return Expected(self, found, found)
+            return Expected(self, found, found, oracle)
         wide = Oracle(program, selection, removal, wide=True)
-        return Expected(self, found, [wide.outputs(call) for call in self.calls], True)
+        return Expected(self, found, [wide.outputs(call) for call in self.calls], oracle, True)
 
 
 @dataclasses.dataclass(frozen=True)

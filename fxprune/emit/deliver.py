@@ -20,6 +20,7 @@ from fxprune.capture.capture import Capture
 from fxprune.capture.hooks import parametrized_names
 from fxprune.check.calls import Call
 from fxprune.check.compare import CheckRow, refuse
+from fxprune.check.gradients import compare_gradients
 from fxprune.check.proof import Expected
 from fxprune.emit.trainable.modes import training_modes
 from fxprune.emit.trainable.module import TrainableModule, emit_trainable, origin_of
@@ -145,6 +146,10 @@ def deliver_trainable(
     for row in rows:
         if not row.ok:
             raise refuse(row, "Please report it with FXPRUNE_TRACE=<dir>.")
+    if expected is not None:
+        without = {name for name, mode in modes.items() if mode.no_grad}
+        checks, more = compare_gradients(result, model, expected, without)
+        rows, notes = [*rows, *checks], [*notes, *more]
     return result, notes, rows
 
 

@@ -10,7 +10,6 @@ mode with outputs, parameters or state of its own is refused: no flag makes it o
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import io
 from collections import defaultdict
@@ -18,14 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram, ShapesCollection
 from torch.fx import Node
 
 from fxprune.capture import admit
 from fxprune.capture.capture import Capture, apart, attempts, export_program
 from fxprune.capture.entry import TensorInput
-from fxprune.capture.hooks import fold_existing
+from fxprune.capture.hooks import fold_existing, separate
 from fxprune.check.calls import Call, resized_call
 from fxprune.errors import CaptureError
 from fxprune.graph.environment import words_of
@@ -56,7 +55,7 @@ def training_modes(
         return _by_flags(captured.program, None, set(), None, "an ExportedProgram has one mode")
     with admit.untouched(model):
         try:
-            shadow = _shadow(fold_existing(model)[0])
+            shadow = separate(fold_existing(model)[0])
             cumulative = _start_training(shadow)
         except Exception as error:
             reason = f"no copy of the model could be set to train: {words_of(error)}"
@@ -76,7 +75,7 @@ def training_modes(
             return modes, _unmoved(captured.program, modes)
         if trains is not None and (more := beyond(evals, trains)):
             raise _branch(model, more)
-        regions = _regions(_shadow(fold_existing(model)[0]), captured, evals, *call)
+        regions = _regions(separate(fold_existing(model)[0]), captured, evals, *call)
         return _by_flags(captured.program, shadow, cumulative, trains, reason, regions)
 
 
@@ -104,19 +103,6 @@ def _regions(
                 return Walk(evals, Flat(exported), _state(shadow), set()).modes()
     # What is missed here is seen where the gradients of the result are held against the model's.
     return {}
-
-
-def _shadow(model: nn.Module) -> nn.Module:
-    """A copy of the module tree over the same storage, whose tensors are objects of their own."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and id(parameter) not in memo:
-                memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-        others = [v for v in [*module._buffers.values(), *vars(module).values()] if isinstance(v, Tensor)]
-        for tensor in others:
-            memo.setdefault(id(tensor), tensor.detach())
-    return copy.deepcopy(model, memo)
 
 
 def _start_training(shadow: nn.Module) -> set[str]:
