@@ -25,6 +25,7 @@ from fxprune.capture import admit
 from fxprune.capture.capture import Capture, apart, attempts, export_program
 from fxprune.capture.entry import TensorInput
 from fxprune.capture.hooks import fold_existing, separate
+from fxprune.capture.own_masks import fold_constant_masks
 from fxprune.check.calls import Call, resized_call
 from fxprune.errors import CaptureError
 from fxprune.graph.environment import words_of
@@ -143,6 +144,7 @@ def _graphs(
                 with contextlib.redirect_stderr(io.StringIO()):
                     shapes = shapes_of(own_args, own_kwargs)
                     program = export_program(shadow, own_args, own_kwargs, shapes, gradients=True).module()
+                    fold_constant_masks(program, only_held=True)
             except ValueError as error:
                 yield error
             except Exception as error:

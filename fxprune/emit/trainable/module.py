@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import operator
 import re
@@ -16,20 +17,19 @@ from torch.fx.node import has_side_effect
 
 from fxprune.capture.capture import Capture
 from fxprune.capture.entry import EntryCheck
-from fxprune.capture.hooks import pruned_names
+from fxprune.capture.hooks import mask_hooks, pruned_names
+from fxprune.capture.own_masks import Held
 from fxprune.emit.pruned import Result
-from fxprune.errors import InputError
 from fxprune.graph.program import (
     Program,
     copy_program,
-    names_of_parameters,
     owner,
     replace_tensors,
     set_argument,
 )
-from fxprune.kernels.masked_linear import masked_linear
 from fxprune.select.mask import PackedMask
 
+from .masks import mask_weights
 from .pickled import graph_data, graph_from
 from .side_by_side import Inserted, ModeArguments
 
@@ -47,8 +47,20 @@ class TrainableModule(Result):
     on any module, and follow train() and eval().
     """
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Nothing calls the parts of a graph, so the pruning hooks that they were given are called here.
+        for part in self.modules():
+            if part is not self:
+                for hook in mask_hooks(part).values():
+                    hook(part, args)
+        return super().__call__(*args, **kwargs)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainableModule:
-        return _alike(super().__deepcopy__(memo), self)
+        result = super().__deepcopy__(memo)
+        # Copied already: deepcopy remembers.
+        return _holding(
+            result, {key: copy.deepcopy(value, memo) for key, value in vars(self).items() if _is_held(key, value)}
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = dict(vars(self))
@@ -61,7 +73,7 @@ class TrainableModule(Result):
 def _rebuild(state: dict[str, Any], nodes: list[tuple[Any, ...]], codegen: Any) -> TrainableModule:
     root = nn.Module()
     root.__dict__ = state
-    return _alike(_module(root, graph_from(nodes), codegen), root)
+    return _holding(_module(root, graph_from(nodes), codegen), state)
 
 
 def _module(root: nn.Module, graph: Graph, codegen: Any) -> TrainableModule:
@@ -73,13 +85,19 @@ def _module(root: nn.Module, graph: Graph, codegen: Any) -> TrainableModule:
     return result
 
 
-def _alike(result: TrainableModule, source: nn.Module) -> TrainableModule:
-    """Gives a copy what torch's GraphModule forgets of its source: modes, order, and which buffers are not saved."""
-    for path, module in result.named_modules():
-        original = source.get_submodule(path)
-        module.training = original.training
-        module._non_persistent_buffers_set = set(original._non_persistent_buffers_set)
-    _order(result, _names(source))
+# What torch's GraphModule takes from its root by the reads of its graph alone, or not at all.
+_HELD = {"training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+_HELD |= {"_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"}
+
+
+def _is_held(key: str, value: Any) -> bool:
+    """Whether a module holds its state in this attribute: a weight that a pruning hook masks is a plain one."""
+    return key in _HELD or isinstance(value, Tensor)
+
+
+def _holding(result: TrainableModule, state: Mapping[str, Any]) -> TrainableModule:
+    """Gives a copy the very parts, tables and hooks of what it is a copy of, in their order."""
+    vars(result).update({key: value for key, value in state.items() if _is_held(key, value)})
     return result
 
 
@@ -112,13 +130,15 @@ class Origin:
     """What a trainable result takes from the user's model besides the program.
 
     Names of all that it holds in its own order, of the parameters that require gradients and of the buffers that a
-    state_dict holds, the buffers that count batches, and the storages (data pointers) that a result must not share.
+    state_dict holds, the buffers that count batches and those that hold masks, by weight, and the storages (data
+    pointers) that a result must not share.
     """
 
     names: tuple[str, ...]
     trains: frozenset[str]
     saved: frozenset[str]
     counters: Mapping[str, Tensor]
+    holders: Mapping[str, Held]
     storages: frozenset[int]
 
 
@@ -137,7 +157,9 @@ def origin_of(model: nn.Module | ExportedProgram, captured: Capture) -> Origin:
         for path, module in model.named_modules():
             prefix = f"{path}." if path else ""
             saved.update(prefix + name for name in module._buffers.keys() - module._non_persistent_buffers_set)
-    return Origin(tuple(names), frozenset(trains), frozenset(saved), counters, frozenset(storages - {0}))
+    return Origin(
+        tuple(names), frozenset(trains), frozenset(saved), counters, captured.holders, frozenset(storages - {0})
+    )
 
 
 def _plain_names(model: nn.Module) -> list[str]:
@@ -174,12 +196,13 @@ def emit_trainable(
     """A TrainableModule with tensors of its own, in eval mode; the program is left as it is.
 
     `modes` of nodes that the program does not have any more are passed over. Each weight of `masks` is multiplied by a
-    buffer `<name>_mask` where it is read, so that what is zero stays zero; it is zero in the parameter too. With
+    buffer `<name>_mask`, or by the model's own that held its mask, so that what is zero stays zero; it is zero in the
+    parameter too. With
     `masked_matmul` the weights of linear layers are not multiplied: `masked_linear` has the mask as bits.
     """
     draft = copy_program(program)
     own = _own_tensors(draft, origin)
-    masked = _mask(draft, masks or {}, masked_matmul)
+    masked = mask_weights(draft, masks or {}, origin.holders, masked_matmul)
     _switch(draft, modes, {n: own.get(id(t), t) for n, t in origin.counters.items()})
     for node in list(draft.graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
@@ -208,64 +231,6 @@ def _own_tensors(draft: Program, origin: Origin) -> dict[int, Tensor]:
         return nn.Parameter(value, id(old) in trains) if isinstance(old, nn.Parameter) else value
 
     return replace_tensors(draft, own)
-
-
-def _mask(draft: Program, masks: Mapping[str, PackedMask], masked_matmul: bool) -> set[str]:
-    """Multiplies weights by their masks where they are read; returns the names of the mask buffers."""
-    canonical = names_of_parameters(draft)
-    readers: dict[str, list[Node]] = {}
-    for node in draft.graph.nodes:
-        if node.op == "get_attr" and node.users and str(node.target) in canonical:
-            readers.setdefault(canonical[str(node.target)], []).append(node)
-    names: set[str] = set()
-    for name, mask in masks.items():
-        first = canonical.get(name)
-        if first is None or tuple(draft.get_parameter(first).shape) != tuple(mask.shape):
-            shape = "no parameter" if first is None else list(draft.get_parameter(first).shape)
-            raise InputError(f'cannot mask "{name}"', why=f"the mask is {list(mask.shape)}, the program has {shape}")
-        module, leaf = owner(draft, first)
-        parameter = draft.get_parameter(first)
-        keep = mask.unpack().to(parameter.device)
-        parameter.data = parameter.detach().masked_fill(~keep, 0)
-        buffer = f"{leaf}_mask"
-        while hasattr(module, buffer):
-            buffer += "_"
-        reads = readers.get(first, [])
-        in_matmul = masked_matmul and all(map(_only_linears, reads))
-        module.register_buffer(buffer, mask.bits.to(parameter.device) if in_matmul else keep)
-        for read in reads:
-            (_mask_in_linears if in_matmul else _multiply)(draft.graph, read, first.removesuffix(leaf) + buffer)
-        names.add(first.removesuffix(leaf) + buffer)
-    return names
-
-
-def _only_linears(read: Node) -> bool:
-    """Whether a weight is read by linear layers alone, and as their weight."""
-    return all(
-        user.target is aten.linear.default and user.args[1] is read and read not in (user.args[0], *user.args[2:])
-        for user in read.users
-    )
-
-
-def _mask_in_linears(graph: Graph, read: Node, buffer: str) -> None:
-    """linear(x, weight, bias) -> masked_linear(x, weight, bits, bias) wherever `read` is the weight."""
-    for linear in list(read.users):
-        x, weight, *bias = linear.args
-        bias = bias or [linear.kwargs.get("bias")]
-        with graph.inserting_before(linear):
-            bits = graph.get_attr(buffer)
-            product = graph.call_function(masked_linear, (x, weight, bits, *bias))
-        linear.replace_all_uses_with(product)
-        graph.erase_node(linear)
-
-
-def _multiply(graph: Graph, read: Node, buffer: str) -> None:
-    """weight -> weight * mask for all that reads it."""
-    with graph.inserting_after(read):
-        keep = graph.get_attr(buffer)
-    with graph.inserting_after(keep):
-        masked = graph.call_function(aten.mul.Tensor, (read, keep))
-    read.replace_all_uses_with(masked, delete_user_cb=lambda user: user is not masked)
 
 
 def _switch(draft: Program, modes: Mapping[str, ModeArguments], counters: Mapping[str, Tensor]) -> None:
