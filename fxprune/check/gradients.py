@@ -32,6 +32,7 @@ from .proof import Expected
 _ROUNDINGS = 8.0
 
 
+@torch.inference_mode(False)
 def compare_gradients(
     result: nn.Module, model: object, expected: Expected, without: Collection[str]
 ) -> tuple[list[CheckRow], list[Note]]:
@@ -114,7 +115,7 @@ def _backward(function: Callable[..., Any], call: Call, parameters: Mapping[str,
     wanted = {name: p for name, p in parameters.items() if p.requires_grad}
     originals = pytree.tree_leaves((call.args, call.kwargs))
     copies, spec = pytree.tree_flatten(call.copy())
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.enable_grad():
         for place, (original, copy) in enumerate(zip(originals, copies, strict=True)):
             if isinstance(original, Tensor) and original.requires_grad:
                 wanted[f"input {place}"] = copy.requires_grad_()

@@ -184,6 +184,7 @@ def _with_parts(names: Iterable[str]) -> list[str]:
     return found
 
 
+@torch.inference_mode(False)
 def emit_trainable(
     program: Program,
     entry: EntryCheck,
@@ -227,7 +228,7 @@ def _own_tensors(draft: Program, origin: Origin) -> dict[int, Tensor]:
         value = old.detach()
         shared = value.untyped_storage().data_ptr() in origin.storages
         partial = value.untyped_storage().nbytes() > value.numel() * value.element_size()
-        value = value.clone() if shared or partial else value
+        value = value.clone() if shared or partial or value.is_inference() else value
         return nn.Parameter(value, id(old) in trains) if isinstance(old, nn.Parameter) else value
 
     return replace_tensors(draft, own)
