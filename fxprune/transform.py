@@ -35,7 +35,7 @@ from fxprune.lower.fold import fold
 from fxprune.lower.layouts.choose import Chooser
 from fxprune.lower.lower import Lowered, batches, lower
 from fxprune.plan.plan import Plan
-from fxprune.select.decide import check_values, choose_selection, couple_if_needed
+from fxprune.select.decide import check_values, choose_selection, couple_if_needed, existing_masks
 from fxprune.select.selection import Selection
 from fxprune.shrink.drop.blocks import choose_blocks
 from fxprune.shrink.proved import drop_proved, shrink_proved
@@ -203,6 +203,9 @@ def _select(job: Job) -> Iterable[str]:
     decision = choose_selection(job.captured, job.program, job.plan, job.replay, job.coupling)
     # The program has the new values already.
     job.selection = dataclasses.replace(decision.selection, drop=job.blocks, values={})
+    if job.trainable:
+        # What is zero in an inference result stays so; here only a mask keeps it.
+        job.selection.mask = {**existing_masks(job.captured, job.program), **job.selection.mask}
     job.tell(decision.notes)
     return job.selection.words()
 

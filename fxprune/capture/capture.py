@@ -27,14 +27,15 @@ from fxprune.graph.program import Program
 
 from .entry import EntryCheck, ForeignGuard, TensorInput, entry_check
 from .hooks import fold_existing
-from .own_masks import fold_constant_masks
+from .own_masks import Held, fold_constant_masks
 
 
 @dataclasses.dataclass
 class Capture:
     """A program, what it demands of its inputs, the masks it came with (True = kept), and notes for the report.
 
-    `literals` names tensors of the program that the model's code wrote out and that the model does not own.
+    `literals` names tensors of the program that the model's code wrote out and that the model does not own; `holders`
+    the model's buffers that held masks of its own code, by weight.
     """
 
     program: Program
@@ -42,6 +43,7 @@ class Capture:
     existing: dict[str, Tensor]
     notes: list[Note]
     literals: frozenset[str] = frozenset()
+    holders: Mapping[str, Held] = dataclasses.field(default_factory=dict)
 
 
 def capture(
@@ -56,9 +58,9 @@ def capture(
     """Captures `model(*args, **kwargs)` as a graph of ATen ops.
 
     Without `dynamic_shapes`, dim 0 of every tensor input is dynamic where the model allows it; `static=True`
-    fixes every size. `dynamic_shapes` is handed to torch.export as it is. With `fold_masks` the weights that the graph
-    multiplies by constant masks hold their zeros, and no product is left. Raises CaptureError with torch's own error as
-    its cause.
+    fixes every size. `dynamic_shapes` is handed to torch.export as it is. The weights that the graph multiplies by
+    constant masks hold their zeros, and no product is left; without `fold_masks` only where one buffer holds the mask.
+    Raises CaptureError with torch's own error as its cause.
     """
     args, kwargs = tuple(args), dict(kwargs)
     if isinstance(model, ExportedProgram):
@@ -141,8 +143,12 @@ def apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...
     return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
 
 
-def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
-    with compat.alone(), torch.no_grad(), compat.sizes_of_one_stay_dynamic(), compat.quiet_export():
+def export_program(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, *, gradients: bool = False
+) -> ExportedProgram:
+    """torch.export's own capture. With `gradients` its regions without gradients stand in the graph as such."""
+    quietly = compat.quiet_export()
+    with compat.alone(), torch.set_grad_enabled(gradients), compat.sizes_of_one_stay_dynamic(), quietly:
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
@@ -167,16 +173,13 @@ def _finish(
     ]
     if fixed and not notes:
         notes.append(Note(f"dim 0 is fixed by the model in {', '.join(fixed)}", "fallback"))
-    if fold_masks:
-        masks = fold_constant_masks(program)
-        count = len({id(keep) for keep in masks.values()})
-        existing = existing | {
-            name: keep & existing[name] if name in existing else keep for name, keep in masks.items()
-        }
-        if masks:
-            notes.append(Note(f"weights that hold the zeros of constant masks in the model: {count}"))
+    masks, holders = fold_constant_masks(program, only_held=not fold_masks)
+    count = len({id(keep) for keep in masks.values()})
+    existing = existing | {name: keep & existing[name] if name in existing else keep for name, keep in masks.items()}
+    if masks:
+        notes.append(Note(f"weights that hold the zeros of constant masks in the model: {count}"))
     literals = exported.graph_signature.inputs_to_lifted_tensor_constants.values()
-    return Capture(program, entry, existing, notes, frozenset(map(str, literals)))
+    return Capture(program, entry, existing, notes, frozenset(map(str, literals)), holders)
 
 
 def _rewrap(unlifted: torch.fx.GraphModule) -> Program:

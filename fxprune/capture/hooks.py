@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ def fold_existing(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     Returns the model itself where there is nothing to fold. Otherwise the copy shares all storage with the model except
     the folded weights.
     """
-    if not any(_pruned_names(m) or parametrize.is_parametrized(m) for m in model.modules()):
+    if not any(pruned_names(m) or parametrize.is_parametrized(m) for m in model.modules()):
         return model, {}
     shadow = _shadow(model)
     masks: dict[str, Tensor] = {}
@@ -34,7 +34,7 @@ def fold_existing(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
             if isinstance(module, parametrize.ParametrizationList):
                 continue
             prefix = f"{path}." if path else ""
-            for name in _pruned_names(module):
+            for name in pruned_names(module):
                 masks[prefix + name] = _fold_hook(module, name, folded)
             if parametrize.is_parametrized(module):
                 masks.update({prefix + n: m for n, m in _fold_parametrizations(module).items()})
@@ -46,7 +46,14 @@ def mask_hooks(module: nn.Module) -> Mapping[int, prune.BasePruningMethod]:
     return {k: h for k, h in module._forward_pre_hooks.items() if isinstance(h, prune.BasePruningMethod)}
 
 
-def _pruned_names(module: nn.Module) -> list[str]:
+def parametrized_names(model: nn.Module) -> list[str]:
+    """The tensors of a model that parametrizations compute."""
+    found = [(path, m) for path, m in model.named_modules() if parametrize.is_parametrized(m)]
+    return [f"{path}.{name}".lstrip(".") for path, m in found for name in cast(nn.ModuleDict, m.parametrizations)]
+
+
+def pruned_names(module: nn.Module) -> list[str]:
+    """The parameters of one module that torch.nn.utils.prune hooks mask."""
     return list(dict.fromkeys(h._tensor_name for h in mask_hooks(module).values()))
 
 
@@ -72,6 +79,19 @@ def _shadow(model: nn.Module) -> nn.Module:
             why=f"its module tree cannot be copied ({type(error).__name__}: {error})",
             do="Make the masks permanent with torch.nn.utils.prune.remove on each pruned weight first.",
         ) from error
+
+
+def separate(model: nn.Module) -> nn.Module:
+    """A copy of the module tree over the same storage, whose tensors are objects of their own."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in memo:
+                memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        others = [v for v in [*module._buffers.values(), *vars(module).values()] if isinstance(v, Tensor)]
+        for tensor in others:
+            memo.setdefault(id(tensor), tensor.detach())
+    return copy.deepcopy(model, memo)
 
 
 # id of a pruned parameter -> the masks it has at its owners, each with what became of it there
@@ -112,16 +132,17 @@ def _fold_parametrizations(module: nn.Module) -> dict[str, Tensor]:
     # In training mode spectral_norm would write to buffers that are the user's own.
     lists.eval()
     values = {name: getattr(module, name).detach().clone() for name in lists}
-    buffers = {name for name in lists if not isinstance(getattr(lists[name], "original", None), nn.Parameter)}
     # parametrize.remove_parametrizations would edit the class, which the copy shares with the user's module.
     del module._modules["parametrizations"]
     module.__class__ = type(module).__mro__[1]
     masks = {}
     for name, value in values.items():
-        if name in buffers and not hasattr(lists[name], "original0"):
-            module.register_buffer(name, value)
+        # Not `original` itself: a mask makes a plain tensor of it.
+        parts = [*lists[name].parameters()]
+        if parts:
+            setattr(module, name, nn.Parameter(value, requires_grad=any(part.requires_grad for part in parts)))
         else:
-            setattr(module, name, nn.Parameter(value, requires_grad=False))
+            module.register_buffer(name, value)
         if not bool((value != 0).all()):
             masks[name] = value != 0
     return masks

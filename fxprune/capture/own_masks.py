@@ -6,6 +6,7 @@ masks are held. The graph's own tensors are replaced, the model's are not writte
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -18,8 +19,22 @@ from fxprune.graph.program import fetch_any, owner, replace_parameter
 aten = torch.ops.aten
 
 
-def fold_constant_masks(program: GraphModule) -> dict[str, Tensor]:
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """A buffer that alone holds the mask of a weight: its name, and its dtype where it has the weight's shape.
+
+    Without a dtype it holds the mask in a form of its own, as `masked_linear` does.
+    """
+
+    name: str
+    dtype: torch.dtype | None
+
+
+def fold_constant_masks(program: GraphModule, *, only_held: bool = False) -> tuple[dict[str, Tensor], dict[str, Held]]:
     """Folds masks into the weights of `program`; name -> bool, True where kept, for every name of each weight.
+
+    The second answer names the buffers that held a mask and that nothing reads any more, by the weight's first name.
+    With `only_held` no other masks are folded: a result that trains holds a mask in a buffer again, under its old name.
 
     A mask is computed from buffers alone (or from parameters that do not train), and is 0 or 1 everywhere and somewhere
     0. A weight stays as it is that is also read without it or with another one, and one whose product with it is
@@ -29,6 +44,8 @@ def fold_constant_masks(program: GraphModule) -> dict[str, Tensor]:
     constants = _Constants(program)
     own_memory = _handed_out(program)
     found: dict[str, Tensor] = {}
+    holders: dict[str, Held] = {}
+    products: set[Node] = set()
     for product in [node for node in program.graph.nodes if node.target is aten.mul.Tensor]:
         weight, mask = constants.weight_and_mask(product)
         if weight is None or mask is None:
@@ -41,16 +58,23 @@ def fold_constant_masks(program: GraphModule) -> dict[str, Tensor]:
         users = [user for read in reads for user in read.users]
         if not all(constants.is_masked_alike(user, mask, reads) and user not in own_memory for user in users):
             continue
+        holder = constants.holder(users, reads, own[0])
+        if only_held and holder is None:
+            continue
         keep = (mask != 0).expand_as(parameter)
         if not bool((parameter.detach().isfinite() | keep).all()):
             continue  # Times zero these are NaN, and not zero.
         replace_parameter(program, own, parameter.detach().masked_fill(~keep, 0), parameter.requires_grad)
         found.update(dict.fromkeys(own, keep))
+        if holder is not None:
+            holders[own[0]] = holder
+        products.update(users)
         for user in users:
             user.replace_all_uses_with(next(n for n in user.all_input_nodes if n in reads))
     if found:
-        _drop_unused(program, constants)
-    return found
+        _drop_unused(program, products, counters=not only_held)
+    left = {name for name, _ in program.named_buffers()}
+    return found, {name: holder for name, holder in holders.items() if holder.name not in left}
 
 
 def _names_by_parameter(program: GraphModule) -> dict[int, list[str]]:
@@ -125,6 +149,16 @@ class _Constants:
             return False
         return other is mask or (other.shape == mask.shape and bool((other == mask).all()))
 
+    def holder(self, products: list[Node], reads: list[Node], weight: str) -> Held | None:
+        """The one buffer that the masks of all these products of a weight are made of."""
+        masks = {node for product in products for node in product.all_input_nodes if node not in reads}
+        buffers = {str(node.target): self.tensor(node) for node in _above(masks) if node.op == "get_attr"}
+        name, buffer = next(iter(buffers.items()), ("", None))
+        if len(buffers) != 1 or isinstance(buffer, nn.Parameter) or buffer is None:
+            return None
+        same_shape = buffer.shape == fetch_any(self._program, weight).shape
+        return Held(name, buffer.dtype if same_shape else None) if same_shape or name == f"{weight}_mask" else None
+
     def _mask(self, node: Node) -> Tensor | None:
         if node not in self._masks:
             value = self._value(node) if node in self._constant else None
@@ -160,22 +194,35 @@ def _is_function(node: Node) -> bool:
     )
 
 
-def _drop_unused(program: GraphModule, constants: _Constants) -> None:
-    """Takes out what only the masks were computed from, and the products."""
+def _drop_unused(program: GraphModule, products: set[Node], *, counters: bool) -> None:
+    """Takes out these products and what only their masks were computed from; with `counters` all unread buffers."""
     graph = program.graph
+    above = _above(products)
+    if counters:
+        above.update(node for node in graph.find_nodes(op="get_attr") if not node.users)
     for node in list(graph.nodes):
         # Export asserts what it saw of constants too.
-        if node.target is aten._assert_tensor_metadata.default and node.args[0] in constants:
+        if node.target is aten._assert_tensor_metadata.default and node.args[0] in above:
             graph.erase_node(node)
     buffers = dict(program.named_buffers(remove_duplicate=False))
+    dropped = set()
     for node in reversed(list(graph.nodes)):
-        is_buffer = node.op == "get_attr" and str(node.target) in buffers
-        if not node.users and (
-            is_buffer or node.target is aten.mul.Tensor or (_is_function(node) and node in constants)
-        ):
+        is_parameter = node.op == "get_attr" and str(node.target) not in buffers
+        if node in above and not node.users and not is_parameter and node.op != "placeholder":
+            dropped.add(str(node.target) if node.op == "get_attr" else "")
             graph.erase_node(node)
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    for name in buffers.keys() - read:
+    for name in dropped - read - {""}:
         delattr(*owner(program, name))
     graph.lint()
     program.recompile()
+
+
+def _above(nodes: set[Node]) -> set[Node]:
+    """These nodes, and all that they are computed from."""
+    found, waiting = set(nodes), list(nodes)
+    while waiting:
+        new = [node for node in waiting.pop().all_input_nodes if node not in found]
+        found.update(new)
+        waiting += new
+    return found

@@ -43,18 +43,21 @@ class Oracle(torch.fx.Interpreter):
         self, program: Program, selection: Selection, removal: Removal | None = None, *, wide: torch.dtype | None = None
     ) -> None:
         super().__init__(program)
-        self._selection = selection
-        self._removal = removal or Removal()
+        self.program = program
+        self.selection = selection
+        self.removal = removal or Removal()
         self._wide = wide
-        self._canonical = names_of_parameters(program)
+        self.canonical = names_of_parameters(program)
 
     def fetch_attr(self, target: str) -> Any:
         """The parameter or buffer with the selection's value, masked where the selection masks it."""
         value = super().fetch_attr(target)
-        if not isinstance(value, Tensor):
-            return value
-        value = self._selection.apply(self._canonical.get(target, target), value.detach())
-        return self._widened(self._removal.apply(target, value))
+        return self.applied(target, value.detach()) if isinstance(value, Tensor) else value
+
+    def applied(self, name: str, value: Tensor) -> Tensor:
+        """What stands in the place of the tensor of this name, whose own value is `value`."""
+        value = self.selection.apply(self.canonical.get(name, name), value)
+        return self._widened(self.removal.apply(name, value))
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The input of this name."""
@@ -70,11 +73,11 @@ class Oracle(torch.fx.Interpreter):
 
     def in_float64(self) -> Oracle:
         """The same in float64."""
-        return Oracle(self.module, self._selection, self._removal, wide=torch.float64)  # pyright: ignore
+        return Oracle(self.program, self.selection, self.removal, wide=torch.float64)
 
     def run_node(self, n: torch.fx.Node) -> Any:
         """The node's value; a statistic over an axis that shrinks runs over what is kept of it."""
-        statistic = self._removal.statistics.get(n.name)
+        statistic = self.removal.statistics.get(n.name)
         if statistic is None:
             found = super().run_node(n)
             # Where a tensor is made, its type may be written nowhere.
@@ -89,10 +92,15 @@ class Oracle(torch.fx.Interpreter):
 
 def run_flat(interpreter: torch.fx.Interpreter, call: Call) -> list[Any]:
     """Flat outputs of one call of a program that an interpreter runs."""
-    program = interpreter.module
     with torch.no_grad():
-        flat = program.graph.process_inputs(*_in_order(program, *call.copy()))  # pyright: ignore
-        return pytree.tree_leaves(interpreter.run(*flat, enable_io_processing=False))
+        return run(interpreter, *call.copy())
+
+
+def run(interpreter: torch.fx.Interpreter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Flat outputs of a program that an interpreter runs, of these very tensors."""
+    program = interpreter.module
+    flat = program.graph.process_inputs(*_in_order(program, args, kwargs))  # pyright: ignore
+    return pytree.tree_leaves(interpreter.run(*flat, enable_io_processing=False))
 
 
 def _in_order(program: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -14,12 +14,14 @@ from torch.export import ExportedProgram
 
 from fxprune.capture import admit
 from fxprune.capture.capture import Capture
+from fxprune.capture.hooks import parametrized_names
 from fxprune.check.calls import Call
 from fxprune.check.compare import CheckRow, refuse
+from fxprune.check.gradients import compare_gradients
 from fxprune.check.proof import Expected
 from fxprune.emit.trainable.modes import training_modes
 from fxprune.emit.trainable.module import TrainableModule, emit_trainable, origin_of
-from fxprune.graph.note import Note
+from fxprune.graph.note import Note, some
 from fxprune.graph.program import Program
 from fxprune.lower.fold import fold
 from fxprune.lower.lower import Lowered
@@ -115,6 +117,10 @@ def deliver_trainable(
     Raises CheckError where it is not right.
     """
     modes, notes = training_modes(model, captured, example.args, example.kwargs, dynamic_shapes)
+    computed = parametrized_names(model) if isinstance(model, nn.Module) else []
+    if computed:
+        why = "these weights train as the plain values that their parametrizations computed, and are not computed anew"
+        notes.append(Note(f"{why}: {some(computed)}", "warning"))
     origin = origin_of(model, captured)
     result = emit_trainable(
         program, captured.entry, modes, origin, selection.mask, masked_matmul=settings.masked_matmul
@@ -123,6 +129,10 @@ def deliver_trainable(
     for row in rows:
         if not row.ok:
             raise refuse(row, "Please report it with FXPRUNE_TRACE=<dir>.")
+    if expected is not None:
+        without = {name for name, mode in modes.items() if mode.no_grad}
+        checks, more = compare_gradients(result, model, expected, without)
+        rows, notes = [*rows, *checks], [*notes, *more]
     return result, notes, rows
 
 

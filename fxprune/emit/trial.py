@@ -75,19 +75,26 @@ class Trial:
     def first_right(self, forms: Sequence[Form]) -> Candidate:
         """The first form that is right. Raises CheckError where none is."""
         for form in forms:
-            found = self._right(form, is_last=form is forms[-1])
+            found = self._right(self._compiled(form), is_last=form is forms[-1])
             if found is not None:
                 return found
         raise AssertionError("unreachable: the last form is right or raises")
 
     def fastest_right(self, forms: Sequence[Form], fallbacks: Sequence[Form]) -> Candidate:
         """The fastest form of those that are right, else the first of `fallbacks`. Raises CheckError where none is."""
-        best: Candidate | None = None
-        for form in forms:
-            found = self._right(form, is_last=False)
-            if found is not None and (best is None or self._is_faster(found, best)):
-                best = found
-        return best or self.first_right(fallbacks)
+        left = list(forms)
+        while left:
+            best: Candidate | None = None
+            for form in left:
+                found = self._compiled(form)
+                if best is None or self._is_faster(found, best):
+                    best = found
+            # A model takes long to compile for other sizes, so that only the winner is.
+            right = self._right(best) if best is not None else None
+            if right is not None:
+                return right
+            left = [form for form in left if best is not None and form is not best.form]
+        return self.first_right(fallbacks)
 
     def against(self, user: Any, best: Candidate, more: Sequence[Form]) -> tuple[Candidate, ModelTiming]:
         """The best candidate against the user's model as that runs best; `more` are tried where that is faster."""
@@ -99,13 +106,14 @@ class Trial:
         for form in more:
             if timing.ratio >= 1.0:
                 break
-            other = self._right(form, is_last=False)
-            if other is None or not self._is_faster(other, best):
+            other = self._compiled(form)
+            right = self._right(other) if self._is_faster(other, best) else None
+            if right is None:
                 continue
             if form.name == "whole":
                 slower = f"the smaller model measured slower than the whole one ({timing.ratio:.2f}x)"
                 self.notes.append(Note(f"{slower}, so its dead channels stay", "missed"))
-            best, timing = other, time_against(champion, self._call(other), self._device)
+            best, timing = right, time_against(champion, self._call(right), self._device)
         if timing.ratio < 1.0:
             slower = f"the result is no faster than your model as it is ({timing.ratio:.2f}x of {timing.way})"
             self.notes.append(Note(slower, "missed"))
@@ -126,25 +134,24 @@ class Trial:
         samples, _ = duel(lambda: function(*self._args, **self._kwargs), self._call(best), self._device)
         return Half(samples.typical, largest_difference(got, want))
 
-    def _right(self, form: Form, *, is_last: bool) -> Candidate | None:
-        """A form compiled, if its code is right at every size. Raises CheckError for the last that there is."""
-        program = form.make()
-        own_storage(program, self._theirs)
-        found = self._compiled(form, program)
+    def _right(self, found: Candidate, *, is_last: bool = False) -> Candidate | None:
+        """A candidate, with its checks, if its code is right at every size. Raises CheckError for the last there is."""
         for rows in (self._expected.result, self._expected.at_other_sizes) if self._expected is not None else ():
             checks = rows(found.result)
             wrong = next((row for row in checks if not row.ok), None)
             if wrong is not None and is_last:
                 raise refuse(wrong, "Please report it with FXPRUNE_TRACE=<dir>.")
             if wrong is not None:
-                why = f"the {form.name} result was wrong on the {wrong.call} ({wrong.error:.1e})"
+                why = f"the {found.form.name} result was wrong on the {wrong.call} ({wrong.error:.1e})"
                 self.notes.append(Note(f"{why} and was dropped", "warning"))
                 return None
             found = dataclasses.replace(found, checks=(*found.checks, *checks))
         return found
 
-    def _compiled(self, form: Form, program: Program) -> Candidate:
+    def _compiled(self, form: Form) -> Candidate:
         """The program emitted as the form says; eager where it does not compile."""
+        program = form.make()
+        own_storage(program, self._theirs)
         result = emit(copy_program(program), self._captured.entry, form.options)
         if form.options is not None:
             try:

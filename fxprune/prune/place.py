@@ -93,6 +93,12 @@ class Place:
             if hasattr(self.module, name) and name not in own:
                 why = f'the module has an attribute "{name}" already, and pruning keeps its state under that name'
                 raise NameTakenError(_WHAT, where=str(self), why=why, do="Rename the attribute.")
+        own_mask = self.module._buffers.get(f"{self.name}_mask")
+        if own_mask is not None and not own_mask.is_floating_point() and not own_mask.is_complex():
+            # torch's masks have the dtype of their parameter; a bool one is what a trainable result multiplies by.
+            why = f'the module keeps a mask of its own as "{self.name}_mask", and pruning would take its place'
+            do = "Prune a trainable result anew: fxprune.transform(result, plan, example_inputs, trainable=True)."
+            raise NameTakenError(_WHAT, where=str(self), why=why, do=do)
 
 
 def place(module: nn.Module, name: str) -> Place:

@@ -101,6 +101,12 @@ def _existing(capture: Capture, names: dict[str, str], weights: dict[str, Tensor
     return masks
 
 
+def existing_masks(capture: Capture, program: Program) -> dict[str, PackedMask]:
+    """The masks that a program came with, of parameters that no rule can bind too, such as biases."""
+    names = names_of_parameters(program)
+    return {names[name]: PackedMask.pack(mask) for name, mask in capture.existing.items() if name in names}
+
+
 def check_values(program: Program, values: Mapping[str, Tensor]) -> None:
     """Raises InputError unless every value fits the parameter or buffer of its name, of any name of a tied one."""
     tensors = dict(program.named_parameters(remove_duplicate=False)) | dict(program.named_buffers())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import prune as torch_prune
 
+from fxprune import Plan, Rule, Unstructured
 from fxprune.capture.hooks import fold_existing
 from fxprune.errors import CaptureError
 from tests.oracle import assert_close, quick, snapshot
@@ -81,3 +82,30 @@ def test_spectral_norm_keeps_its_vectors() -> None:
     result = quick(model, x, plan=None)
     assert snapshot(model) == before
     assert_close(result(x), model(x).detach())
+
+
+@pytest.mark.parametrize("kind", ["spectral_norm", "weight_norm"])
+def test_a_mask_under_a_parametrization_is_a_mask_of_its_weight(kind: str) -> None:
+    model: Any = nn.Sequential(nn.Linear(16, 16)).eval()
+    getattr(parametrizations, kind)(model[0])
+    part = "original" if kind == "spectral_norm" else "original1"
+    torch_prune.l1_unstructured(model.eval()[0].parametrizations.weight, part, 0.5)
+    x = torch.randn(3, 16)
+    expected = model(x).detach()
+    before = snapshot(model)
+    keep = getattr(model[0].parametrizations.weight, f"{part}_mask") != 0
+    folded, masks = fold_existing(model)
+    assert folded.get_parameter("0.weight").requires_grad and torch.equal(masks["0.weight"], keep)
+    result = quick(model, x, plan=None)
+    assert {row.name: row.layout for row in result.report.weights} == {"0.weight": "nonzeros"}
+    assert_close(result(x), expected)
+    more = quick(model, x, plan=Plan([Rule("0.weight", Unstructured(0.75))]))
+    assert more.selection.reached("0.weight") == 0.75
+    assert not (more.selection.mask["0.weight"].unpack() & ~keep).any()
+    student = quick(model, x, plan=None, trainable=True)
+    notes = [note for note in student.report.notes if "parametrizations" in note and "0.weight" in note]
+    assert [note.level for note in notes] == ["warning"]
+    student.train()(x).square().sum().backward()
+    grad = student.get_parameter("0.weight").grad
+    assert bool((grad[keep] != 0).all()) and not grad[~keep].any()
+    assert snapshot(model) == before

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from fxprune import Channels, Plan, Rule, Unstructured
 from fxprune.emit.trainable.module import TrainableModule
 from fxprune.errors import InputError
 from fxprune.select.mask import PackedMask
@@ -27,6 +28,7 @@ from tests.emit.trainable_models import (
 )
 from tests.emit.trainable_models import compiled_code_does_not_pile_up as compiled_code_does_not_pile_up
 from tests.oracle import snapshot
+from tests.structured_oracle import shrunk
 
 
 def test_the_users_model_is_not_touched() -> None:
@@ -152,3 +154,15 @@ def test_it_sits_in_other_modules() -> None:
     assert_same_state(outer, oracle)
     with pytest.raises(InputError):
         outer(torch.randn(4, 3, 7, 6))
+
+
+@pytest.mark.parametrize("sparsity", [None, Channels(0.5, align=1), Unstructured(0.5)])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_result_made_without_gradients_trains(mode: Any, sparsity: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    plan = None if sparsity is None else Plan([Rule("*", sparsity)])
+    with mode():
+        result = shrunk(model, torch.randn(4, 8), plan=plan, trainable=True)
+    assert any(row.what == "gradients = pruned model's" for row in result.report.checks)
+    result.train()(torch.randn(4, 8)).square().sum().backward()
+    assert all(p.grad is not None for p in result.parameters())

@@ -128,7 +128,7 @@ class Tapped(Oracle):
 
     def fetch_attr(self, target: str) -> Any:
         """The parameter or buffer, or what is trained of it."""
-        value = self.values.get(self._canonical.get(target, target))
+        value = self.values.get(self.canonical.get(target, target))
         return super().fetch_attr(target) if value is None else value
 
     def run_node(self, n: Node) -> Any:

@@ -3,34 +3,37 @@
 The model is captured once more in train mode, on a copy of its module tree, and both graphs are walked side by side.
 Where they are the same ops, the arguments that differ are recorded by node name (batch-norm and dropout flags, SDPA's
 dropout_p), with what train mode does beside them: dropouts that the eval graph lacks, batch counters, regions without
-gradients. Where they are not, batch-norm and dropout are flipped by their flags and a note says so.
+gradients. Where they are not, batch-norm and dropout are flipped by their flags and a note says so. A branch of train
+mode with outputs, parameters or state of its own is refused: no flag makes it of an eval graph.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
+import dataclasses
 import io
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram, ShapesCollection
 from torch.fx import Node
 
 from fxprune.capture import admit
 from fxprune.capture.capture import Capture, apart, attempts, export_program
 from fxprune.capture.entry import TensorInput
-from fxprune.capture.hooks import fold_existing
+from fxprune.capture.hooks import fold_existing, separate
+from fxprune.capture.own_masks import fold_constant_masks
 from fxprune.check.calls import Call, resized_call
+from fxprune.errors import CaptureError
 from fxprune.graph.environment import words_of
 from fxprune.graph.note import Note
 from fxprune.graph.program import Program, arguments
 
 from .regions import Flat
-from .side_by_side import Mismatch, ModeArguments, Walk
+from .side_by_side import Mismatch, ModeArguments, Walk, beyond
 
 aten = torch.ops.aten
 
@@ -46,45 +49,61 @@ def training_modes(
 ) -> tuple[dict[str, ModeArguments], list[Note]]:
     """What train mode changes about the nodes of `captured.program`, by node name, and notes for the report.
 
-    `args`, `kwargs` and `dynamic_shapes` are those of the capture. The model is not changed.
+    `args`, `kwargs` and `dynamic_shapes` are those of the capture. The model is not changed. Raises CaptureError where
+    train mode has outputs, parameters or state that eval mode has not.
     """
     if isinstance(model, ExportedProgram):
         return _by_flags(captured.program, None, set(), None, "an ExportedProgram has one mode")
     with admit.untouched(model):
         try:
-            shadow = _shadow(fold_existing(model)[0])
+            shadow = separate(fold_existing(model)[0])
             cumulative = _start_training(shadow)
         except Exception as error:
             reason = f"no copy of the model could be set to train: {words_of(error)}"
             return _by_flags(captured.program, None, set(), None, reason)
-        state = {n for n, _ in [*shadow.named_parameters(remove_duplicate=False), *shadow.named_buffers()]}
-        evals = Flat(captured.program)
-        trains, reason = None, ""
-        for exported in _train_graphs(shadow, captured, tuple(args), dict(kwargs), dynamic_shapes):
+        call = (tuple(args), dict(kwargs), dynamic_shapes)
+        evals, trains, reason = Flat(captured.program), None, ""
+        for exported in _graphs(shadow, captured, *call):
             if isinstance(exported, Exception):
                 reason = reason or words_of(exported)[:200]
                 continue
-            trains = Flat(exported, no_grad=True)
+            trains = Flat(exported)
             try:
-                modes = Walk(evals, trains, state, cumulative).modes()
+                modes = Walk(evals, trains, _state(shadow), cumulative).modes()
             except Mismatch as error:
                 reason = str(error)
                 continue
             return modes, _unmoved(captured.program, modes)
-        return _by_flags(captured.program, shadow, cumulative, trains, reason)
+        if trains is not None and (more := beyond(evals, trains)):
+            raise _branch(model, more)
+        regions = _regions(separate(fold_existing(model)[0]), captured, evals, *call)
+        return _by_flags(captured.program, shadow, cumulative, trains, reason, regions)
 
 
-def _shadow(model: nn.Module) -> nn.Module:
-    """A copy of the module tree over the same storage, whose tensors are objects of their own."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and id(parameter) not in memo:
-                memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-        others = [v for v in [*module._buffers.values(), *vars(module).values()] if isinstance(v, Tensor)]
-        for tensor in others:
-            memo.setdefault(id(tensor), tensor.detach())
-    return copy.deepcopy(model, memo)
+def _branch(model: nn.Module, more: str) -> CaptureError:
+    return CaptureError(
+        "cannot make a result that trains",
+        where=type(model).__name__,
+        why=f"in train mode the model {more}, and the graph is that of eval mode",
+        do="Switch that branch off first (torchvision's auxiliary heads: model.aux_logits = False), or let an argument "
+        "of the model decide on it in both modes, in place of self.training.",
+    )
+
+
+def _state(shadow: nn.Module) -> set[str]:
+    return {n for n, _ in [*shadow.named_parameters(remove_duplicate=False), *shadow.named_buffers()]}
+
+
+def _regions(
+    shadow: nn.Module, captured: Capture, evals: Flat, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
+) -> dict[str, ModeArguments]:
+    """The nodes that a model in eval mode computes without gradients, which a capture under no_grad does not show."""
+    for exported in _graphs(shadow, captured, args, kwargs, shapes):
+        if not isinstance(exported, Exception):
+            with contextlib.suppress(Mismatch):
+                return Walk(evals, Flat(exported), _state(shadow), set()).modes()
+    # What is missed here is seen where the gradients of the result are held against the model's.
+    return {}
 
 
 def _start_training(shadow: nn.Module) -> set[str]:
@@ -98,15 +117,13 @@ def _start_training(shadow: nn.Module) -> set[str]:
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum is None and module.training:
             module.momentum = 0.1
             cumulative.add(path)
-    # The capture runs under no_grad; with gradients on inside, the regions where the model has none can be told.
-    shadow.forward = torch.enable_grad()(shadow.forward)
     return cumulative
 
 
-def _train_graphs(
+def _graphs(
     shadow: nn.Module, captured: Capture, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> Iterator[Program | Exception]:
-    """The train graph with the sizes dynamic that may have been so at the capture, in the capture's own order."""
+    """Graphs of the copy, gradients on, with the sizes dynamic that may have been so at the capture, in its order."""
     wants = [want for want in captured.entry.inputs if isinstance(want, TensorInput)]
     dynamic = any(isinstance(size, str) for want in wants for size in want.sizes)
     if isinstance(dynamic_shapes, ShapesCollection):
@@ -125,7 +142,9 @@ def _train_graphs(
             try:
                 # Export prints the graph of a model that it gives up on; here that is no failure.
                 with contextlib.redirect_stderr(io.StringIO()):
-                    program = export_program(shadow, own_args, own_kwargs, shapes_of(own_args, own_kwargs)).module()
+                    shapes = shapes_of(own_args, own_kwargs)
+                    program = export_program(shadow, own_args, own_kwargs, shapes, gradients=True).module()
+                    fold_constant_masks(program, only_held=True)
             except ValueError as error:
                 yield error
             except Exception as error:
@@ -137,10 +156,18 @@ def _train_graphs(
 
 
 def _by_flags(
-    program: Program, shadow: nn.Module | None, cumulative: set[str], trains: Flat | None, reason: str
+    program: Program,
+    shadow: nn.Module | None,
+    cumulative: set[str],
+    trains: Flat | None,
+    reason: str,
+    regions: Mapping[str, ModeArguments] | None = None,
 ) -> tuple[dict[str, ModeArguments], list[Note]]:
-    """Flips the flags that ops have for it, where the module that calls the op trains. `reason` goes into the note."""
-    found: dict[str, ModeArguments] = {}
+    """Flips the flags that ops have for it, where the module that calls the op trains. `reason` goes into the note.
+
+    `regions` are the nodes without gradients.
+    """
+    found: dict[str, ModeArguments] = dict(regions or {})
     rates, buffers = _attention_rates(trains), dict(program.named_buffers(remove_duplicate=False))
     places: dict[str, int] = defaultdict(int)
     unknown = []
@@ -168,7 +195,9 @@ def _by_flags(
         counter = counter if norm is not None and counter in buffers else None
         # An eval momentum of 0 is what momentum=None looks like.
         averages = norm in cumulative if shadow is not None else given.get("momentum") == 0.0
-        found[node.name] = ModeArguments(differs, {}, counter, counter is not None and averages)
+        averages = counter is not None and averages
+        before = found.get(node.name, ModeArguments())
+        found[node.name] = dataclasses.replace(before, differs=differs, counter=counter, cumulative=averages)
     note = f"train mode is not eval mode with other arguments ({reason}), so train() switches batch-norm and dropout "
     note += "by their flags and nothing else"
     if unknown:

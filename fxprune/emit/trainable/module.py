@@ -2,37 +2,41 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import operator
-from collections.abc import Mapping
-from typing import Any, cast
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 from torch.fx.node import has_side_effect
-from torch.nn.utils import parametrize
 
 from fxprune.capture.capture import Capture
 from fxprune.capture.entry import EntryCheck
+from fxprune.capture.hooks import mask_hooks, pruned_names
+from fxprune.capture.own_masks import Held
 from fxprune.emit.pruned import Result
-from fxprune.errors import InputError
 from fxprune.graph.program import (
     Program,
     copy_program,
-    names_of_parameters,
     owner,
     replace_tensors,
     set_argument,
 )
-from fxprune.kernels.masked_linear import masked_linear
 from fxprune.select.mask import PackedMask
 
+from .masks import mask_weights
 from .pickled import graph_data, graph_from
 from .side_by_side import Inserted, ModeArguments
 
 aten = torch.ops.aten
+
+# path.parametrizations.weight.original1 -> path.weight
+_PARAMETRIZED = re.compile(r"^(.*\.)?parametrizations\.([^.]+)\.original\d*(?:_orig)?$")
 
 
 class TrainableModule(Result):
@@ -43,8 +47,20 @@ class TrainableModule(Result):
     on any module, and follow train() and eval().
     """
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Nothing calls the parts of a graph, so the pruning hooks that they were given are called here.
+        for part in self.modules():
+            if part is not self:
+                for hook in mask_hooks(part).values():
+                    hook(part, args)
+        return super().__call__(*args, **kwargs)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainableModule:
-        return _alike(super().__deepcopy__(memo), self)
+        result = super().__deepcopy__(memo)
+        # Copied already: deepcopy remembers.
+        return _holding(
+            result, {key: copy.deepcopy(value, memo) for key, value in vars(self).items() if _is_held(key, value)}
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = dict(vars(self))
@@ -57,7 +73,7 @@ class TrainableModule(Result):
 def _rebuild(state: dict[str, Any], nodes: list[tuple[Any, ...]], codegen: Any) -> TrainableModule:
     root = nn.Module()
     root.__dict__ = state
-    return _alike(_module(root, graph_from(nodes), codegen), root)
+    return _holding(_module(root, graph_from(nodes), codegen), state)
 
 
 def _module(root: nn.Module, graph: Graph, codegen: Any) -> TrainableModule:
@@ -69,26 +85,60 @@ def _module(root: nn.Module, graph: Graph, codegen: Any) -> TrainableModule:
     return result
 
 
-def _alike(result: TrainableModule, source: nn.Module) -> TrainableModule:
-    """Gives a copy what torch's GraphModule forgets of each part: its mode, and which buffers are not saved."""
-    for path, module in result.named_modules():
-        original = source.get_submodule(path)
-        module.training = original.training
-        module._non_persistent_buffers_set = set(original._non_persistent_buffers_set)
+# What torch's GraphModule takes from its root by the reads of its graph alone, or not at all.
+_HELD = {"training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+_HELD |= {"_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"}
+
+
+def _is_held(key: str, value: Any) -> bool:
+    """Whether a module holds its state in this attribute: a weight that a pruning hook masks is a plain one."""
+    return key in _HELD or isinstance(value, Tensor)
+
+
+def _holding(result: TrainableModule, state: Mapping[str, Any]) -> TrainableModule:
+    """Gives a copy the very parts, tables and hooks of what it is a copy of, in their order."""
+    vars(result).update({key: value for key, value in state.items() if _is_held(key, value)})
     return result
+
+
+def _names(module: nn.Module) -> list[str]:
+    """All parts, parameters and buffers of a module in its order, tied ones under each of their names."""
+    names = []
+    for path, part in module.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        names += [path, *(prefix + name for name in (*part._parameters, *part._buffers))]
+    return names
+
+
+def _order(result: nn.Module, names: Sequence[str]) -> None:
+    """Puts what `result` holds into the order of `names`; what is new comes last.
+
+    torch's GraphModule has it in the order of the graph, and an optimiser's state goes to parameters by position.
+    """
+    ranks: dict[str, int] = {}
+    for rank, name in enumerate(names):
+        ranks.setdefault(name, rank)
+    for path, part in result.named_modules():
+        prefix = f"{path}." if path else ""
+        for table in (part._modules, part._parameters, part._buffers):
+            for name in sorted(table, key=lambda name: ranks.get(prefix + name, len(names))):
+                table[name] = table.pop(name)  # pyright: ignore[reportArgumentType]
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
     """What a trainable result takes from the user's model besides the program.
 
-    Names of the parameters that require gradients and of the buffers that a state_dict holds, the buffers that count
-    batches, and the storages (data pointers) that a result must not share.
+    Names of all that it holds in its own order, of the parameters that require gradients and of the buffers that a
+    state_dict holds, the buffers that count batches and those that hold masks, by weight, and the storages (data
+    pointers) that a result must not share.
     """
 
+    names: tuple[str, ...]
     trains: frozenset[str]
     saved: frozenset[str]
     counters: Mapping[str, Tensor]
+    holders: Mapping[str, Held]
     storages: frozenset[int]
 
 
@@ -99,19 +149,42 @@ def origin_of(model: nn.Module | ExportedProgram, captured: Capture) -> Origin:
     buffers = dict(program.named_buffers(remove_duplicate=False))
     storages = {t.untyped_storage().data_ptr() for t in [*parameters.values(), *buffers.values()]}
     trains = {name for name, p in parameters.items() if p.requires_grad}
-    saved = set(model.state_dict) if isinstance(model, ExportedProgram) else set()
     counters = {name: b for name, b in buffers.items() if name.endswith("num_batches_tracked")}
-    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
-        prefix = f"{path}." if path else ""
-        saved.update(prefix + name for name in module._buffers.keys() - module._non_persistent_buffers_set)
-        if parametrize.is_parametrized(module):
-            for name, parts in cast(nn.ModuleDict, module.parametrizations).items():
-                # The capture holds the value that the parametrization computes, which is no leaf of the user's model.
-                if any(p.requires_grad for p in parts.parameters()):
-                    trains.add(prefix + name)
-    return Origin(frozenset(trains), frozenset(saved), counters, frozenset(storages - {0}))
+    if isinstance(model, ExportedProgram):
+        names, saved = _with_parts(model.state_dict), set(model.state_dict)
+    else:
+        names, saved = _plain_names(model), set()
+        for path, module in model.named_modules():
+            prefix = f"{path}." if path else ""
+            saved.update(prefix + name for name in module._buffers.keys() - module._non_persistent_buffers_set)
+    return Origin(
+        tuple(names), frozenset(trains), frozenset(saved), counters, captured.holders, frozenset(storages - {0})
+    )
 
 
+def _plain_names(model: nn.Module) -> list[str]:
+    """The names of a model as they are once its masks and parametrizations are folded, in the order of what holds them.
+
+    So the order is that of `model.parameters()`, where a mask moved a weight behind its bias.
+    """
+    pruned = {f"{path}.{name}".lstrip(".") for path, m in model.named_modules() for name in pruned_names(m)}
+    names = []
+    for name in _names(model):
+        name = _PARAMETRIZED.sub(r"\1\2", name)
+        names.append(name.removesuffix("_orig") if name.removesuffix("_orig") in pruned else name)
+    return names
+
+
+def _with_parts(names: Iterable[str]) -> list[str]:
+    """Names of tensors, each behind the paths of the modules that hold it."""
+    found: list[str] = []
+    for name in names:
+        parts = name.split(".")
+        found += [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return found
+
+
+@torch.inference_mode(False)
 def emit_trainable(
     program: Program,
     entry: EntryCheck,
@@ -124,12 +197,13 @@ def emit_trainable(
     """A TrainableModule with tensors of its own, in eval mode; the program is left as it is.
 
     `modes` of nodes that the program does not have any more are passed over. Each weight of `masks` is multiplied by a
-    buffer `<name>_mask` where it is read, so that what is zero stays zero; it is zero in the parameter too. With
+    buffer `<name>_mask`, or by the model's own that held its mask, so that what is zero stays zero; it is zero in the
+    parameter too. With
     `masked_matmul` the weights of linear layers are not multiplied: `masked_linear` has the mask as bits.
     """
     draft = copy_program(program)
     own = _own_tensors(draft, origin)
-    masked = _mask(draft, masks or {}, masked_matmul)
+    masked = mask_weights(draft, masks or {}, origin.holders, masked_matmul)
     _switch(draft, modes, {n: own.get(id(t), t) for n, t in origin.counters.items()})
     for node in list(draft.graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
@@ -142,6 +216,7 @@ def emit_trainable(
     for path, module in result.named_modules():
         prefix = f"{path}." if path else ""
         module._non_persistent_buffers_set = {n for n in module._buffers if prefix + n not in origin.saved | masked}
+    _order(result, origin.names)
     return result.eval()
 
 
@@ -153,68 +228,10 @@ def _own_tensors(draft: Program, origin: Origin) -> dict[int, Tensor]:
         value = old.detach()
         shared = value.untyped_storage().data_ptr() in origin.storages
         partial = value.untyped_storage().nbytes() > value.numel() * value.element_size()
-        value = value.clone() if shared or partial else value
+        value = value.clone() if shared or partial or value.is_inference() else value
         return nn.Parameter(value, id(old) in trains) if isinstance(old, nn.Parameter) else value
 
     return replace_tensors(draft, own)
-
-
-def _mask(draft: Program, masks: Mapping[str, PackedMask], masked_matmul: bool) -> set[str]:
-    """Multiplies weights by their masks where they are read; returns the names of the mask buffers."""
-    canonical = names_of_parameters(draft)
-    readers: dict[str, list[Node]] = {}
-    for node in draft.graph.nodes:
-        if node.op == "get_attr" and node.users and str(node.target) in canonical:
-            readers.setdefault(canonical[str(node.target)], []).append(node)
-    names: set[str] = set()
-    for name, mask in masks.items():
-        first = canonical.get(name)
-        if first is None or tuple(draft.get_parameter(first).shape) != tuple(mask.shape):
-            shape = "no parameter" if first is None else list(draft.get_parameter(first).shape)
-            raise InputError(f'cannot mask "{name}"', why=f"the mask is {list(mask.shape)}, the program has {shape}")
-        module, leaf = owner(draft, first)
-        parameter = draft.get_parameter(first)
-        keep = mask.unpack().to(parameter.device)
-        parameter.data = parameter.detach().masked_fill(~keep, 0)
-        buffer = f"{leaf}_mask"
-        while hasattr(module, buffer):
-            buffer += "_"
-        reads = readers.get(first, [])
-        in_matmul = masked_matmul and all(map(_only_linears, reads))
-        module.register_buffer(buffer, mask.bits.to(parameter.device) if in_matmul else keep)
-        for read in reads:
-            (_mask_in_linears if in_matmul else _multiply)(draft.graph, read, first.removesuffix(leaf) + buffer)
-        names.add(first.removesuffix(leaf) + buffer)
-    return names
-
-
-def _only_linears(read: Node) -> bool:
-    """Whether a weight is read by linear layers alone, and as their weight."""
-    return all(
-        user.target is aten.linear.default and user.args[1] is read and read not in (user.args[0], *user.args[2:])
-        for user in read.users
-    )
-
-
-def _mask_in_linears(graph: Graph, read: Node, buffer: str) -> None:
-    """linear(x, weight, bias) -> masked_linear(x, weight, bits, bias) wherever `read` is the weight."""
-    for linear in list(read.users):
-        x, weight, *bias = linear.args
-        bias = bias or [linear.kwargs.get("bias")]
-        with graph.inserting_before(linear):
-            bits = graph.get_attr(buffer)
-            product = graph.call_function(masked_linear, (x, weight, bits, *bias))
-        linear.replace_all_uses_with(product)
-        graph.erase_node(linear)
-
-
-def _multiply(graph: Graph, read: Node, buffer: str) -> None:
-    """weight -> weight * mask for all that reads it."""
-    with graph.inserting_after(read):
-        keep = graph.get_attr(buffer)
-    with graph.inserting_after(keep):
-        masked = graph.call_function(aten.mul.Tensor, (read, keep))
-    read.replace_all_uses_with(masked, delete_user_cb=lambda user: user is not masked)
 
 
 def _switch(draft: Program, modes: Mapping[str, ModeArguments], counters: Mapping[str, Tensor]) -> None:

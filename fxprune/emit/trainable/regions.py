@@ -41,14 +41,17 @@ class Flat:
     `attributes` are the get_attr nodes, with name and value; the name is empty inside of a region.
     """
 
-    def __init__(self, module: GraphModule, *, no_grad: bool = False) -> None:
+    def __init__(self, module: GraphModule) -> None:
         self.attributes: dict[Node, tuple[str, Any]] = {}
         self.out_spec = getattr(getattr(module.graph._codegen, "pytree_info", None), "out_spec", None)
         self._stands_for: dict[Node, Any] = {}
         self._outputs: dict[Node, Any] = {}
         self.steps: list[Step] = []
         self._graph = module.graph
-        self._add(module, no_grad=no_grad, context=(), is_outer=True)
+        self._names: dict[int, list[str]] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            self._names.setdefault(id(parameter), []).append(name)
+        self._add(module, no_grad=False, context=(), is_outer=True)
         self.steps = self._needed()
 
     def resolve(self, value: Any) -> Any:
@@ -60,6 +63,12 @@ class Flat:
     def name_of(self, value: Any) -> str:
         """The name of the parameter or buffer that a value is, or an empty string."""
         return self.attributes.get(self.resolve(value), ("", None))[0] if isinstance(value, Node) else ""
+
+    def parameters(self) -> list[list[str]]:
+        """The parameters that the steps read, each by all of its names."""
+        read = {self.resolve(node) for step in self.steps for node in step.node.all_input_nodes}
+        values = {id(self.attributes[node][1]) for node in read if node in self.attributes}
+        return [names for tensor, names in self._names.items() if tensor in values]
 
     def outer(self, nodes: Collection[Node]) -> list[Node]:
         """The nodes of the outer graph that are these, or what regions hand out of them."""

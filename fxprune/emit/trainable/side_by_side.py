@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxprune.graph.memory import DROPOUTS
+from fxprune.graph.memory import DROPOUTS, writes
+from fxprune.graph.note import some
 from fxprune.graph.program import arguments
 
 from .regions import Flat, Step
@@ -195,6 +196,24 @@ class Walk:
         if isinstance(a, torch.fx.GraphModule) and isinstance(b, torch.fx.GraphModule):
             return a.code == b.code
         return a is b
+
+
+def beyond(evals: Flat, trains: Flat) -> str:
+    """What the train graph does with outputs, parameters or state that the eval graph has not, in words; or nothing."""
+    more = []
+    if evals.out_spec != trains.out_spec:
+        ours, theirs = (flat.out_spec.num_leaves if flat.out_spec is not None else 1 for flat in (evals, trains))
+        leaves = f"{theirs} outputs where eval mode returns {ours}" if ours != theirs else "another structure"
+        more.append(f"returns {leaves}")
+    known = {name for names in evals.parameters() for name in names}
+    read = [names[0] for names in trains.parameters() if known.isdisjoint(names)]
+    if read:
+        more.append(f"reads {some(read)}, which eval mode does not")
+    written = {trains.name_of(memory) for step in trains.steps for memory in writes(step.node)}
+    written = {name for name in written if name and not name.endswith("num_batches_tracked")}
+    if written:
+        more.append(f"writes to {some(sorted(written))}")
+    return " and ".join(more)
 
 
 def _is_differentiable(node: Node) -> bool:
