@@ -207,7 +207,10 @@ def _compared_on(model: nn.Module, captured: Capture, call: Call) -> CheckRow:
         captured.entry.check(few.args, few.kwargs)
     except InputError:
         few = call
-    return compare("capture = your model", few, _run(model, few), outputs(captured.program, few))
+    # Random streams are put back after the model, so that the program draws the numbers that the model drew.
+    expected, again = _run(model, few, times=2)
+    itself = compare("your model = itself, called twice", few, expected, again)
+    return compare("capture = your model", few, expected, outputs(captured.program, few)) if itself.ok else itself
 
 
 def check_call(captured: Capture, call: Call) -> None:
@@ -223,10 +226,11 @@ def check_call(captured: Capture, call: Call) -> None:
         ) from error
 
 
-def _run(model: nn.Module, call: Call) -> list[Any]:
+def _run(model: nn.Module, call: Call, times: int = 1) -> list[list[Any]]:
+    """The outputs of a call, made so many times, each of which finds what the one before left."""
     with admit.untouched(model):
         try:
-            return outputs(model, call)
+            return [outputs(model, call) for _ in range(times)]
         except Exception as error:
             shapes = ", ".join(f"{list(t.shape)} {t.dtype}" for t in tensors_of(call))
             raise InputError(

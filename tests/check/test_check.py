@@ -129,11 +129,20 @@ def test_a_huge_element_hides_nothing(seed: int, huge: float) -> None:
     assert not compare("a = b", CALL, [expected], [wrong]).ok
 
 
+def test_a_large_element_of_a_single_row_hides_little() -> None:
+    expected = torch.randn(1, 200)
+    expected[0, 7] = 5e3
+    assert compare("a = b", CALL, [expected], [expected * (1 + 1e-6)]).ok
+    wrong = expected.clone()
+    wrong[0, 9] += 0.1
+    assert not compare("a = b", CALL, [expected], [wrong]).ok
+
+
 @pytest.mark.parametrize("small", ["few", "many", "half"])
 def test_channels_of_other_scales(small: str) -> None:
     count = {"few": 1, "many": 30, "half": 16}[small]
     expected = torch.randn(64, 32)
-    expected[:, count:] *= 50
+    expected[:, count:] *= 5000
     noise = torch.randn(64, 32) * expected.abs().mean(0)
     assert compare("a = b", CALL, [expected], [expected + 1e-6 * noise]).ok
     wrong = expected.clone()

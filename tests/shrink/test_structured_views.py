@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 import fxprune
 from fxprune import Channels, Plan, Rule
@@ -47,7 +48,12 @@ def test_a_squeeze_of_an_axis_that_one_index_is_left_of() -> None:
         return m.o(m.a(x).mean((2, 3), keepdim=True).squeeze())
 
     model = net(forward, a=nn.Conv2d(3, 2, 3), o=nn.Linear(2, 4))
-    assert sizes(right(model, torch.randn(3, 3, 6, 6), other=torch.randn(5, 3, 6, 6)))["a.weight"] == (1, 3, 3, 3)
+    x, other = torch.randn(3, 3, 6, 6), torch.randn(5, 3, 6, 6)
+    # A batch of one is squeezed as well, which the shrunk squeeze does not do: there the group must stay whole.
+    several = {"args": ({0: Dim("batch", min=3)},)}
+    assert sizes(right(model, x, other=other, dynamic_shapes=several))["a.weight"] == (1, 3, 3, 3)
+    result = shrunk(model, x)
+    assert sizes(result)["a.weight"] == (2, 3, 3, 3) and result(x[:1]).shape == (4,)
 
 
 def test_a_run_counted_from_the_end() -> None:
