@@ -225,7 +225,7 @@ def _pack(traced: Traced, inputs: Sequence[Any], settings: Settings, chooser: Ch
         return _watched(sources(names)[0], inputs, sources(names)[1])
 
     is_fixed = settings.constant_weights
-    on_gpu = any(inputs[i].is_cuda for i in traced.static)
+    on_gpu = _on_gpu([inputs[i] for i in traced.static])
     chooser.watched = {} if is_fixed or on_gpu else {name: tensors([name]) for name in selection.mask}
     result, lowered = lower(folded, selection.mask, chooser)
     packed = [w.name for w in lowered if w.choice.layout != "dense"]
@@ -244,6 +244,10 @@ def _pack(traced: Traced, inputs: Sequence[Any], settings: Settings, chooser: Ch
     places, held = sources(dict.fromkeys([*packed, *made]))
     stamps = tuple(_stamp(tensor, settings) for tensor in _watched(places, inputs, held))
     return _Packed(unbound, places, held, stamps)
+
+
+def _on_gpu(tensors: Iterable[Tensor]) -> bool:
+    return any(tensor.is_cuda for tensor in tensors)
 
 
 def _watched(places: Sequence[int], inputs: Sequence[Any], held: Sequence[Tensor]) -> list[Tensor]:

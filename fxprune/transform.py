@@ -307,14 +307,9 @@ def _run(job: Job) -> PrunedModule | TrainableModule:
     with tqdm(total=len(stages), desc="transform", disable=None if job.progress else True, leave=False) as bar:
         for stage in stages:
             bar.set_postfix_str(stage.name)
-            start, told, before = time.perf_counter(), len(report.notes), job.program
             # Calibration takes long, and takes the lock itself where it captures.
             with contextlib.nullcontext() if stage is CALIBRATE else compat.alone():
-                lines = stage.run(job)
-                report.seconds[stage.name] = time.perf_counter() - start
-                trace.write(stage.name, job.program, [*report.notes[told:], *lines])
-                if job.program is not before:
-                    _verify(job, stage)
+                _run_stage(job, stage, trace)
             bar.update()
             if stage.name == stop:
                 job.result = _unfinished(job, stage)
@@ -324,6 +319,16 @@ def _run(job: Job) -> PrunedModule | TrainableModule:
     job.tell([*job.selection.notes, *nothing_compared(report.checks)])
     job.result.meta["report"], job.result.meta["selection"] = report, job.selection
     return job.result
+
+
+def _run_stage(job: Job, stage: Stage, trace: Trace) -> None:
+    report = job.report
+    start, told, before = time.perf_counter(), len(report.notes), job.program
+    lines = stage.run(job)
+    report.seconds[stage.name] = time.perf_counter() - start
+    trace.write(stage.name, job.program, [*report.notes[told:], *lines])
+    if job.program is not before:
+        _verify(job, stage)
 
 
 def _verify(job: Job, stage: Stage) -> None:

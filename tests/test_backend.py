@@ -182,6 +182,22 @@ def test_constant_weights_are_looked_at_by_version_alone(monkeypatch: pytest.Mon
 
 
 @torch.no_grad()
+def test_weights_on_a_gpu_are_packed_where_they_are_constant_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_on_gpu", lambda tensors: True)
+    monkeypatch.setattr(backend, "fingerprint", lambda tensor: pytest.fail("a call would wait for the device"))
+    monkeypatch.setattr(errors, "_warned", set())
+    packings = counted(monkeypatch, "_pack")
+    model, x = pruned(Net()), torch.randn(4, 64)
+    with pytest.warns(FxPruneWarning, match="constant_weights"):
+        compiled = torch.compile(model, backend=fxprune, options=EAGER)
+        assert_equal(compiled(x), model(x))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=fxprune, options={**EAGER, "constant_weights": True})
+    assert_equal(compiled(x), model(x))
+    assert [packed is None for packed in packings] == [True, False]
+
+
+@torch.no_grad()
 def test_only_what_is_packed_is_read_and_packed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     packings = counted(monkeypatch, "_pack")
     model = nn.Sequential(nn.Linear(64, 64), pruned(Net())).eval()
@@ -304,10 +320,20 @@ def test_parameters_that_are_replaced_are_let_go() -> None:
 
 @torch.no_grad()
 def test_modules_of_one_function_keep_their_own_weights() -> None:
-    first, second = pruned(Net()), pruned(Net())
-    compiled = torch.compile(lambda x: first(x) + second(x), backend=fxprune, options=PACKED)
+    class Shift(nn.Module):
+        """Its parameter has the name of the others' linear."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.randn(64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.a
+
+    shift, first, second = Shift(), pruned(Net()), pruned(Net())
+    compiled = torch.compile(lambda x: first(shift(x)) + second(x), backend=fxprune, options=PACKED)
     x = torch.randn(4, 64)
-    assert_equal(compiled(x), first(x) + second(x))
+    assert_equal(compiled(x), first(shift(x)) + second(x))
 
 
 @torch.no_grad()

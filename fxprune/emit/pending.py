@@ -27,14 +27,22 @@ class PendingModule(PrunedModule):
         raise _refuse("read the selection of")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with compat.alone():
-            # Not where another thread has done the work while this one waited.
-            if isinstance(self, PendingModule):
-                self._become_result(args, kwargs)
+        _become_result(self, args, kwargs)  # pyright: ignore[reportCallIssue]
         return self(*args, **kwargs)
 
-    def _become_result(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state = vars(self)
+    def __deepcopy__(self, memo: dict[int, Any]) -> PendingModule:
+        raise _refuse("copy")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise _refuse("save")
+
+
+@torch.compiler.disable  # Inside a model that is compiled, Dynamo would trace the transform.
+def _become_result(shell: PrunedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    with compat.alone():
+        if not isinstance(shell, PendingModule):
+            return  # Another thread has done the work while this one waited.
+        state = vars(shell)
         if state["_is_busy"]:
             raise FxPruneError(
                 "cannot call this result inside its own first call",
@@ -47,14 +55,8 @@ class PendingModule(PrunedModule):
         finally:
             state["_is_busy"] = False
         # The object that the user holds turns into the result itself, so that nothing stays of the detour.
-        object.__setattr__(self, "__dict__", vars(result))
-        object.__setattr__(self, "__class__", type(result))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PendingModule:
-        raise _refuse("copy")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        raise _refuse("save")
+        object.__setattr__(shell, "__dict__", vars(result))
+        object.__setattr__(shell, "__class__", type(result))
 
 
 def pending(

@@ -94,3 +94,14 @@ def test_a_model_that_calls_its_own_result_is_refused() -> None:
     with pytest.raises(FxPruneError, match="inside its own first call"):
         result(torch.randn(2, 16))
     assert result.report.pending
+
+
+def test_inside_a_compiled_model_the_first_call_transforms() -> None:
+    original, x = model(), torch.randn(3, 16)
+    result = pending(original)
+    outer = torch.compile(nn.Sequential(result, nn.Softmax(-1)), backend="eager")
+    with torch.no_grad():
+        found = outer(x)
+    assert not result.report.pending
+    assert torch.equal(found, result(x).softmax(-1)) and torch.equal(outer(x), found)
+    assert_right(result, original, x)

@@ -22,7 +22,9 @@ def fingerprint(tensor: Tensor) -> int:
     On the CPU it reads the tensor once, about as fast as memory gives it; elsewhere it waits for the device.
     """
     tensor = tensor.detach().contiguous()
-    compiled = function_of_object("fxprune_fingerprint") if tensor.device.type == "cpu" else None
+    # A subclass may have its data elsewhere.
+    is_plain = type(tensor) is Tensor and tensor.device.type == "cpu"
+    compiled = function_of_object("fxprune_fingerprint") if is_plain else None
     if compiled is None:
         return fingerprint_reference(tensor)
     compiled.restype, compiled.argtypes = ctypes.c_uint64, (ctypes.c_void_p, ctypes.c_int64)
