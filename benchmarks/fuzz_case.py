@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.fuzz_grow import grow
-from benchmarks.fuzz_prune import BACKEND, CALIBRATE, ONCE, TRAIN, Pruning, draw_pruning
+from benchmarks.fuzz_prune import BACKEND, CALIBRATE, TRAIN, Pruning, draw_pruning
 from benchmarks.fuzz_sketch import FLAG, SCALE, Sketch, build, draw_inputs
+from fxprune.lower.layouts import LAYOUTS
 
 DTYPES = (torch.float32,) * 9 + (torch.float64,) * 8 + (torch.bfloat16, torch.float16)
 BATCHES = (1, 2, 3, 3, 5, 8)
@@ -104,11 +105,9 @@ def draw_case(seed: int) -> Case:
     options: dict[str, Any] = {"compile": False, "measure": False}
     if rng.random() < COMPILED and pruning.way != TRAIN:
         del options["compile"]
-    layout = rng.choice((None, "nonzeros", "nonzeros", "nonzeros", "dense", "bitmap", "blocks", "semi24", "rows"))
-    if layout in known_layouts():
+    # Small weights are fastest dense: what packs them must be asked for.
+    if layout := rng.choice((None, "nonzeros", "nonzeros", "nonzeros", "dense", *LAYOUTS)):
         options["layout"] = layout
-    else:
-        options["layout"] = "dense" if rng.random() < 0.5 else "nonzeros"
     if rng.random() < 0.5:
         options["align"] = rng.choice((1, 2, 4))
     if pruning.way in (BACKEND, CALIBRATE) and dtype in (torch.float16, torch.bfloat16):
@@ -127,15 +126,3 @@ def draw_case(seed: int) -> Case:
         rng.random() < STRICT,
         rng.random() < ROUNDED,
     )
-
-
-def known_layouts() -> tuple[str, ...]:
-    """Names that options["layout"] takes."""
-    from fxprune.lower.layouts import LAYOUTS
-
-    return ("dense", *LAYOUTS)
-
-
-def is_plain(case: Case) -> bool:
-    """Whether transform is called once, with an example."""
-    return case.pruning.way == ONCE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +42,7 @@ def compare_gradients(case: Case, result: nn.Module, told: Told, say: Callable[[
         except Exception as error:
             said = f"backward: {type(error).__name__}: {error}".splitlines()[0][:200]
             return {"outcome": "crash", "why": said, "traceback": traceback.format_exc()[-5000:]}
-        if wrong := _differ(case, got, expected, told):
+        if wrong := _differ(case, got, expected, _named_alike(model, told)):
             mode = "training" if training else "eval"
             return {"outcome": "wrong", "why": f"gradients in {mode} mode", "raw": wrong}
     return {}
@@ -58,8 +59,18 @@ def _gradients(model: nn.Module, case: Case) -> dict[str, Tensor]:
     if not isinstance(loss, Tensor):
         raise RuntimeError("nothing to differentiate")
     loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
+    # A parameter that the loss does not reach has a gradient of zero.
+    found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
     return {"the loss": loss.detach(), **found}
+
+
+def _named_alike(model: nn.Module, told: Told) -> Told:
+    """What was told under the first name of each tensor: a tied weight has several."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    names = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    masks = {names.get(name, name): mask for name, mask in told.masks.items()}
+    removed = {names.get(name, name): cuts for name, cuts in told.removed.items()}
+    return dataclasses.replace(told, masks=masks, removed=removed)
 
 
 def _differ(case: Case, got: dict[str, Tensor], expected: dict[str, Tensor], told: Told) -> str:

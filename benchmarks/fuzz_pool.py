@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 CASES_A_WORKER = 200  # Memory of compiled code and registered ops only ever grows.
 START_SECONDS = 120.0
+COMMAND = [sys.executable, "-W", "ignore", "-m", "benchmarks.fuzz_pool"]
 OWN = "the model itself"  # What a process is at while no code of fxprune runs.
 
 Row = dict[str, Any]
@@ -72,14 +73,13 @@ class Worker:
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
         }
         environment["PYTHONHASHSEED"] = "0"
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.fuzz_pool"]
         self._process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            COMMAND, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
         self._count, self._read = 0, b""
         if self._line(time.monotonic() + START_SECONDS) is None:
             self.stop()
-            raise RuntimeError(f"a worker does not start: {' '.join(command)}")
+            raise RuntimeError(f"a worker does not start: {' '.join(COMMAND)}")
 
     def _line(self, end: float) -> bytes | None:
         """The next line that the process writes; None once it is gone or the time is up."""
