@@ -23,10 +23,20 @@ from benchmarks.fuzz_oracle import Told, distance, relative, wide, widened, zero
 from benchmarks.fuzz_pool import OWN
 from benchmarks.fuzz_prune import BACKEND, CALIBRATE, LATER, REPLAY, TRAIN
 from fxprune.errors import CheckError, FxPruneError
+from fxprune.graph.note import Note
 
 # From good to bad. "not a case": the model does not run or is not finite. "caught": fxprune's own checks found a fault.
 OUTCOMES = ("ok", "not a case", "refused", "needless", "caught", "changed", "wrong", "crash", "time limit", "died")
 FAULTS = ("caught", "changed", "wrong", "crash", "time limit", "died")
+# What a report says where fxprune's own checks turned down what it made, and something slower stands in.
+TURNED_DOWN = (
+    "keeps all its indices: ",
+    "nothing was shrunk: ",
+    "nothing dead left: ",
+    "and was dropped",
+    "torch.compile failed",
+    "every size is fixed: ",
+)
 # Further than this from the unpruned model, or the oracle says little.
 FAR = 1e-3
 
@@ -92,12 +102,15 @@ def _run(case: Case, say: Callable[[str], None]) -> Row:
     told = Told() if case.pruning.way == BACKEND else Told.of(result)
     models.plain, models.exact = zeroed(case.model(), told), zeroed(widened(case.model()), told)
     row: Row = {"pruned": told.is_something or case.pruning.way == BACKEND, "notes": _notes(result)}
+    hidden = [str(note) for note in _told(result) if any(words in note for words in TURNED_DOWN)]
     found = _compare(case, models, told, result, first, say)
     say(OWN)
     masked = call(zeroed(case.model(), told), case, case.inputs(case.batch, 0), case.form)
     row["far"] = relative(masked, _unpruned(case)) > FAR
     if found.get("outcome") in (None, "needless") and case.pruning.way == TRAIN:
         found = compare_gradients(case, result, told, say) or found
+    if hidden and found.get("outcome") in (None, "needless"):
+        found = {"outcome": "caught", "why": normal(hidden[0]), "raw": hidden[0][:500]}
     # Dynamo itself leaves marks on the modules that it compiles.
     changed = "" if case.pruning.way == BACKEND else differences(before, state(models.user))
     if changed:
@@ -207,9 +220,13 @@ def _is_own_fault(error: FxPruneError) -> bool:
 
 
 def _notes(result: Any) -> list[str]:
+    """The kinds of what the report warns of."""
+    return sorted({normal(str(note)) for note in _told(result) if note.level in ("fallback", "warning")})
+
+
+def _told(result: Any) -> list[Note]:
     report = getattr(result, "report", None)
-    levels = ("fallback", "warning")
-    return sorted({normal(str(n)) for n in report.notes if getattr(n, "level", "") in levels}) if report else []
+    return [] if report is None else list(report.notes)
 
 
 def _line(error: BaseException) -> str:

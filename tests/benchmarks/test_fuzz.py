@@ -24,6 +24,7 @@ from benchmarks.fuzz_prune import KINDS, Edit, Pruning
 from benchmarks.fuzz_sketch import SEQUENCE, VECTOR, Sketch, Step, Value
 from benchmarks.fuzz_smaller import smaller
 from fxprune.errors import CheckError, InputError
+from fxprune.graph.note import Note
 
 Row = dict[str, Any]
 
@@ -151,6 +152,17 @@ def test_what_is_wrong_at_another_size_alone_is_wrong(monkeypatch: pytest.Monkey
     plant(monkeypatch, lambda model, result: Wrapped(result, constant))
     row = run_case(a_case(HALF))
     assert row["outcome"] == "wrong" and row["raw"].startswith("batch 1")
+
+
+def test_a_group_that_was_turned_down_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a right result as well: a fault that fxprune's own checks hide is still one."""
+
+    def note(model: nn.Module, result: Any) -> Any:
+        result.report.notes.append(Note("m1.weight[0] keeps all its indices: it differs by 1.0", "missed"))
+        return result
+
+    plant(monkeypatch, note)
+    assert run_case(a_case(HALF))["outcome"] == "caught"
 
 
 def test_wrong_gradients_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
