@@ -50,6 +50,7 @@ ACTIVATIONS = (
     "{x}.clone()",
     "{x}.contiguous()",
 )
+NOT_ZERO = ("{x}.sigmoid()", "{x}.exp().clamp(max=9.0)", "{x}.cos()", "F.softplus({x})", "(1 - {x})", "F.elu({x}) + 1")
 MODULES = ("nn.ReLU()", "nn.GELU()", "nn.PReLU()", "nn.PReLU({c})", "nn.SiLU()", "nn.Dropout(0.3)", "nn.Identity()")
 IN_PLACE = ("{x}.relu_()", "{x}.add_(1.0)", "{x}.mul_(0.5)", "F.relu({x}, inplace=True)", "{x}.clamp_(min=-1.0)")
 
@@ -237,7 +238,33 @@ def statistic(d: Draft, x: Value) -> bool:
     ways += ["{x} / (1 + {x}.abs().sum({d}, keepdim=True))", "{x} - {x}.logsumexp({d}, keepdim=True)"]
     if x.width < 2:
         return False
-    d.step("statistic", d.rng.choice(ways).format(x=x.name, d=at), x.kind, x.shape)
+    # What a removed channel holds matters where channels are summed: often it is not zero.
+    of = d.rng.choice(NOT_ZERO).format(x=x.name) if d.coin(0.4) else x.name
+    d.step("statistic", [f"t = {of}", d.rng.choice(ways).format(x="t", d=at)], x.kind, x.shape)
+    return True
+
+
+def contract(d: Draft, x: Value) -> bool:
+    """Channels of two activations are multiplied and summed: scores, similarities, Gram matrices."""
+    y = d.alike(x) or x
+    lines = [
+        f"{t} = {d.rng.choice((*NOT_ZERO, '{x}', '{x}', 'torch.relu({x})')).format(x=v.name)}"
+        for t, v in zip("ab", (x, y))
+    ]
+    if x.kind == VECTOR:
+        ways = [("a * (a * b).sum(-1, keepdim=True).tanh()", VECTOR, x.shape)]
+        ways += [("a * F.cosine_similarity(a, b, dim=-1)[:, None]", VECTOR, x.shape)]
+        ways += [("b - torch.einsum('bc,bc->b', a, b).tanh()[:, None]", VECTOR, x.shape)]
+    elif x.kind == SEQUENCE:
+        t = x.shape[0]
+        ways = [("torch.einsum('btc,bsc->bts', a, b)", SEQUENCE, (t, t)), ("a @ b.transpose(1, 2)", SEQUENCE, (t, t))]
+        ways += [("torch.bmm((a @ b.transpose(1, 2) / 4).softmax(-1), a)", SEQUENCE, x.shape)]
+        ways += [("a.transpose(1, 2) @ b", SEQUENCE, (x.width, x.width))]
+    else:
+        flat = "torch.bmm(a.flatten(2), b.flatten(2).transpose(1, 2)) / 8"
+        ways = [(flat, SEQUENCE, (x.width, x.width)), ("a * (a * b).sum(1, keepdim=True).tanh()", x.kind, x.shape)]
+    code, kind, shape = d.rng.choice(ways)
+    d.step("contract", [*lines, code], kind, shape)
     return True
 
 
@@ -282,6 +309,22 @@ def counter(d: Draft, x: Value) -> bool:
 
 ANY = (
     *(activation, activation, activation, activation_module, in_place, write_part, residual, residual, residual),
-    *(join, join, part, halves, halves, order, shuffle, affine, affine, statistic, use_mask, use_mask),
+    *(
+        join,
+        join,
+        part,
+        halves,
+        halves,
+        order,
+        shuffle,
+        affine,
+        affine,
+        statistic,
+        statistic,
+        contract,
+        contract,
+        use_mask,
+        use_mask,
+    ),
     *(use_number, over_batch, counter),
 )

@@ -76,6 +76,9 @@ def draw_pruning(rng: random.Random, model: nn.Module) -> Pruning:
     kind = rng.choice(KINDS)
     if kind == "drop" and not blocks:
         kind = "channels"
+    if kind == "channels" and len(weights) < 2:
+        # Its outputs are the model's, which no plan may shrink.
+        kind = "elements"
     edits: list[Edit] = []
     rules: list[tuple[str, str]] = []
     drops: list[str] = []
