@@ -95,12 +95,17 @@ class EntryCheck:
             )
         return known
 
-    def check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    def check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
         """The flat inputs of a call. Raises InputError unless the captured graph is right for it."""
-        flat = self.flatten(args, kwargs)
+        flat = args if self._is_flat and not kwargs and len(args) == len(self.names) else self.flatten(args, kwargs)
         if not self._accepts(flat):
             self._refuse(flat)
         return flat
+
+    @functools.cached_property
+    def _is_flat(self) -> bool:
+        """Whether a call's arguments are the flat inputs."""
+        return self.names == self.paths and all(isinstance(want, TensorInput) for want in self.inputs)
 
     @functools.cached_property
     def _accepts(self) -> Callable[[Sequence[Any]], bool]:

@@ -55,25 +55,26 @@ class Compiled:
         self._program, self._options = program, dict(options or {})
         tensors = {i: want for i, want in enumerate(entry.inputs) if isinstance(want, TensorInput)}
         self._wants = tensors if options is not None else dict(enumerate(entry.inputs))
-        self._programs = () if options is not None else (Sized(lambda _: True, self._eager()),)
+        self._takes_all = len(self._wants) == len(entry.inputs)
+        self.programs: tuple[Sized, ...] = () if options is not None else (Sized(lambda _: True, self._eager()),)
 
     def __call__(self, flat: Sequence[Any]) -> Sequence[Any]:
         """The outputs that are no constants, for flat inputs that the entry check has let pass."""
-        inputs = [flat[i] for i in self._wants]
-        for program in self._programs:
+        inputs = flat if self._takes_all else [flat[i] for i in self._wants]
+        for program in self.programs:
             if program.fits(inputs):
                 return program.run(*inputs)
-        if self._programs and not all(t.is_contiguous() for t in inputs):
+        if self.programs and not all(t.is_contiguous() for t in inputs):
             inputs = [t.contiguous() for t in inputs]
-        return self._found_or_made(inputs).run(*inputs)
+        return self._found_or_made(list(inputs)).run(*inputs)
 
     def _found_or_made(self, inputs: list[Tensor]) -> Sized:
         """The program for these inputs, made where there is none. Raises the error of the first."""
         with compat.alone():
-            found = next((each for each in self._programs if each.fits(inputs)), None)
+            found = next((each for each in self.programs if each.fits(inputs)), None)
             if found is None:
-                found = self._compile(inputs) if not self._programs else self._another(inputs)
-                self._programs += (found,) if len(self._programs) < MOST_PROGRAMS else ()
+                found = self._compile(inputs) if not self.programs else self._another(inputs)
+                self.programs += (found,) if len(self.programs) < MOST_PROGRAMS else ()
         return found
 
     def _another(self, inputs: list[Tensor]) -> Sized:
@@ -84,7 +85,7 @@ class Compiled:
         """
         why = f"{MOST_PROGRAMS} programs for other sizes are kept already"
         graph = self._eager()
-        for dynamic, freezing in _TRIES if len(self._programs) < MOST_PROGRAMS else ():
+        for dynamic, freezing in _TRIES if len(self.programs) < MOST_PROGRAMS else ():
             try:
                 program = self._compile(inputs, dynamic=dynamic, freezing=freezing)
                 row = compare("compiled = graph", _SIZES, graph(*inputs), program.run(*inputs))
@@ -111,9 +112,11 @@ class Compiled:
         ]
         options = {key: value for key, value in self._options.items() if freezing or key != "freezing"}
         module = self._flat()
+        graphs: list[Any] = []
         with torch.no_grad(), tracing(TracingContext(mode)), compat.quiet_export():
-            function = compile_fx(module, fakes, config_patches=options)
-        return Sized(_condition(shapes, fakes), function)  # pyright: ignore[reportArgumentType]
+            wrapped = compile_fx(module, fakes, _collecting(graphs), config_patches=options)
+            run = _without_wrappers(wrapped, graphs, inputs)  # pyright: ignore[reportArgumentType]
+        return Sized(_condition(shapes, fakes), run)
 
     def _eager(self) -> Callable[..., Sequence[Any]]:
         return self._flat().forward
@@ -153,6 +156,46 @@ def flat_graph(program: Program, inputs: Sequence[int]) -> Graph:
         elif node not in places or places[node] in inputs:
             copied[node] = graph.node_copy(node, lambda n: copied[n])
     return graph
+
+
+def _collecting(graphs: list[Any]) -> Callable[..., Any]:
+    """Inductor's compiler of one graph, which puts what it made into a list."""
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    def compile_one(*args: Any, **kwargs: Any) -> Any:
+        graphs.append(compile_fx_inner(*args, **kwargs))
+        return graphs[-1]
+
+    return compile_one
+
+
+def _without_wrappers(
+    wrapped: Callable[..., Sequence[Any]], graphs: Sequence[Any], inputs: Sequence[Tensor]
+) -> Callable[..., Sequence[Any]]:
+    """Inductor's code itself, where it does the same.
+
+    AOTAutograd's wrappers, which take as long as a small layer, are for gradients, inputs that are written to, and
+    outputs that share memory with inputs. Here there are neither gradients nor writes; the rest is looked at.
+    """
+    code = getattr(graphs[0], "current_callable", None) if len(graphs) == 1 else None
+    if code is None:
+        return wrapped
+    try:
+        got, want = code(list(inputs)), wrapped(*inputs)
+    # Parameters that were not frozen, for one, are arguments too.
+    except Exception:
+        return wrapped
+    memory = {t.untyped_storage().data_ptr() for t in inputs}
+    same = len(got) == len(want) and all(map(_same, got, want))
+    if not same or any(isinstance(y, Tensor) and y.untyped_storage().data_ptr() in memory for y in want):
+        return wrapped
+    return lambda *tensors: code(list(tensors))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return type(a) is type(b) and a == b
+    return a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b)
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic: Sequence[bool], name: str) -> Tensor:

@@ -17,6 +17,8 @@ import torch
 
 # Reads of twice the L2 cache before each call on a GPU; one takes some 30 us.
 _SPOILS = 6
+# Seconds of a round in which a function is called again and again.
+_LOOP = 1e-3
 
 
 class Samples(NamedTuple):
@@ -50,8 +52,8 @@ def interleave(
 ) -> list[Samples]:
     """Times the functions in turn; rounds end after `seconds` in all, but not before `min_rounds`.
 
-    What runs on the CPU (no `device`) and is far below the clock's resolution is repeated inside a round. What runs on
-    a GPU is timed between events there, once a round and with nothing of it left in the L2 cache, for between two calls
+    What runs on the CPU (no `device`) and takes less than a millisecond is repeated inside a round. What runs on a GPU
+    is timed between events there, once a round and with nothing of it left in the L2 cache, for between two calls
     of a layer a model reads more than that holds: its warm and cold times are the same.
     """
     if device is None or device.type != "cuda":
@@ -109,7 +111,7 @@ def _by_clock(function: Callable[[], Any]) -> _Timer:
     function()
     start = time.perf_counter()
     function()
-    repeats = max(1, min(100, int(5e-5 / max(time.perf_counter() - start, 1e-9))))
+    repeats = max(1, min(100, int(_LOOP / max(time.perf_counter() - start, 1e-9))))
 
     def timer(function: Callable[[], Any]) -> tuple[float, float]:
         start = time.perf_counter()

@@ -43,7 +43,7 @@ def programs(result: PrunedModule) -> tuple[compiled.Sized, ...]:
     """The programs that a result has compiled."""
     cells = vars(result)["_run"].__closure__
     found = next(cell.cell_contents for cell in cells if isinstance(cell.cell_contents, compiled.Compiled))
-    return found._programs
+    return found.programs
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
