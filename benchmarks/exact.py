@@ -9,8 +9,8 @@ along dim 0 or dim 1; biases and batch-norms stay as they are. fxprune.transform
 reads, or that holds the same for every input wherever one does. It is measured, not derived: from activations of random
 inputs under several draws of the weights that are not zero, and from the gradients behind them. `left` is what did
 leave, at widths that are multiples of eight and, as a share, at any width (options align=1). `error` is the largest of
-max|a - b| / max|b| against the masked model. With --time the result is also timed against the masked model, both under
-torch.compile with freezing.
+max|a - b| / max|b| against the masked model. With --time the result is also timed against the masked model as that runs
+best.
 
 Needs torchvision and transformers: `.venv-zoo/bin/python -m benchmarks.exact` after `make zoo`. Figures go to results/,
 in place of those taken before for the same model, amount and dim; --quick runs one small network and writes nothing.

@@ -3,7 +3,7 @@
     python -m benchmarks.minilm [--threads 1 2] [--sparsities 0 0.3 0.5 ...] [--seq 128] [--batch 1]
 
 Each thread count runs in a process of its own: thread pools and Inductor's choices outlive a change of it.
-Dense is the fastest of eager, torch.compile and torch.compile with freezing; where onnxruntime is installed, it is
+Dense is the fastest of eager, torch.compile and torch.compile, frozen; where onnxruntime is installed, it is
 measured on the same weights too and stands in a column of its own.
 No ratio is taken before the result equals the pruned model in eager PyTorch. Figures go to results/.
 """

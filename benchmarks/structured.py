@@ -3,7 +3,7 @@
     python -m benchmarks.structured [--models resnet50 vit-b16 bert-base] [--threads 1 2] [--seconds 20] [--quick]
 
 What fxprune leaves is timed against the same network written by hand in PyTorch at the widths that are left, and
-against the whole one. Both of these are the fastest of eager, torch.compile and torch.compile with freezing. Weights
+against the whole one. Both of these run in the fastest way that `fxprune.benchmark` knows. Weights
 are random, and the hand-written network holds the slices of them that fxprune kept: no ratio is taken before the result
 equals it, and equals the whole network with what was removed set to zero.
 

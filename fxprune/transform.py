@@ -137,6 +137,7 @@ class Job:
     progress: bool
     check: bool
     report: Report
+    on_step: Callable[[str], None] = lambda _: None
     captured: Capture = dataclasses.field(init=False)
     proof: Proof | None = dataclasses.field(init=False)
     coupling: Coupling | None = dataclasses.field(init=False)
@@ -261,6 +262,7 @@ def _emit(job: Job) -> Iterable[str]:
         expected=job.expected,
         settings=job.settings,
         whole=job.whole,
+        on_step=job.on_step,
     )
     job.result = found.result
     job.tell(found.notes, found.checks)
@@ -307,6 +309,7 @@ def _run(job: Job) -> PrunedModule | TrainableModule:
     with tqdm(total=len(stages), desc="transform", disable=None if job.progress else True, leave=False) as bar:
         for stage in stages:
             bar.set_postfix_str(stage.name)
+            job.on_step = lambda what, name=stage.name, bar=bar: bar.set_postfix_str(f"{name}: {what}")
             # Calibration takes long, and takes the lock itself where it captures.
             with contextlib.nullcontext() if stage is CALIBRATE else compat.alone():
                 _run_stage(job, stage, trace)

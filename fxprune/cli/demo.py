@@ -248,7 +248,7 @@ def explanation(rows: Sequence[Row], scored: int, calibrated: int, seq: int, emb
         "pruned": "By magnitude: the smallest go, all else stays as it is. Calibrated: masks and weights are fitted, "
         f"layer by layer, to what the dense model computes on {calibrated} other stories, without labels or training.",
         "dense ms": "The same pruned weights, zeros and all, in the fastest of eager PyTorch, torch.compile "
-        "and torch.compile with freezing. Both sides are timed in turns; medians are shown.",
+        "and torch.compile, frozen. Both sides are timed in turns; medians are shown.",
         "speed-up": "Dense over pruned, with its interval.",
         "R@1": f"Of {scored} BBC News headlines, the share whose own story is the most similar of {scored} "
         f"(headlines cut to {demo_data.TITLE_TOKENS} tokens, stories to {demo_data.BODY_TOKENS}). Computed "

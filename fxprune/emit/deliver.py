@@ -6,6 +6,7 @@ The forms are the packed program, the dense one, and the one with its dead chann
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,11 +65,13 @@ def deliver(
     expected: Expected | None,
     settings: Settings,
     whole: tuple[Program, Selection] | None = None,
+    on_step: Callable[[str], None] = lambda _: None,
 ) -> Delivered:
     """The result and what became of each weight. Raises CheckError where no form of it is right.
 
     `program` is what is left of the captured one, and `selection` what is left to apply to it. `whole` is the program
-    with its dead channels, and its masks: it is emitted where taking them out did not pay.
+    with its dead channels, and its masks: it is emitted where taking them out did not pay. `on_step` is told what is
+    compiled and timed next.
     """
     any_packed = any(w.choice.layout != "dense" for w in lowered)
     options = settings.inductor_options()
@@ -81,7 +84,7 @@ def deliver(
     if whole is not None:
         undone = _all_dense(lowered, "the model without its dead channels was slower")
         more.append(Form("whole", lambda: fold(*whole), options, undone))
-    trial = Trial(captured, example, expected, settings)
+    trial = Trial(captured, example, expected, settings, on_step)
     timing = None
     if settings.measure and settings.layout is None:
         user = admit.runnable(model)

@@ -65,11 +65,19 @@ class Candidate:
 class Trial:
     """Tries forms of a program. `notes` say what was dropped and what was slower."""
 
-    def __init__(self, captured: Capture, example: Call, expected: Expected | None, settings: Settings) -> None:
+    def __init__(
+        self,
+        captured: Capture,
+        example: Call,
+        expected: Expected | None,
+        settings: Settings,
+        on_step: Callable[[str], None],
+    ) -> None:
         self._captured, self._expected, self._settings = captured, expected, settings
         self._args, self._kwargs = example.copy()
         self._device = device_of(example.args, example.kwargs)
         self._theirs = {t.data_ptr() for t in (*captured.program.parameters(), *captured.program.buffers())}
+        self._on_step = on_step
         self.notes: list[Note] = []
 
     def first_right(self, forms: Sequence[Form]) -> Candidate:
@@ -101,7 +109,7 @@ class Trial:
         ways = ways_of(user, self._args, self._kwargs, self._device)
         if not self._settings.compile:
             ways = {name: make for name, make in ways.items() if name.startswith("eager")}
-        champion = fastest(ways, self._device)
+        champion = fastest(ways, self._device, lambda way: self._on_step(f"your model, {way}"))
         timing = time_against(champion, self._call(best), self._device)
         for form in more:
             if timing.ratio >= 1.0:
@@ -124,6 +132,7 @@ class Trial:
         floats = {p.dtype for p in user.parameters() if p.is_floating_point()}
         if floats != {torch.float32} or not has_bfloat16_units(self._device) or not self._settings.compile:
             return None
+        self._on_step("your model, bfloat16")
         try:
             function = in_bfloat16(user)
             got = pytree.tree_leaves(function(*self._args, **self._kwargs))
@@ -150,6 +159,7 @@ class Trial:
 
     def _compiled(self, form: Form) -> Candidate:
         """The program emitted as the form says; eager where it does not compile."""
+        self._on_step(f"{form.name}, {self._settings.words(form.options)}")
         program = form.make()
         own_storage(program, self._theirs)
         result = emit(copy_program(program), self._captured.entry, form.options)
