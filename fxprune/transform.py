@@ -74,7 +74,7 @@ def transform(
     parameters (and masks held as constants), not compiled.
 
     `mode` is torch.compile's; `options` are those of `settings.Settings`. With `check` the result is held against the
-    pruned model on the example, on a second input and at a second size, and against dense torch.compile in time.
+    pruned model on the example, on a second input and at other sizes. It is timed against the model as it runs best.
 
     The user's model is never changed. Raises PlanError, InputError, CaptureError or CheckError.
     """

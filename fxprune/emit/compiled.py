@@ -8,11 +8,12 @@ inputs of the parameters.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -31,8 +32,18 @@ from fxprune.graph.program import Program
 
 # Programs kept for one graph: one for the example's sizes, one for all others, and more where that one is not for all.
 MOST_PROGRAMS = 8
-# What is compiled for another size, whichever comes out right first: for all sizes or not, frozen or not.
-_TRIES = ((True, True), (True, False), (False, True))
+aten = torch.ops.aten
+_CONVOLUTIONS = {
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv3d.default,
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+}
+# Tensors that have memory of their own, in strides, to read.
+_PLAIN = {Tensor, nn.Parameter}
 _SIZES = Call("sizes of a call", (), {})
 
 
@@ -56,7 +67,7 @@ class Compiled:
         tensors = {i: want for i, want in enumerate(entry.inputs) if isinstance(want, TensorInput)}
         self._wants = tensors if options is not None else dict(enumerate(entry.inputs))
         self._takes_all = len(self._wants) == len(entry.inputs)
-        self.programs: tuple[Sized, ...] = () if options is not None else (Sized(lambda _: True, self._eager()),)
+        self.programs: tuple[Sized, ...] = () if options is not None else (Sized(lambda _: True, self._graph),)
 
     def __call__(self, flat: Sequence[Any]) -> Sequence[Any]:
         """The outputs that are no constants, for flat inputs that the entry check has let pass."""
@@ -64,17 +75,27 @@ class Compiled:
         for program in self.programs:
             if program.fits(inputs):
                 return program.run(*inputs)
+        if not all(map(_is_plain, inputs)):
+            return self._graph(*inputs)
         if self.programs and not all(t.is_contiguous() for t in inputs):
             inputs = [t.contiguous() for t in inputs]
         return self._found_or_made(list(inputs)).run(*inputs)
 
+    @functools.cached_property
+    def _graph(self) -> Callable[..., Sequence[Any]]:
+        """The graph, not compiled."""
+        return self._flat().forward
+
     def _found_or_made(self, inputs: list[Tensor]) -> Sized:
         """The program for these inputs, made where there is none. Raises the error of the first."""
+        if len(self.programs) >= MOST_PROGRAMS:
+            warn_once(f"a result runs eager, which is slower, for sizes that come after {MOST_PROGRAMS} others")
+            return Sized(lambda _: True, self._graph)
         with compat.alone():
             found = next((each for each in self.programs if each.fits(inputs)), None)
             if found is None:
                 found = self._compile(inputs) if not self.programs else self._another(inputs)
-                self.programs += (found,) if len(self.programs) < MOST_PROGRAMS else ()
+                self.programs += (found,)
         return found
 
     def _another(self, inputs: list[Tensor]) -> Sized:
@@ -83,12 +104,11 @@ class Compiled:
         None is used before it has been held against the graph: with symbolic sizes Inductor's freezing takes an image
         that it has laid out anew for the old one where it is read a second time (torch 2.13).
         """
-        why = f"{MOST_PROGRAMS} programs for other sizes are kept already"
-        graph = self._eager()
-        for dynamic, freezing in _TRIES if len(self.programs) < MOST_PROGRAMS else ():
+        why = ""
+        for dynamic, freezing in self._tries():
             try:
                 program = self._compile(inputs, dynamic=dynamic, freezing=freezing)
-                row = compare("compiled = graph", _SIZES, graph(*inputs), program.run(*inputs))
+                row = compare("compiled = graph", _SIZES, self._graph(*inputs), program.run(*inputs))
             # Whatever a compiler raises; the first program came out.
             except Exception as error:
                 why = words_of(error)
@@ -97,8 +117,17 @@ class Compiled:
             if row.ok and program.fits(inputs):
                 return program
         shapes = [t.shape for t in inputs]
-        warn_once(f"a result runs eager, which is slower, for inputs {', '.join(str(list(s)) for s in shapes)}: {why}")
-        return Sized(lambda others: [t.shape for t in others] == shapes, graph)
+        warn_once(f"a result runs eager, which is slower, for some sizes: {why}")
+        return Sized(lambda others: [t.shape for t in others] == shapes, self._graph)
+
+    def _tries(self) -> Sequence[tuple[bool, bool]]:
+        """How to compile for another size: for all sizes or for these, frozen or not; the first that is right is taken.
+
+        Convolutions are much faster frozen. For linear layers of any size Inductor knows nothing better than their
+        weights as they are, and each program that is frozen holds a copy of them.
+        """
+        has_convolutions = any(node.target in _CONVOLUTIONS for node in self._program.graph.nodes)
+        return ((True, True), (True, False), (False, True)) if has_convolutions else ((True, False), (False, False))
 
     def _compile(self, inputs: list[Tensor], *, dynamic: bool = False, freezing: bool = True) -> Sized:
         from torch._inductor.compile_fx import compile_fx
@@ -113,13 +142,11 @@ class Compiled:
         options = {key: value for key, value in self._options.items() if freezing or key != "freezing"}
         module = self._flat()
         graphs: list[Any] = []
-        with torch.no_grad(), tracing(TracingContext(mode)), compat.quiet_export():
+        quietly, freed = compat.quiet_export(), compat.constants_go_with_code()
+        with torch.no_grad(), tracing(TracingContext(mode)), quietly, freed:
             wrapped = compile_fx(module, fakes, _collecting(graphs), config_patches=options)
             run = _without_wrappers(wrapped, graphs, inputs)  # pyright: ignore[reportArgumentType]
         return Sized(_condition(shapes, fakes), run)
-
-    def _eager(self) -> Callable[..., Sequence[Any]]:
-        return self._flat().forward
 
     def _flat(self) -> GraphModule:
         return GraphModule(self._program, flat_graph(self._program, list(self._wants)))
@@ -156,6 +183,13 @@ def flat_graph(program: Program, inputs: Sequence[int]) -> Graph:
         elif node not in places or places[node] in inputs:
             copied[node] = graph.node_copy(node, lambda n: copied[n])
     return graph
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether compiled code can read a tensor: wrappers, sparse ones and views that negate are others to it."""
+    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_neg():
+        return False
+    return not (tensor.is_complex() and tensor.is_conj())
 
 
 def _collecting(graphs: list[Any]) -> Callable[..., Any]:
@@ -211,6 +245,7 @@ def _condition(shapes: ShapeEnv, fakes: Sequence[Tensor]) -> Callable[[Sequence[
     conditions, symbols, names = [], [], []
     for index, fake in enumerate(fakes):
         a, static = f"a[{index}]", not any(isinstance(size, torch.SymInt) for size in fake.shape)
+        conditions.append(f"plain({a})")
         if static:
             conditions.append(f"{a}.shape == {tuple(fake.shape)}")
         for dim, size in enumerate(fake.shape):
@@ -226,4 +261,4 @@ def _condition(shapes: ShapeEnv, fakes: Sequence[Tensor]) -> Callable[[Sequence[
         for place, name in enumerate(names):
             guards = guards.replace(f"L['t{place}']", name)
         conditions.append(f"({guards})")
-    return eval(f"lambda a: {' and '.join(conditions)}", compat.guard_names())
+    return eval(f"lambda a: {' and '.join(conditions)}", {**compat.guard_names(), "plain": _is_plain})

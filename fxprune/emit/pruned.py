@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 from fxprune.capture.entry import EntryCheck
 from fxprune.errors import FxPruneError
 from fxprune.graph.program import Program, copy_program, replace_tensors
+from fxprune.measure.ways import compiled
 from fxprune.select.selection import Selection
 
 from .compiled import Compiled, can_compile, returned
@@ -60,14 +62,13 @@ class PrunedModule(Result):
         if _is_traced():
             with torch.no_grad():
                 return super().__call__(*args, **kwargs)
-        if torch._C._is_any_autocast_enabled():
-            # Dense ops would follow it, and packed ones know float32 only.
-            with _without_autocast():
-                return self(*args, **kwargs)
         run = vars(self).get("_run") or self._prepare()
         if self._forward_hooks or self._forward_pre_hooks or nn.modules.module._has_any_global_hook():
-            with torch.no_grad():
-                return _with_hooks(self, run, args, kwargs)
+            run = functools.partial(_with_hooks, self, run)
+        if torch._C._is_any_autocast_enabled():
+            # Dense ops would follow it, and packed ones know float32 only.
+            with torch.no_grad(), _without_autocast():
+                return run(*args, **kwargs)
         if not torch.is_grad_enabled():
             return run(*args, **kwargs)
         torch._C._set_grad_enabled(False)
@@ -87,16 +88,17 @@ class PrunedModule(Result):
         program, check = copy_program(self), entry.check
         if options is not None and (options.get("triton.cudagraphs") or not can_compile(program, entry)):
             # CUDA graphs and writes to inputs are looked after by Dynamo.
-            through_dynamo = torch.compile(program, options={**options, "guard_filter_fn": _NO_GUARDS})
+            live = {key: value for key, value in options.items() if key != "freezing"}
+            through_dynamo = compiled(program, freezing=bool(options.get("freezing")), options={**live, **_NO_GUARDS})
 
             def run(*args: Any, **kwargs: Any) -> Any:
                 check(args, kwargs)
                 return through_dynamo(*args, **kwargs)
         else:
-            compiled, structured = Compiled(program, entry, options), _structure(program)
+            code, structured = Compiled(program, entry, options), _structure(program)
 
             def run(*args: Any, **kwargs: Any) -> Any:
-                return structured(compiled(check(args, kwargs)))
+                return structured(code(check(args, kwargs)))
 
         vars(self)["_run"] = run
         return run
@@ -114,11 +116,10 @@ class PrunedModule(Result):
             del type(self).__call__
         return code
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As for any module; the next call compiles anew."""
-        found = super().load_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # Also what a module calls that holds this one.
+        super()._load_from_state_dict(*args, **kwargs)
         self._renew()
-        return found
 
     def _apply(self, *args: Any, **kwargs: Any) -> PrunedModule:
         super()._apply(*args, **kwargs)
@@ -149,7 +150,7 @@ class PrunedModule(Result):
         return _rebuild, (rebuild, (state, *rest))
 
 
-_NO_GUARDS = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+_NO_GUARDS = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
 
 
 def _is_traced() -> bool:
@@ -161,13 +162,23 @@ def _is_traced() -> bool:
     )
 
 
-def _with_hooks(module: PrunedModule, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """A call of a module that has hooks: torch calls them around `forward`, which is made to be `run` meanwhile."""
-    vars(module)["forward"] = run
-    try:
-        return super(Result, module).__call__(*args, **kwargs)
-    finally:
-        del vars(module)["forward"]
+def _with_hooks(module: PrunedModule, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A call with the hooks before and after it, the module's and those of all modules, as nn.Module calls them."""
+    of_all = nn.modules.module
+    before = {**of_all._global_forward_pre_hooks, **module._forward_pre_hooks}
+    for key, hook in before.items():
+        if key in module._forward_pre_hooks_with_kwargs:
+            changed: Any = hook(module, args, kwargs)
+            args, kwargs = changed if changed is not None else (args, kwargs)
+        else:
+            changed = hook(module, args)
+            args = args if changed is None else changed if isinstance(changed, tuple) else (changed,)
+    result = run(*args, **kwargs)
+    for key, hook in {**of_all._global_forward_hooks, **module._forward_hooks}.items():
+        with_kwargs = key in module._forward_hooks_with_kwargs or key in of_all._global_forward_hooks_with_kwargs
+        changed = hook(module, args, kwargs, result) if with_kwargs else hook(module, args, result)
+        result = result if changed is None else changed
+    return result
 
 
 def _structure(program: Program) -> Callable[[Sequence[Any]], Any]:
@@ -175,16 +186,32 @@ def _structure(program: Program) -> Callable[[Sequence[Any]], Any]:
     leaves = returned(program)
     info = getattr(program.graph._codegen, "pytree_info", None)
     spec = info.out_spec if info is not None else pytree.tree_structure(program.graph.output_node().args[0])
-    if len(leaves) == 1 and spec == pytree.tree_structure(0):
-        return lambda flat: flat[0]
-    if all(isinstance(leaf, torch.fx.Node) for leaf in leaves):
+    varies = _follow_from(program)
+    if all(leaf in varies for leaf in leaves):
+        if len(leaves) == 1 and spec == pytree.tree_structure(0):
+            return lambda flat: flat[0]
         return lambda flat: pytree.tree_unflatten(flat, spec)
 
     def put_in(flat: Sequence[Any]) -> Any:
         computed = iter(flat)
-        return pytree.tree_unflatten([next(computed) if isinstance(v, torch.fx.Node) else v for v in leaves], spec)
+        values = [next(computed) if isinstance(leaf, torch.fx.Node) else leaf for leaf in leaves]
+        # What hangs on no input is frozen, one tensor for all calls, and its reader may write to it.
+        own = [
+            value if leaf in varies or not isinstance(value, torch.Tensor) else value.clone()
+            for leaf, value in zip(leaves, values, strict=True)
+        ]
+        return pytree.tree_unflatten(own, spec)
 
     return put_in
+
+
+def _follow_from(program: Program) -> set[Any]:
+    """The nodes that hang on an input."""
+    found: set[Any] = set()
+    for node in program.graph.nodes:
+        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _without_autocast() -> contextlib.AbstractContextManager[object]:

@@ -127,6 +127,26 @@ def many_compilations() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def constants_go_with_code() -> Iterator[None]:
+    """What Inductor compiles inside keeps its frozen weights as long as somebody can call it.
+
+    Inductor keeps each module that it generates, and with it the constants, for as long as the process lives.
+    """
+    from torch._inductor.codecache import PyCodeCache
+
+    before = len(PyCodeCache.modules)
+    try:
+        yield
+    finally:
+        without = {id(module) for module in PyCodeCache.modules_no_attr.values()}
+        for module in PyCodeCache.modules[before:]:
+            if id(module) not in without:
+                PyCodeCache.modules.remove(module)
+                if sys.modules.get(module.__name__) is module:
+                    del sys.modules[module.__name__]
+
+
+@contextlib.contextmanager
 def alone() -> Iterator[None]:
     """One thread at a time captures and compiles, and may do so again inside: what torch.export sets, all threads see.
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fxprune.errors import InputError
 from fxprune.graph import compat
 
-from .device import device_name, device_of, has_bfloat16_units
+from .device import device_name, device_of
 from .race import fastest
 from .timing import Samples, interleave
 from .ways import in_bfloat16, ways_of
@@ -120,7 +120,8 @@ def benchmark(
             bar.set_postfix_str("")
             calls, names = [each.call for each in best], [each.name for each in best]
             sides = [a, b]
-            half = _half(a, inputs, kwargs, device)
+            is_dense = len(ways_of(a, inputs, kwargs, device)) > 1
+            half = in_bfloat16(a, inputs, kwargs, device) if is_dense else None
             if half is not None:
                 calls, names, sides = [*calls, half], [*names, "torch.compile, frozen"], [a, b, a]
             samples = interleave(
@@ -138,24 +139,6 @@ def benchmark(
         return Benchmark(found[0], found[1], ratio, low, high, count, where, *found[2:])
     finally:
         torch.set_num_threads(before)
-
-
-def _half(
-    model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device | None
-) -> Callable[[], Any] | None:
-    """A call of a dense float32 model in bfloat16, where the device has units for it and the model runs so."""
-    is_model = isinstance(model, nn.Module) and len(ways_of(model, inputs, kwargs, device)) > 1
-    if not is_model or not has_bfloat16_units(device):
-        return None
-    if any(p.dtype != torch.float32 for p in model.parameters() if p.is_floating_point()):
-        return None
-    try:
-        function = in_bfloat16(model)
-        function(*inputs, **kwargs)
-    # Whatever a model raises that does not take another precision: it has no such row.
-    except Exception:
-        return None
-    return lambda: function(*inputs, **kwargs)
 
 
 def _side(model: Any, way: str, samples: Samples) -> Side:

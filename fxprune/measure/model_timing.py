@@ -7,7 +7,8 @@ import dataclasses
 import torch
 
 from .device import cpu_name
-from .race import Fastest, duel
+from .race import Fastest
+from .timing import interleave
 from .ways import Call
 
 
@@ -61,8 +62,7 @@ class ModelTiming:
 
 def time_against(user: Fastest, pruned: Call, device: torch.device | None, *, seconds: float = 1.0) -> ModelTiming:
     """Times a pruned model against the user's fastest way."""
-    samples = duel(user.call, pruned, device, seconds=seconds)
-    dense, own = samples
+    dense, own = interleave([user.call, pruned], device, seconds=seconds, min_rounds=7)
     name = cpu_name() if device is None else torch.cuda.get_device_name(device)
     return ModelTiming(
         user.name,

@@ -1,7 +1,8 @@
 """ways: how a user may run a model as it is: eager or compiled by torch, frozen or not, in either memory format.
 
 Each way is made only when it is its turn, for a compiled model takes time and memory. It is compiled as code of its
-own: what Dynamo keeps goes with it, and the user's model meets neither its guards nor its limit of recompilations.
+own: what Dynamo keeps goes with it, but for what it compiles behind breaks of the graph, which stays with the code of
+the user's modules.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import InputError
+from fxprune.graph import compat
+
+from .device import has_bfloat16_units
 
 Call = Callable[[], Any]
 Maker = Callable[[], Call]
@@ -27,11 +31,15 @@ _numbers = itertools.count()
 
 
 def ways_of(
-    model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device | None
+    model: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    device: torch.device | None,
+    modes: Sequence[str] = (),
 ) -> dict[str, Maker]:
     """The ways of calling `model(*args, **kwargs)` by name: one for what is compiled or no module, else all of them.
 
-    Raises InputError for a model in training mode.
+    `modes` are modes of torch.compile to try besides. Raises InputError for a model in training mode.
     """
 
     def call(function: Callable[..., Any]) -> Call:
@@ -55,13 +63,18 @@ def ways_of(
             "eager, channels_last": lambda: call(channels_last(model)),
             "torch.compile, frozen, channels_last": lambda: call(compiled(channels_last(model), freezing=True)),
         }
-    if device is not None and device.type == "cuda":
-        ways |= {f"torch.compile, {mode}": lambda mode=mode: call(compiled(model, mode=mode)) for mode in _GRAPH_MODES}
-    return ways
+    more = (*modes, *(_GRAPH_MODES if device is not None and device.type == "cuda" else ()))
+    return ways | {f"torch.compile, {mode}": lambda mode=mode: call(compiled(model, mode=mode)) for mode in more}
 
 
-def compiled(function: Callable[..., Any], *, freezing: bool = False, mode: str | None = None) -> Callable[..., Any]:
-    """torch.compile of a model or function. The first call compiles, so it has to be the one that is timed.
+def compiled(
+    function: Callable[..., Any],
+    *,
+    freezing: bool = False,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """torch.compile of a model or function, as code of its own; the first call compiles.
 
     Freezing has to be switched on for all that is compiled meanwhile: as an option it does nothing.
     """
@@ -72,12 +85,13 @@ def compiled(function: Callable[..., Any], *, freezing: bool = False, mode: str 
     # Dynamo knows a function by its code, and remembers sizes by its name.
     code = run.__code__.replace(co_name=f"way_{next(_numbers)}")
     fresh = types.FunctionType(code, run.__globals__, closure=run.__closure__)
-    result = torch.compile(fresh, mode=mode)
+    result = torch.compile(fresh, mode=mode, options=dict(options) if options else None)
     if not freezing:
         return result
 
     def first(*args: Any, **kwargs: Any) -> Any:
-        with torch._inductor.config.patch(freezing=True):  # pyright: ignore[reportAttributeAccessIssue]
+        frozen = torch._inductor.config.patch(freezing=True)  # pyright: ignore[reportAttributeAccessIssue]
+        with frozen, compat.constants_go_with_code():
             return result(*args, **kwargs)
 
     return _Once(first, result)
@@ -107,16 +121,24 @@ def channels_last(model: nn.Module) -> Callable[..., Any]:
     return run
 
 
-def in_bfloat16(model: nn.Module) -> Callable[..., Any]:
-    """The model in bfloat16 as torch.compile runs it, frozen; its outputs are in bfloat16 too."""
-    twin = copied(model).bfloat16()
-    function = compiled(twin, freezing=True)
+def in_bfloat16(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device | None) -> Call | None:
+    """A call of a float32 model in bfloat16, as torch.compile runs it, frozen; its outputs are in bfloat16 too.
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = pytree.tree_map(_to_bfloat16, (args, kwargs))
-        return function(*args, **kwargs)
-
-    return run
+    None where the device has no units for it, or the model is in another precision or does not run in this one.
+    """
+    if not isinstance(model, nn.Module) or not has_bfloat16_units(device):
+        return None
+    if {p.dtype for p in model.parameters() if p.is_floating_point()} != {torch.float32}:
+        return None
+    args, kwargs = pytree.tree_map(_to_bfloat16, (tuple(args), dict(kwargs)))
+    try:
+        with compat.many_compilations(), torch.no_grad():
+            function = compiled(copied(model).bfloat16(), freezing=True)
+            function(*args, **kwargs)
+    # Whatever a model raises that does not take another precision.
+    except Exception:
+        return None
+    return lambda: function(*args, **kwargs)
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import sys
+import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -116,10 +121,10 @@ def test_what_cannot_be_compiled_for_another_size_runs_as_the_graph_is_and_says_
 
     monkeypatch.setattr(compiled.Compiled, "_compile", failing)
     x = torch.randn(11, 16)
-    with pytest.warns(FxPruneWarning, match=r"runs eager.*\[11, 16\]: RuntimeError: no such kernel"):
+    with pytest.warns(FxPruneWarning, match="runs eager.* RuntimeError: no such kernel"):
         assert_close(result(x), model(x))
     assert_close(result(x + 1), model(x + 1))
-    assert tried == [(True, True), (True, False), (False, True)], "what failed once is not tried at each call"
+    assert tried == [(True, False), (False, False)], "what failed once is not tried at each call"
 
 
 def test_code_that_is_wrong_at_another_size_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +138,7 @@ def test_code_that_is_wrong_at_another_size_is_never_used(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(compiled.Compiled, "_compile", wrong)
     x = torch.randn(12, 16)
-    with pytest.warns(FxPruneWarning, match=r"runs eager.*\[12, 16\]: what was compiled for them is off by"):
+    with pytest.warns(FxPruneWarning, match="runs eager.* what was compiled for them is off by"):
         assert_close(result(x), model(x))
 
 
@@ -142,7 +147,7 @@ def test_programs_are_few_and_what_comes_after_them_is_right(monkeypatch: pytest
     result = fxprune.transform(model, example_inputs=(torch.randn(4, 16),), check=False, progress=False)
     original = compiled.Compiled._compile
     monkeypatch.setattr(compiled.Compiled, "_compile", lambda self, inputs, **_: original(self, inputs))
-    with pytest.warns(FxPruneWarning, match="are kept already"):
+    with pytest.warns(FxPruneWarning, match="come after 8 others"):
         for batch in range(1, MOST_PROGRAMS + 4):
             x = torch.randn(batch, 16)
             assert_close(result(x), model(x))
@@ -222,3 +227,114 @@ def test_a_call_follows_neither_autocast_nor_gradients_outside() -> None:
     with pytest.raises(InputError):
         result(x[:, :3])
     assert torch.is_grad_enabled()
+
+
+class Constant(nn.Module):
+    """Returns what hangs on no input beside what does, and a parameter itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.e = nn.Linear(16, 4), nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.linear(x), torch.tanh(self.e), self.e
+
+
+def test_an_output_that_hangs_on_no_input_is_new_at_each_call() -> None:
+    model = Constant().eval()
+    x = torch.randn(4, 16)
+    result = made(model, x)
+    for _ in range(2):
+        first, second, third = result(x)
+        assert torch.equal(second, torch.tanh(model.e)) and torch.equal(third, model.e)
+        second.add_(100)
+        third.add_(100)
+        first.add_(100)
+
+
+def test_what_a_result_held_goes_with_it() -> None:
+    """Inductor keeps frozen weights for as long as the process lives."""
+    from torch._inductor.codecache import PyCodeCache
+
+    def held() -> int:
+        return sum(v.nbytes for m in [*PyCodeCache.modules, *sys.modules.values()] for v in tensors(m))
+
+    def tensors(module: Any) -> list[Tensor]:
+        return [v for v in list(vars(module).values()) if isinstance(v, Tensor)]
+
+    before = held()
+    for measure in (False, True):
+        result = fxprune.transform(
+            nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256)).eval(),
+            example_inputs=(torch.randn(4, 256),),
+            options={"measure": measure},
+            progress=False,
+        )
+        assert held() == before, "only who can call the code holds its constants"
+        kept = weakref.ref(next(iter(programs(result))).run)
+        del result
+        gc.collect()
+        assert kept() is None
+
+
+class Wrapper(Tensor):
+    """A tensor that has no memory of its own."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapper:
+        wrapper = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        wrapper.inner = inner
+        return wrapper
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        unwrapped = torch.utils._pytree.tree_map(
+            lambda t: t.inner if isinstance(t, Wrapper) else t, (args, kwargs or {})
+        )
+        return func(*unwrapped[0], **unwrapped[1])
+
+
+def test_inputs_that_compiled_code_cannot_read_go_through_the_graph() -> None:
+    model = nn.Sequential(nn.Tanh(), nn.Linear(16, 4)).eval()
+    x = torch.randn(4, 16)
+    result = made(model, x)
+    for strange in (torch._neg_view(x), Wrapper(x), nn.Parameter(x)):
+        assert_close(result(strange), model(-x if strange.is_neg() else x))
+
+
+def test_a_module_that_holds_a_result_loads_into_it() -> None:
+    model = nn.Sequential(nn.Linear(16, 4)).eval()
+    x = torch.randn(4, 16)
+    outer = nn.Sequential(made(model, x))
+    outer(x)
+    changed = {name: value + 1 for name, value in outer.state_dict().items()}
+    outer.load_state_dict(changed)
+    model.load_state_dict({name.removeprefix("0."): value for name, value in changed.items()})
+    assert_close(outer(x), model(x))
+
+
+def test_hooks_see_every_call_also_from_threads_and_from_a_hook() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU()).eval()
+    x, calls = torch.randn(4, 16), []
+    result = made(model, x)
+    result.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    result.register_forward_hook(lambda module, args, y: calls.append(len(args)))
+    with ThreadPoolExecutor(4) as pool:
+        for y in pool.map(result, [x] * 400):
+            assert_close(y, model(2 * x))
+    assert len(calls) == 400
+    result.register_forward_hook(lambda module, args, kwargs, y: y + len(kwargs), with_kwargs=True)
+    again = result.register_forward_hook(lambda module, args, y: (again.remove(), result(x))[1])
+    assert_close(result(x), model(2 * x))
+
+
+def test_autocast_of_a_device_that_is_not_there_changes_nothing() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU()).eval()
+    x = torch.randn(4, 16)
+    result = made(model, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.autocast("xpu", dtype=torch.bfloat16):
+            assert_close(result(x), model(x))

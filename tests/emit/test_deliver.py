@@ -17,6 +17,7 @@ from fxprune.emit import trial
 from fxprune.emit.pruned import PrunedModule
 from fxprune.errors import CheckError
 from fxprune.lower.layouts import choose
+from fxprune.measure import ways
 from fxprune.measure.model_timing import ModelTiming
 from fxprune.measure.timing import Samples
 from tests.oracle import assert_close
@@ -57,7 +58,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PrunedModule]:
 
         monkeypatch.setattr(trial, "duel", duel)
         monkeypatch.setattr(trial, "time_against", against)
-        monkeypatch.setattr(trial, "has_bfloat16_units", lambda _: False)
+        monkeypatch.setattr(ways, "has_bfloat16_units", lambda _: False)
         monkeypatch.setattr(choose, "_times", lambda functions, *_: [2.0] * (len(functions) - 1) + [1.0])
         chosen = {"measure": True, **options}
         return fxprune.transform(model or masked(), example_inputs=(X,), options=chosen, progress=False)
@@ -164,7 +165,7 @@ def test_really_timed_the_report_names_the_users_best_way_and_all_that_were_trie
 
 def test_a_float32_result_says_what_the_dense_model_takes_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     for has in (True, False):
-        monkeypatch.setattr(trial, "has_bfloat16_units", lambda _, has=has: has)
+        monkeypatch.setattr(ways, "has_bfloat16_units", lambda _, has=has: has)
         result = fxprune.transform(masked(), example_inputs=(X,), options={"measure": True}, progress=False)
         half = result.report.timing.half
         assert (half is not None) == has == ("in bfloat16 the dense model takes" in str(result.report))

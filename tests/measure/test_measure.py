@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from benchmarks.machine import describe_machine
 from fxprune.errors import InputError
-from fxprune.measure import benchmark as benchmark_module
-from fxprune.measure import race
+from fxprune.measure import race, ways
 from fxprune.measure.benchmark import benchmark
 from fxprune.measure.device import device_of, has_bfloat16_units
 from fxprune.measure.race import duel, fastest
@@ -168,12 +168,12 @@ def test_a_dense_float32_model_is_shown_in_bfloat16_where_the_machine_has_units_
 ) -> None:
     model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval(), torch.randn(2, 8)
     for has in (True, False):
-        monkeypatch.setattr(benchmark_module, "has_bfloat16_units", lambda _, has=has: has)
+        monkeypatch.setattr(ways, "has_bfloat16_units", lambda _, has=has: has)
         result = benchmark(model, lambda x: x, (x,), rounds=3, progress=False)
         assert (result.half is not None) == has and ("a, bfloat16" in str(result)) == has
-    monkeypatch.setattr(benchmark_module, "has_bfloat16_units", lambda _: True)
+    monkeypatch.setattr(ways, "has_bfloat16_units", lambda _: True)
     assert benchmark(model.double(), lambda x: x, (x.double(),), rounds=3, progress=False).half is None
-    assert isinstance(has_bfloat16_units(None), bool)
+    assert has_bfloat16_units(None) == bool({"amx_tile", "avx512_bf16"} & set(describe_machine()["isa"]))
 
 
 def test_the_device_is_that_of_the_first_tensor_on_one() -> None:
