@@ -1,0 +1,828 @@
+"""The mutants: faults of one line, each of which would hurt a user who is told nothing, and the test that sees it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """A fault: `old` stands exactly once in `file`, and `new` takes its place. `test` must fail then."""
+
+    file: str
+    old: str
+    new: str
+    breaks: str
+    test: str
+
+    @property
+    def name(self) -> str:
+        """What tells it from the others."""
+        return f"{self.file}: {self.breaks}"
+
+
+_CHECK = (
+    Mutant(
+        "fxprune/check/compare.py",
+        "if error / limit > worst / tolerance:",
+        "if error > worst:",
+        "the worst output is sought without its tolerance",
+        "tests/check/test_check.py::test_each_output_has_the_tolerance_of_its_own_type",
+    ),
+    Mutant(
+        "fxprune/check/compare.py",
+        "finite) or not _equal_with_nan(got[~finite], expected[~finite]):",
+        "finite):",
+        "minus infinity passes for infinity",
+        "tests/check/test_check.py::test_compare",
+    ),
+    Mutant(
+        "fxprune/check/compare.py",
+        "whole = torch.minimum(whole, _ABOVE * counted.median())",
+        "whole = torch.maximum(whole, _ABOVE * counted.median())",
+        "one huge element hides errors in all others",
+        "tests/check/test_check.py::test_a_large_element_of_a_single_row_hides_little",
+    ),
+    Mutant(
+        "fxprune/check/compare.py",
+        "scale = torch.minimum(scale, _ABOVE * size.amax(others, keepdim=True))",
+        "scale = torch.minimum(scale, _ABOVE * size.amax())",
+        "a channel is held to the scale of the others",
+        "tests/check/test_check.py::test_channels_of_other_scales",
+    ),
+    Mutant(
+        "fxprune/check/compare.py",
+        "ROUNDINGS = 4.0",
+        "ROUNDINGS = 40.0",
+        "ten times as much is put down to rounding",
+        "tests/check/test_rounding.py::test_four_roundings_and_no_more",
+    ),
+    Mutant(
+        "fxprune/check/rounding.py",
+        "apart = compare(row.what, call, exact, graph)",
+        "apart = compare(row.what, call, exact, exact)",
+        "the graph is not looked at in float64",
+        "tests/check/test_rounding.py::test_four_roundings_and_no_more",
+    ),
+    Mutant(
+        "fxprune/check/rounding.py",
+        "_MOST = 0.1",
+        "_MOST = 10.0",
+        "noise passes for a model that rounds badly",
+        "tests/check/test_rounding.py::test_four_roundings_and_no_more",
+    ),
+    Mutant(
+        "fxprune/check/proof.py",
+        "return max(rows, key=lambda row: (not row.ok,",
+        "return min(rows, key=lambda row: (not row.ok,",
+        "what shrank is judged by its best call",
+        "tests/check/test_proof.py::test_what_shrank_is_judged_by_its_worst_call",
+    ),
+    Mutant(
+        "fxprune/check/proof.py",
+        "return self._rows(result, 0, len(self.proof.same_size))",
+        "return self._rows(result, 0, 1)",
+        "a result is held on the example alone",
+        "tests/check/test_proof.py::test_a_result_is_held_on_every_call",
+    ),
+    Mutant(
+        "fxprune/check/calls.py",
+        "torch.where(coins, 1 - first, first)",
+        "torch.where(coins, first, first)",
+        "flags are not turned",
+        "tests/check/test_capture_checked.py::test_what_only_turned_flags_show",
+    ),
+    Mutant(
+        "fxprune/check/calls.py",
+        "drawn = noise * (spread or 1.0) + (float(finite.mean()) if finite.numel() else 0.0)",
+        "drawn = noise * (spread or 1.0)",
+        "the second input has another mean",
+        "tests/check/test_check.py::test_the_second_input_is_like_the_first",
+    ),
+    Mutant(
+        "fxprune/check/calls.py",
+        "return leaf.transpose(-1, -2).contiguous().transpose(-1, -2)",
+        "return leaf",
+        "other strides are not tried",
+        "tests/capture/test_entry.py::test_a_model_that_reads_strides_is_held_to_those_of_its_example",
+    ),
+    Mutant(
+        "fxprune/check/capture_checked.py",
+        "again = theirs.answer_next(example) if check else expected",
+        "again = theirs.answer(example) if check else expected",
+        "the second call is answered with what the first one gave",
+        "tests/check/test_capture_checked.py::test_a_model_that_answers_a_call_in_two_ways",
+    ),
+    Mutant(
+        "fxprune/check/capture_checked.py",
+        'guard = (f"a[{index}].size()[{dim}] > 1"',
+        'guard = (f"a[{index}].size()[{dim}] > 0"',
+        "size 1 is let in where the capture is wrong there",
+        "tests/check/test_capture_checked.py::test_a_capture_that_is_wrong_at_size_one_refuses_it",
+    ),
+    Mutant(
+        "fxprune/check/capture_checked.py",
+        "if theirs.takes(turned) and is_finite(theirs.answer(turned)):",
+        "if not theirs.takes(turned):",
+        "turned flags are not among the calls",
+        "tests/check/test_capture_checked.py::test_every_call_is_held",
+    ),
+    Mutant(
+        "fxprune/check/users_model.py",
+        "self.answer_next(example)",
+        "self.answer_next(second)",
+        "what a model keeps of another call is not seen",
+        "tests/check/test_capture_checked.py::test_a_value_of_the_first_input_that_is_kept",
+    ),
+    Mutant(
+        "fxprune/check/gradients.py",
+        "names = [n for n, _ in result.named_parameters(remove_duplicate=False)]",
+        "names = [*ours.wanted]",
+        "parameters that stopped training are not looked at",
+        "tests/check/test_gradients.py::test_a_wrong_gradient_is_refused",
+    ),
+    Mutant(
+        "fxprune/check/gradients.py",
+        "if isinstance(original, Tensor) and original.requires_grad:",
+        "if isinstance(original, Tensor) and copy.requires_grad:",
+        "gradients of inputs are not compared",
+        "tests/check/test_gradients.py::test_inputs_that_require_gradients_are_compared",
+    ),
+    Mutant(
+        "fxprune/check/oracle.py",
+        "value = self.selection.apply(self.canonical.get(name, name), value)",
+        "value = self.selection.apply(name, value)",
+        "the oracle masks a tied weight under one name alone",
+        "tests/transform/test_transform_weights.py::test_tied_weights",
+    ),
+)
+
+_CAPTURE = (
+    Mutant(
+        "fxprune/capture/entry.py",
+        "or {a}.dtype is not dtype{index}: return False",
+        ": return False",
+        "inputs of another dtype are let in",
+        "tests/capture/test_entry_conditions.py::test_each_condition_is_asked",
+    ),
+    Mutant(
+        "fxprune/capture/entry.py",
+        'lines += [f"if {on}: return False", f"s = {a}.shape"]',
+        'lines += [f"s = {a}.shape"]',
+        "inputs on another device are let in",
+        "tests/capture/test_entry_conditions.py::test_each_condition_is_asked",
+    ),
+    Mutant(
+        "fxprune/capture/entry.py",
+        "for d, size in enumerate(want.sizes) if isinstance(size, int)]",
+        "for d, size in enumerate(want.sizes[:-1]) if isinstance(size, int)]",
+        "the last size is not asked",
+        "tests/capture/test_entry_conditions.py::test_each_condition_is_asked",
+    ),
+    Mutant(
+        "fxprune/capture/entry.py",
+        "[f'len(s) != {len(want.sizes)}', *sizes]",
+        "[f'len(s) < {len(want.sizes)}', *sizes]",
+        "inputs with more dimensions are let in",
+        "tests/capture/test_entry_conditions.py::test_each_condition_is_asked",
+    ),
+    Mutant(
+        "fxprune/capture/entry.py",
+        "{a}.is_contiguous() is not {want.contiguous}: return False",
+        "{a}.is_contiguous() is {not want.contiguous} and len(s) > 9: return False",
+        "inputs in other strides are let in",
+        "tests/capture/test_entry_conditions.py::test_each_condition_is_asked",
+    ),
+    Mutant(
+        "fxprune/capture/entry.py",
+        'wrong = f"type({a}) is not want{index}" if',
+        'wrong = f"not isinstance({a}, want{index})" if',
+        "True passes for a number",
+        "tests/capture/test_entry_conditions.py::test_each_condition_is_asked",
+    ),
+    Mutant(
+        "fxprune/capture/entry.py",
+        "return type(want) is type(got) and bool(want == got)",
+        "return bool(want == got)",
+        "a constant of another type is let in",
+        "tests/capture/test_entry_conditions.py::test_each_condition_is_asked",
+    ),
+    Mutant(
+        "fxprune/capture/entry.py",
+        '(f"    if not ({condition}): return False" for condition, _ in self.guards)',
+        '(f"    if not ({condition}): return False" for condition, _ in self.guards[1:])',
+        "the first guard is not asked",
+        "tests/capture/test_entry_conditions.py::test_each_guard_is_asked",
+    ),
+    Mutant(
+        "fxprune/capture/entry.py",
+        'lines += ["except ZeroDivisionError:", "    return False", "return True"]',
+        'lines += ["except ZeroDivisionError:", "    return True", "return True"]',
+        "a size that makes a guard divide by zero is let in",
+        "tests/capture/test_entry.py::test_a_guard_that_divides_by_zero_is_not_met",
+    ),
+    Mutant(
+        "fxprune/capture/entry.py",
+        'guards.append((f"{code} <= {int(high)}", f"{readable} <= {int(high)}"))',
+        'guards.append((f"{code} <= {int(high)} + 1", f"{readable} <= {int(high)}"))',
+        "one more than the largest size is let in",
+        "tests/capture/test_entry.py::test_ranges_and_relations_of_dynamic_shapes",
+    ),
+    Mutant(
+        "fxprune/capture/state.py",
+        "if moved:",
+        "if False:",
+        "memory that a model gave a tensor stays",
+        "tests/capture/test_state.py::test_what_is_written_is_put_back",
+    ),
+    Mutant(
+        "fxprune/capture/state.py",
+        "(chunk * factors[: chunk.numel()]).sum()",
+        "chunk.sum()",
+        "a fingerprint does not see values that change places",
+        "tests/capture/test_state.py::test_a_fingerprint_sees_every_change",
+    ),
+    Mutant(
+        "fxprune/capture/hooks.py",
+        "if bool((other == mask).all())]",
+        "if bool((other == mask).any())]",
+        "two masks of a tied weight are taken for one",
+        "tests/capture/test_existing.py::test_a_tied_weight_stays_tied_under_one_mask_and_comes_apart_under_two",
+    ),
+    Mutant(
+        "fxprune/capture/hooks.py",
+        "masks[name] = value != 0",
+        "masks[name] = value > 0",
+        "negative weights under a parametrization count as pruned",
+        "tests/capture/test_existing.py::test_a_mask_under_a_parametrization_is_a_mask_of_its_weight",
+    ),
+)
+
+_COUPLE = (
+    Mutant(
+        "fxprune/couple/axis.py",
+        "part.held, part.mixed = atom.held, atom.mixed",
+        'part.held, part.mixed = "", ""',
+        "a frozen axis that is split may shrink",
+        "tests/couple/test_axis.py::test_marks_are_never_lost",
+    ),
+    Mutant(
+        "fxprune/couple/indices.py",
+        "result = (result[:, None] * size + kept).flatten()",
+        "result = (result[:, None] + size * kept).flatten()",
+        "the outer index of a view is taken for the inner one",
+        "tests/couple/test_axis.py::test_a_view_of_a_slice_is_a_slice_of_the_view",
+    ),
+    Mutant(
+        "fxprune/couple/axis.py",
+        "if first.size != second.size:",
+        "if first.size.number > second.size.number:",
+        "an axis is tied to a larger one",
+        "tests/couple/test_axis.py::test_unequal_sizes_freeze_both",
+    ),
+    Mutant(
+        "fxprune/couple/indices.py",
+        "found.append(kept + offset)",
+        "found.append(kept)",
+        "indices of a concatenation lose their offset",
+        "tests/couple/test_axis.py::test_heads_of_a_fused_projection",
+    ),
+    Mutant(
+        "fxprune/couple/couple.py",
+        "for read in node.all_input_nodes:",
+        "for read in node.all_input_nodes[:1]:",
+        "only the first output is frozen",
+        "tests/couple/test_groups.py::test_every_output_is_frozen",
+    ),
+    Mutant(
+        "fxprune/couple/couple.py",
+        "if (count := len(producers.get(atom, ()))) > 1:",
+        "if (count := len(producers.get(atom, ()))) > 2:",
+        "a norm over a residual of two layers shrinks unasked",
+        "tests/couple/test_groups.py::test_groups_of_a_tiny_model",
+    ),
+    Mutant(
+        "fxprune/couple/rules/relation.py",
+        "return zero - other",
+        "return zero",
+        "what is zero in one of several tensors counts as zero in all",
+        "tests/couple/test_rules.py::test_taking_indices_away_equals_zeros",
+    ),
+    Mutant(
+        "fxprune/couple/rules/contract.py",
+        "1.0 / math.sqrt(sizes.old(query[-1]))",
+        "1.0 / math.sqrt(sizes.number(query[-1]))",
+        "attention is scaled by the width that is left",
+        "tests/shrink/test_structured_attention.py::test_head_width_of_a_fused_qkv",
+    ),
+    Mutant(
+        "fxprune/couple/rules/contract.py",
+        'here.freeze(key[-2], "a softmax runs over it")',
+        "pass",
+        "positions that a softmax runs over may leave",
+        "tests/couple/test_rules.py::test_taking_indices_away_equals_zeros",
+    ),
+    Mutant(
+        "fxprune/couple/rules/reduce.py",
+        'return {} if old == new else {"output_scale": new / old}',
+        "return {}",
+        "a mean divides by the count that is left",
+        "tests/couple/test_rules.py::test_taking_indices_away_equals_zeros",
+    ),
+    Mutant(
+        "fxprune/couple/rules/cut.py",
+        '{"start": int((kept < bounds[0]).sum())',
+        '{"start": int((kept <= bounds[0]).sum())',
+        "a slice begins one index late",
+        "tests/couple/test_rules.py::test_taking_indices_away_equals_zeros",
+    ),
+)
+
+_SELECT = (
+    Mutant(
+        "fxprune/select/threshold.py",
+        "below = int(reach[digit] - counts[digit])",
+        "below = int(reach[digit])",
+        "the rank within a digit is off by its count",
+        "tests/select/test_threshold.py::test_shards_reduce_into_one_threshold",
+    ),
+    Mutant(
+        "fxprune/select/threshold.py",
+        "rank -= taken[-1]",
+        "rank -= count",
+        "ties are shared out wrongly among shards",
+        "tests/select/test_threshold.py::test_ties_are_shared_in_order",
+    ),
+    Mutant(
+        "fxprune/select/threshold.py",
+        "keep = key >= threshold.key",
+        "keep = key > threshold.key",
+        "all that ties with the threshold leaves",
+        "tests/select/test_select.py::test_ties_take_the_lowest_index",
+    ),
+    Mutant(
+        "fxprune/select/score.py",
+        "rest = squares.flip(0).cumsum(0).flip(0)",
+        "rest = squares.cumsum(0)",
+        "LAMP divides by the smaller ones",
+        "tests/select/test_score.py::test_lamp_is_its_formula",
+    ),
+    Mutant(
+        "fxprune/select/elements.py",
+        "shard.keep_all_but(max(0, count - (size - alive)))",
+        "shard.keep_all_but(min(count, alive))",
+        "zeros that are there do not count towards an amount",
+        "tests/select/test_select.py::test_existing_masks_count_and_are_never_revived",
+    ),
+    Mutant(
+        "fxprune/select/elements.py",
+        "kept = kept & masks[name].unpack()",
+        "kept = kept | masks[name].unpack()",
+        "masked elements come back to life",
+        "tests/select/test_pattern_select.py::test_existing_masks_come_first",
+    ),
+    Mutant(
+        "fxprune/select/units.py",
+        "return order[len(order) - count :].sort().values.cpu()",
+        "return order[:count].sort().values.cpu()",
+        "the faintest units stay",
+        "tests/shrink/test_structured.py::test_the_lowest_norms_leave",
+    ),
+    Mutant(
+        "fxprune/select/units.py",
+        "[: max(0, group.size - how.min_keep)]",
+        "[: max(0, group.size)]",
+        "a pool takes all units of a group",
+        "tests/shrink/test_structured.py::test_a_pool_counts_in_units_and_keeps_some_of_each_group",
+    ),
+    Mutant(
+        "fxprune/select/unit_score.py",
+        "return empty.index_add(0, owner, powers[mine]).pow(1 / p) * largest",
+        "return empty.index_add(0, owner, powers[mine]).pow(1 / p)",
+        "norms of units lose their scale",
+        "tests/select/test_score_units.py::test_norms_of_all_slices",
+    ),
+    Mutant(
+        "fxprune/select/decide.py",
+        "if bool((indices[1:] <= indices[:-1]).any()):",
+        "if bool((indices[1:] < indices[:-1]).any()):",
+        "an index may stay twice",
+        "tests/transform/test_bad_structured_selections.py::test_a_selection_whose_indices_are_none",
+    ),
+    Mutant(
+        "fxprune/select/decide.py",
+        "if kept <= (1 - PRUNED_FROM) * weight.numel():",
+        "if kept < weight.numel() / 2:",
+        "a weight of a third zeros counts as dense",
+        "tests/transform/test_transform.py::test_zeros_after_prune_remove",
+    ),
+    Mutant(
+        "fxprune/select/project.py",
+        "first = members[:later] <= members[later]",
+        "first = members[:later] < members[later]",
+        "of equal elements in a group the later leaves",
+        "tests/select/test_project.py::test_n_of_every_m",
+    ),
+    Mutant(
+        "fxprune/select/project.py",
+        "keep[tied] |= equal & (from_the_end <= stay[tied, None])",
+        "keep[tied] |= equal",
+        "all ties of a row stay",
+        "tests/select/test_project.py::test_every_row_alike",
+    ),
+    Mutant(
+        "fxprune/select/subnormal.py",
+        "return found if largest * info.eps >= info.tiny else 0",
+        "return found",
+        "a weight of nothing but tiny numbers becomes zero",
+        "tests/select/test_subnormal.py::test_elements_as_small_as_all_others_are_not_hidden",
+    ),
+)
+
+_SHRINK = (
+    Mutant(
+        "fxprune/shrink/proved.py",
+        'return dataclasses.replace(tried, checks=(row,)) if row.ok else f"it differs by {row.error:.1e}"',
+        "return dataclasses.replace(tried, checks=(row,))",
+        "dead channels leave though the result is another",
+        "tests/shrink/test_dead.py::test_a_group_that_does_not_come_out_equal_stays_and_is_named",
+    ),
+    Mutant(
+        "fxprune/shrink/proved.py",
+        'else f"it differs from the zeroed model by {row.error:.1e}"',
+        "else dataclasses.replace(tried, checks=(row,))",
+        "groups shrink though the result is another",
+        "tests/shrink/test_structured_result.py::test_a_group_that_comes_out_wrong_stays_whole",
+    ),
+    Mutant(
+        "fxprune/shrink/proved.py",
+        "together = attempt(both) if all(parts) else None",
+        "together = None",
+        "groups that are right alone are not tried together",
+        "tests/shrink/test_structured_result.py::test_groups_that_are_wrong_together_only",
+    ),
+    Mutant(
+        "fxprune/shrink/shrink.py",
+        "return value.new_empty_strided(shape, strides)",
+        "return value.new_empty(shape)",
+        "values that shrank lose the order of their strides",
+        "tests/shrink/test_structured_result.py",
+    ),
+    Mutant(
+        "fxprune/shrink/shrink.py",
+        "changed = [(d, axis) for d, axis in cuts if any(atom in by_atom for atom in atoms(axis))]",
+        "changed = []",
+        "a constant is added as wide as it was",
+        "tests/shrink/test_dead.py::test_the_constant_of_a_dead_neuron_goes_into_the_next_bias",
+    ),
+    Mutant(
+        "fxprune/shrink/shrink.py",
+        "scaled = _scaler(node.graph, after=node)(node, sizes.old(axis), sizes.number(axis))",
+        "scaled = _scaler(node.graph, after=node)(node, sizes.number(axis), sizes.old(axis))",
+        "a size that is read is scaled the wrong way",
+        "tests/shrink/test_structured_views.py",
+    ),
+    Mutant(
+        "fxprune/shrink/dead/readers.py",
+        "return flags.movedim(dim, 0).flatten(1).all(1) if",
+        "return flags.movedim(dim, 0).flatten(1).any(1) if",
+        "a channel that is known somewhere counts as known",
+        "tests/shrink/test_dead.py::test_constants_that_differ_by_position_become_a_map",
+    ),
+    Mutant(
+        "fxprune/shrink/dead/products.py",
+        "doubt = doubt + run((~x.sure).float(), (~w.zero).float())",
+        "doubt = doubt + run((~x.sure).float(), (~w.sure).float())",
+        "a product with what is unknown counts as known",
+        "tests/shrink/test_known.py",
+    ),
+    Mutant(
+        "fxprune/shrink/dead/products.py",
+        'value = states.get("alpha", 1) * value',
+        "pass",
+        "a constant through addmm loses its factor",
+        "tests/shrink/test_known.py",
+    ),
+    Mutant(
+        "fxprune/shrink/dead/known.py",
+        "sure = sure & is_even(known.value, dim).unsqueeze(dim)",
+        "sure = sure & is_even(known.value, dim).unsqueeze(dim).any()",
+        "what differs along a dynamic size counts as constant",
+        "tests/shrink/test_dead.py::test_positions_of_a_dynamic_length_stay",
+    ),
+)
+
+_LOWER = (
+    Mutant(
+        "fxprune/lower/fold.py",
+        "(old_bias.double() - mean.double()) * scale",
+        "(old_bias.double() + mean.double()) * scale",
+        "a folded batch-norm adds its mean",
+        "tests/lower/test_fold.py::test_a_batch_norm_goes_into_its_convolution",
+    ),
+    Mutant(
+        "fxprune/lower/fold.py",
+        "return sum(len(read.users) for read in reads) == 1",
+        "return bool(reads)",
+        "a batch-norm goes into a weight that others read",
+        "tests/lower/test_fold.py::test_what_others_read_stays_right",
+    ),
+    Mutant(
+        "fxprune/lower/fold.py",
+        "aliases = [n for n, first in canonical.items() if first == name]",
+        "aliases = [name]",
+        "a tied weight is masked under one name alone",
+        "tests/lower/test_fold.py::test_masks_become_positive_zeros_under_every_name",
+    ),
+    Mutant(
+        "fxprune/lower/lower.py",
+        "if len(node.users) != 1:",
+        "if not node.users:",
+        "an activation beside another reader goes into the kernel",
+        "tests/lower/test_lower.py::test_an_activation_beside_another_reader_stays",
+    ),
+    Mutant(
+        "fxprune/lower/lower.py",
+        "if len({u.transposed for u in weight_uses}) > 1:",
+        "if len({u.transposed for u in weight_uses}) > 2:",
+        "a weight that is used in two ways is packed for one",
+        "tests/lower/test_lower.py::test_uses_that_keep_a_weight_dense",
+    ),
+    Mutant(
+        "fxprune/lower/lower.py",
+        "tokens=tuple(tokens),",
+        "tokens=tuple(tokens[:1]),",
+        "a layout is chosen for the smallest size alone",
+        "tests/lower/test_lower.py::test_a_site_is_asked_about_at_the_rows_it_will_see",
+    ),
+    Mutant(
+        "fxprune/lower/layouts/choose.py",
+        "and min(gains[best]) >= 1.0:",
+        "and max(gains[best]) >= 1.0:",
+        "a layout is taken that loses at one of the sizes",
+        "tests/lower/test_choose.py::test_a_layout_that_loses_at_one_size_is_refused",
+    ),
+    Mutant(
+        "fxprune/lower/layouts/choose.py",
+        "if means[best] >= MARGIN",
+        "if means[best] >= 1 / MARGIN",
+        "a layout is taken that is no faster",
+        "tests/lower/test_choose.py::test_a_layout_that_hardly_wins_is_refused",
+    ),
+    Mutant(
+        "fxprune/lower/layouts/choose.py",
+        "baseline = min(samples[: len(dense)])",
+        "baseline = max(samples[: len(dense)])",
+        "a layout is held against the slower dense form",
+        "tests/lower/test_choose.py::test_the_faster_dense_form_is_what_a_layout_must_beat",
+    ),
+    Mutant(
+        "fxprune/lower/layouts/choose.py",
+        "round(kept * 50), site.tokens,",
+        "round(kept * 50),",
+        "what was measured at some sizes is used for others",
+        "tests/lower/test_choose.py::test_what_was_measured_at_other_sizes_is_not_reused",
+    ),
+    Mutant(
+        "fxprune/lower/layouts/choose.py",
+        "return [samples.typical if warm else samples.alone",
+        "return [samples.alone if warm else samples.typical",
+        "layers are timed with the caches that they do not find",
+        "tests/lower/test_choose.py::test_a_layer_is_timed_with_its_weights_in_the_cache_where_the_whole_model_fits",
+    ),
+)
+
+_MEASURE = (
+    Mutant(
+        "fxprune/measure/timing.py",
+        "cold, warm = timer(function)",
+        "cold, warm = timer(functions[0])",
+        "everything is timed as the first function",
+        "tests/measure/test_measure.py::test_each_function_is_timed_as_itself",
+    ),
+    Mutant(
+        "fxprune/measure/timing.py",
+        "return between - start, (time.perf_counter() - between) / repeats",
+        "return between - start, time.perf_counter() - between",
+        "a call takes as long as all its repetitions",
+        "tests/measure/test_measure.py::test_a_fast_function_is_repeated_and_its_time_is_that_of_one_call",
+    ),
+    Mutant(
+        "fxprune/measure/timing.py",
+        "return median(self.warm)",
+        "return max(self.warm)",
+        "one interruption decides",
+        "tests/measure/test_measure.py::test_one_slow_round_decides_nothing",
+    ),
+    Mutant(
+        "fxprune/measure/race.py",
+        "if new.typical < old.typical:",
+        "if new.typical > old.typical:",
+        "the slower way of the user's model is taken for its best",
+        "tests/measure/test_measure.py::test_a_race_is_won_by_the_fastest_and_tells_who_did_not_run",
+    ),
+    Mutant(
+        "fxprune/measure/race.py",
+        "if max(first.typical, second.typical) < _CLEAR * min(first.typical, second.typical):",
+        "if max(first.typical, second.typical) > _CLEAR * min(first.typical, second.typical):",
+        "a close duel is decided by a first look",
+        "tests/measure/test_measure.py::test_a_duel_that_is_close_is_fought_longer",
+    ),
+    Mutant(
+        "fxprune/measure/ways.py",
+        "torch._inductor.config.patch(freezing=True)",
+        "torch._inductor.config.patch(freezing=False)",
+        "the user's frozen model is not frozen",
+        "tests/measure/test_measure.py::test_a_frozen_model_is_frozen",
+    ),
+    Mutant(
+        "fxprune/measure/ways.py",
+        "twin = copied(model).to(memory_format",
+        "twin = model.to(memory_format",
+        "the user's own weights change their layout",
+        "tests/measure/test_measure.py::test_channels_last_is_of_a_copy_also_where_a_hook_computes_the_weight",
+    ),
+)
+
+_EMIT = (
+    Mutant(
+        "fxprune/emit/trial.py",
+        "if best is None or self._is_faster(found, best):",
+        "if best is None:",
+        "a slower packed model is kept",
+        "tests/emit/test_deliver.py::test_a_slower_packed_model_is_not_kept",
+    ),
+    Mutant(
+        "fxprune/emit/trial.py",
+        "for rows in (self._expected.result, self._expected.at_other_sizes) if",
+        "for rows in (self._expected.result,) if",
+        "the result is not looked at at the second size",
+        "tests/emit/test_deliver.py::test_a_form_whose_code_is_wrong_at_the_second_size_is_not_emitted",
+    ),
+    Mutant(
+        "fxprune/emit/trial.py",
+        "if timing.ratio >= 1.0:",
+        "if timing.ratio >= 0.1:",
+        "other forms are not tried where the user's model is faster",
+        "tests/emit/test_deliver.py::test_other_forms_are_tried_where_the_users_model_is_faster",
+    ),
+    Mutant(
+        "fxprune/emit/trial.py",
+        "own_storage(program, self._theirs)",
+        "own_storage(program, set())",
+        "a result holds the user's own weights",
+        "tests/transform/test_calls.py::test_the_result_does_not_follow_the_users_model",
+    ),
+    Mutant(
+        "fxprune/emit/deliver.py",
+        "rows = [*expected.result(result), *expected.at_other_sizes(result)] if",
+        "rows = [*expected.result(result)] if",
+        "a result that trains is not looked at at the second size",
+        "tests/emit/test_deliver.py::test_a_result_that_trains_is_held_at_the_second_size_too",
+    ),
+    Mutant(
+        "fxprune/emit/deliver.py",
+        "return dataclasses.replace(w, choice=choice, bytes=w.dense_bytes)",
+        "return dataclasses.replace(w, choice=choice)",
+        "a dense weight is reported with the bytes of a packed one",
+        "tests/emit/test_deliver.py::test_a_slower_packed_model_is_not_kept",
+    ),
+    Mutant(
+        "fxprune/emit/compiled.py",
+        "if row.ok and program.fits(inputs):",
+        "if program.fits(inputs):",
+        "code for another size is used unverified",
+        "tests/emit/test_compiled.py::test_code_that_is_wrong_at_another_size_is_never_used",
+    ),
+    Mutant(
+        "fxprune/emit/compiled.py",
+        'conditions.append(f"{a}.is_contiguous()" if fake.is_contiguous() else strides)',
+        'conditions.append("True" if fake.is_contiguous() else strides)',
+        "code for contiguous inputs is given others",
+        "tests/emit/test_compiled.py::test_inputs_in_other_strides_are_right_and_cost_no_program",
+    ),
+    Mutant(
+        "fxprune/emit/compiled.py",
+        'conditions.append(f"({guards})")',
+        'conditions.append("True")',
+        "code is used at sizes that Inductor ruled out",
+        "tests/emit/test_compiled.py::test_every_size_that_is_let_in_is_right_and_one_program_serves_most",
+    ),
+    Mutant(
+        "fxprune/emit/pruned.py",
+        "found = super().load_state_dict(*args, **kwargs)",
+        "return super().load_state_dict(*args, **kwargs)",
+        "code holds the weights that were there before others were loaded",
+        "tests/emit/test_compiled.py::test_weights_that_change_by_torchs_own_means_are_seen[load]",
+    ),
+    Mutant(
+        "fxprune/emit/pruned.py",
+        "torch._C._set_grad_enabled(True)",
+        "torch._C._set_grad_enabled(False)",
+        "a call leaves gradients off",
+        "tests/emit/test_compiled.py::test_a_call_follows_neither_autocast_nor_gradients_outside",
+    ),
+    Mutant(
+        "fxprune/emit/trainable/masks.py",
+        "parameter.data = parameter.detach().masked_fill(~keep, 0)",
+        "parameter.data = parameter.detach()",
+        "what is masked is not zero in the parameter",
+        "tests/emit/test_trainable.py::test_masked_weights_stay_zero",
+    ),
+    Mutant(
+        "fxprune/emit/trainable/module.py",
+        "value = value.clone() if shared or partial or value.is_inference() else value",
+        "value = value.clone() if partial or value.is_inference() else value",
+        "training the result trains the user's model",
+        "tests/emit/test_trainable.py::test_the_users_model_is_not_touched",
+    ),
+    Mutant(
+        "fxprune/emit/trainable/module.py",
+        "return 1.0 / float(counter) if training else 0.0",
+        "return 1.0 / (float(counter) + 1) if training else 0.0",
+        "a mean over batches counts one too many",
+        "tests/emit/test_trainable_steps.py::test_steps_are_those_of_the_model",
+    ),
+    Mutant(
+        "fxprune/emit/trainable/module.py",
+        "detached = graph.call_function(aten.detach.default, (node,))",
+        "detached = graph.call_function(aten.clone.default, (node,))",
+        "gradients go where the model stops them",
+        "tests/emit/test_trainable_steps.py::test_gradients_stop_where_the_model_stops_them",
+    ),
+)
+
+_BACKEND = (
+    Mutant(
+        "fxprune/backend.py",
+        "if entry is None or not self._is_current(entry, inputs):",
+        "if entry is None:",
+        "weights that were written to are not packed anew",
+        "tests/test_backend.py::test_whoever_writes_to_weights_is_seen",
+    ),
+    Mutant(
+        "fxprune/backend.py",
+        "for name in (*names, *biases) if name in reads]",
+        "for name in names if name in reads]",
+        "biases that are stored with weights are not watched",
+        "tests/test_backend.py::test_biases_that_are_stored_together_are_seen",
+    ),
+)
+
+_CALIBRATION = (
+    Mutant(
+        "fxprune/calibration/solvers/least_squares.py",
+        "part.diagonal(dim1=-2, dim2=-1).add_(~used)",
+        "part.diagonal(dim1=-2, dim2=-1).add_(1)",
+        "least squares is damped by one",
+        "tests/calibration/test_calibrate_solvers.py::test_least_squares_directly",
+    ),
+    Mutant(
+        "fxprune/calibration/solvers/least_squares.py",
+        "residual = residual - length * moved",
+        "residual = residual - moved",
+        "conjugate gradients step by another length than they count",
+        "tests/calibration/test_calibrate_solvers.py::test_least_squares_by_conjugate_gradients",
+    ),
+    Mutant(
+        "fxprune/calibration/solvers/units.py",
+        "weight = weight - torch.cholesky_solve(weight[:, columns].mT, part).mT @ inverse[columns]",
+        "weight = weight + torch.cholesky_solve(weight[:, columns].mT, part).mT @ inverse[columns]",
+        "what is left makes up for the wrong sign",
+        "tests/calibration/test_calibrate_obs.py::test_units_leave_one_by_one_each_time_the_cheapest",
+    ),
+    Mutant(
+        "fxprune/calibration/moments.py",
+        "return self.gram - (self.count * off.unsqueeze(-1)",
+        "return self.gram + (self.count * off.unsqueeze(-1)",
+        "a Gram matrix is centred the wrong way",
+        "tests/calibration/test_calibrate_unfold.py::test_moments_do_not_depend_on_the_cut",
+    ),
+    Mutant(
+        "fxprune/calibration/layer.py",
+        "shift = Shift(mean, -1) if mean in vectors else None",
+        "shift = Shift(mean) if mean in vectors else None",
+        "a shift goes into a running mean with the wrong sign",
+        "tests/calibration/test_calibrate_models.py::test_a_batch_norm_takes_the_shift_and_its_variance",
+    ),
+    Mutant(
+        "fxprune/calibration/solvers/problem.py",
+        "share = (pairs + squares) / (rows * squares)",
+        "share = pairs / (rows * squares)",
+        "few rows are shrunk too little",
+        "tests/calibration/test_calibrate_solvers.py::test_few_rows_are_shrunk_to_what_many_rows_show",
+    ),
+)
+
+MUTANTS = (
+    *_CHECK,
+    *_CAPTURE,
+    *_COUPLE,
+    *_SELECT,
+    *_SHRINK,
+    *_LOWER,
+    *_MEASURE,
+    *_EMIT,
+    *_BACKEND,
+    *_CALIBRATION,
+)
