@@ -32,7 +32,8 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
-from benchmarks.mutants_list import MUTANTS, Mutant
+from benchmarks.mutant import Mutant
+from benchmarks.mutants_list import MUTANTS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.mutant import Mutant
 from benchmarks.mutants import ROOT, copy_tree, main, mutated, run_all
-from benchmarks.mutants_list import MUTANTS, Mutant
+from benchmarks.mutants_list import MUTANTS
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

@@ -309,19 +309,6 @@ def test_keyword_arguments_and_dynamic_shapes() -> None:
     assert "scale" in coupling.why("b.weight", 1)
 
 
-def test_every_output_is_frozen() -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(10, 16), nn.Linear(10, 16)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            return self.a(x), {"more": self.b(x)}
-
-    coupling = fxprune.analyze(Two().eval(), (torch.randn(3, 10),))
-    assert all("graph output" in coupling[f"{name}.weight[0]"].frozen for name in "ab")
-
-
 def test_an_op_without_a_rule_freezes_and_is_named() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
