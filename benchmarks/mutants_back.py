@@ -299,9 +299,9 @@ CALIBRATION = (
     ),
     Mutant(
         "fxprune/calibration/solvers/problem.py",
-        "share = (pairs + squares) / (rows * squares)",
-        "share = pairs / (rows * squares)",
-        "few rows are shrunk too little",
+        ".square().sum((-2, -1)) - varying",
+        ".square().sum((-2, -1))",
+        "few rows are shrunk too little, for inputs count as correlated with themselves",
         "tests/calibration/test_calibrate_solvers.py::test_few_rows_are_shrunk_to_what_many_rows_show",
     ),
 )
