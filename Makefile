@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # Without bytecode every worker, and every process that a test starts, compiles all of it anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-all lint zoo fuzz accuracy aot clean
+.PHONY: help demo test test-all lint zoo fuzz mutants accuracy aot clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make lint   lint and type check"
 	@echo "make zoo    prune 334 models of four libraries and check each, in about an hour (ARGS='--only timm/*vit*')"
 	@echo "make fuzz   prune 20000 random models and check each, in about two hours (ARGS='--cases 500' for minutes)"
+	@echo "make mutants  put small faults into the package, each of which a test must see, in half an hour (ARGS='--only check/')"
 	@echo "make accuracy  what pruning costs in accuracy, in hours (ARGS='--cases mnist' for minutes)"
 	@echo "make aot    compile every Triton kernel for GPUs that need not be there, and list what each takes"
 	@echo "make clean  remove the environments and everything built"
@@ -45,6 +46,9 @@ zoo: $(ZOO)/.zoo
 # So do these two.
 fuzz: $(VENV)/.test
 	$(BIN)/python -m benchmarks.fuzz $(ARGS)
+
+mutants: $(VENV)/.test
+	$(BIN)/python -m benchmarks.mutants $(ARGS)
 
 accuracy: $(VENV)/.accuracy
 	$(BIN)/python -m benchmarks.accuracy $(ARGS)

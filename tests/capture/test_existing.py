@@ -49,6 +49,20 @@ def test_masked_infinities_are_zero() -> None:
     assert folded.get_parameter("weight")[0, 0] == 0
 
 
+def test_a_tied_weight_stays_tied_under_one_mask_and_comes_apart_under_two() -> None:
+    for same in (True, False):
+        model: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+        model[1].weight = model[0].weight
+        first = torch.ones(4, 4)
+        first[0] = 0
+        torch_prune.custom_from_mask(model[0], "weight", first)
+        torch_prune.custom_from_mask(model[1], "weight", first if same else first.t().contiguous())
+        folded, _ = fold_existing(model)
+        weights = [folded.get_parameter(f"{place}.weight") for place in (0, 1)]
+        assert (weights[0] is weights[1]) == same
+        assert all(torch.equal(weight, layer.weight) for weight, layer in zip(weights, model, strict=True))
+
+
 def test_a_mask_that_is_gone_is_named() -> None:
     model = nn.Linear(4, 4).eval()
     torch_prune.identity(model, "weight")

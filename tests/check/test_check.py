@@ -39,6 +39,7 @@ NAN, INF = torch.tensor([1.0, math.nan]), torch.tensor([1.0, math.inf])
         ([NAN], [NAN], True),
         ([NAN], [torch.tensor([1.0, 0.0])], False),
         ([INF], [-INF], False),
+        ([INF], [INF * torch.tensor([1.0, -1.0])], False),
         ([torch.tensor([1.0, 0.0])], [NAN], False),
         ([NAN, ONES], [torch.tensor([2.0, math.nan]), ONES], False),
         ([ONES, ONES], [torch.full((3,), math.nan), ONES], False),
@@ -49,6 +50,15 @@ NAN, INF = torch.tensor([1.0, math.nan]), torch.tensor([1.0, math.inf])
 )
 def test_compare(expected: list[Any], got: list[Any], ok: bool) -> None:
     assert compare("a = b", CALL, expected, got).ok is ok
+
+
+def test_each_output_has_the_tolerance_of_its_own_type() -> None:
+    """The rounding of a half type is larger than an error of float32, and does not hide it."""
+    half = ONES.bfloat16()
+    assert compare("a = b", CALL, [half, ONES], [half * 1.01, ONES]).ok
+    for order in (slice(None), slice(None, None, -1)):
+        row = compare("a = b", CALL, [half, ONES][order], [half * 1.01, ONES + 1e-3][order])
+        assert not row.ok and row.error == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_the_second_input_is_like_the_first() -> None:

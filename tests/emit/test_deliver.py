@@ -83,7 +83,7 @@ def test_packed_is_emitted_where_it_is_fastest(timed: Any) -> None:
 def test_a_slower_packed_model_is_not_kept(timed: Any) -> None:
     result = timed({**FAST, "packed, frozen": 2.5})
     assert emitted(result) == "dense, frozen" and result.report.timing.pruned == 2.0
-    assert {w.layout for w in result.report.weights} == {"dense"}
+    assert {(w.layout, w.lowered.bytes) for w in result.report.weights} == {("dense", 64 * 64 * 4)}
     note = next(note for note in result.report.notes if "slower packed (0.80x)" in note)
     assert note.level == "fallback" and "emitted dense" in note
     assert_close(result(X), masked_like(result)(X))
@@ -149,6 +149,19 @@ def test_a_form_whose_code_is_wrong_at_the_second_size_is_not_emitted(
     result = timed(FAST)
     assert emitted(result) == "dense, frozen"
     assert any("wrong on the second size" in note and note.level == "warning" for note in result.report.notes)
+
+
+def test_a_result_that_trains_is_held_at_the_second_size_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = proof.outputs
+
+    def wrong(function: Any, call: Any) -> list[Any]:
+        found = original(function, call)
+        return [y * 1.01 for y in found] if call.label.startswith("second size") else found
+
+    monkeypatch.setattr(proof, "outputs", wrong)
+    with pytest.raises(CheckError) as error:
+        fxprune.transform(masked(), example_inputs=(X,), trainable=True, progress=False)
+    assert error.value.where.startswith("second size")
 
 
 def test_really_timed_the_report_names_the_users_best_way_and_all_that_were_tried() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import types
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn.utils import prune
 
 from benchmarks.machine import describe_machine
 from fxprune.errors import InputError
-from fxprune.measure import race, ways
+from fxprune.measure import race, timing, ways
 from fxprune.measure.benchmark import benchmark
 from fxprune.measure.device import device_of, has_bfloat16_units
 from fxprune.measure.race import duel, fastest
@@ -130,6 +131,28 @@ def test_a_cold_call_is_the_first_after_others_and_a_warm_one_follows_itself() -
 
     samples, _ = interleave([sticky, lambda: last.append("other")], seconds=0.0, min_rounds=5)
     assert samples.alone > samples.typical
+
+
+def test_one_slow_round_decides_nothing() -> None:
+    samples = Samples([1.0, 9.0, 1.0], [2.0, 9.0, 2.0])
+    assert (samples.typical, samples.alone) == (1.0, 2.0)
+
+
+def test_a_fast_function_is_repeated_and_its_time_is_that_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = [0.0], [0, 0]
+    monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def taking(seconds: float, place: int) -> Call:
+        def call() -> None:
+            now[0] += seconds
+            calls[place] += 1
+
+        return call
+
+    for samples, seconds in zip(interleave([taking(1e-6, 0), taking(1.0, 1)], seconds=0.0, min_rounds=3), (1e-6, 1.0)):
+        assert samples.warm == pytest.approx([seconds] * 3) and samples.cold == pytest.approx([seconds] * 3)
+    # Twice before the rounds, and in each of them once cold and then as often as the clock asks for.
+    assert calls[1] == 2 + 3 * 2 and calls[0] > 2 + 3 * 20
 
 
 def test_a_race_is_won_by_the_fastest_and_tells_who_did_not_run() -> None:

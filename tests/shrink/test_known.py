@@ -111,6 +111,7 @@ OPS: dict[str, Any] = {
     "product of activations": lambda m, x: x @ x.relu().transpose(-1, -2),
     "linear": lambda m, x: F.linear(x.permute(0, 2, 3, 1), m.wide.t(), None),
     "addmm": lambda m, x: torch.addmm(m.bias, x.mean((2, 3)), m.wide[:, :4], beta=2, alpha=3),
+    "addmm of constants": lambda m, x: torch.addmm(m.bias, x[:, :2].mean((2, 3)), m.table[:2], beta=2, alpha=3),
     "batched product": lambda m, x: torch.bmm(x.flatten(1, 2), m.square.expand(x.shape[0], 6, 6)),
     "convolution": lambda m, x: F.conv2d(x, m.full),
     "padded convolution": lambda m, x: F.conv2d(x, m.full, m.bias, padding=1, stride=2),
@@ -174,8 +175,9 @@ def test_what_is_known_after_an_op_is_so(name: str):
 
 SEEN_THROUGH = (
     "relu", "silu in place", "product with zeros", "quotient", "comparison", "where", "matrix product", "linear",
-    "addmm", "convolution", "padded convolution", "depthwise", "grouped", "transposed", "transposed in groups",
-    "batch norm", "layer norm", "group norm", "instance norm", "attention of channels", "mean", "mean of channels",
+    "addmm", "addmm of constants", "convolution", "padded convolution", "depthwise", "grouped", "transposed",
+    "transposed in groups", "batch norm", "layer norm", "group norm", "instance norm", "attention of channels", "mean",
+    "mean of channels",
     "largest pool", "average pool", "adaptive pool", "nearest", "bilinear", "padding", "views", "concatenation",
     "stack", "pieces", "slices", "selected", "repeated", "shuffled channels", "rolled", "filled", "embedding",
     "dropped", "other type",

@@ -1,0 +1,60 @@
+"""Every condition of an entry check: calls that meet it are let in, and one that breaks it alone is refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from fxprune.capture.entry import EntryCheck, TensorInput
+from fxprune.errors import InputError
+
+ON_CPU = TensorInput(torch.float32, torch.device("cpu"), ("s0", 16))
+ONLY_CONTIGUOUS = TensorInput(torch.float32, torch.device("cpu"), ("s0", 16), contiguous=True)
+ONLY_STRIDED = TensorInput(torch.float32, torch.device("cpu"), ("s0", 16), contiguous=False)
+X, TURNED = torch.ones(4, 16), torch.ones(16, 4).t()
+
+# What is broken -> what an input must be like, inputs that are, and one that is not.
+CONDITIONS: dict[str, tuple[Any, list[Any], Any]] = {
+    "a tensor": (ON_CPU, [X, TURNED], "x"),
+    "its dtype": (ON_CPU, [X], X.double()),
+    "its device": (ON_CPU, [X], X.to("meta")),
+    "its last size": (ON_CPU, [X, X[:2]], torch.ones(4, 15)),
+    "its first size": (TensorInput(torch.float32, torch.device("cpu"), (4, "s0")), [X, X[:, :3]], X[:3]),
+    "one dimension more": (ON_CPU, [X], torch.ones(4, 16, 2)),
+    "one dimension less": (TensorInput(torch.float32, torch.device("cpu"), ("s0", "s1")), [X], torch.ones(16)),
+    "contiguous": (ONLY_CONTIGUOUS, [X], TURNED),
+    "not contiguous": (ONLY_STRIDED, [TURNED], X),
+    "a number's type": (("type", int), [3, 4], True),
+    "a number's type, a float": (("type", float), [3.0, 0.5], 3),
+    "a constant's value": (("constant", 3), [3], 4),
+    "a constant's type": (("constant", True), [True], 1),
+    "a constant NaN": (("constant", math.nan), [math.nan], 0.0),
+    "a constant None": (("constant", None), [None], 0),
+}
+GUARDS = [("a[0].size()[0] % 2 == 0", "x is even"), ("a[0].size()[0] <= 8", "x is at most 8")]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("kind", CONDITIONS)
+def test_each_condition_is_asked(kind: str, place: int) -> None:
+    want, good, bad = CONDITIONS[kind]
+    # Whether it is the first that is asked or the last.
+    wants = (want, ON_CPU) if place == 0 else (ON_CPU, want)
+    check = EntryCheck(("x", "y"), ("x", "y"), wants, ())
+    for value in good:
+        assert len(check.check((value, X) if place == 0 else (X, value), {})) == 2
+    with pytest.raises(InputError) as error:
+        check.check((bad, X) if place == 0 else (X, bad), {})
+    assert "please report" not in error.value.why and error.value.do
+
+
+def test_each_guard_is_asked() -> None:
+    check = EntryCheck(("x",), ("x",), (ON_CPU,), tuple(GUARDS))
+    for size in (2, 8):
+        check.check((torch.ones(size, 16),), {})
+    for size, words in ((3, "x is even"), (10, "x is at most 8")):
+        with pytest.raises(InputError, match=words):
+            check.check((torch.ones(size, 16),), {})
