@@ -142,10 +142,12 @@ class Compiled:
         options = {key: value for key, value in self._options.items() if freezing or key != "freezing"}
         module = self._flat()
         graphs: list[Any] = []
+        # What comes out of AOTAutograd's own cache has its wrappers around it already.
+        anew = torch._functorch.config.patch(enable_autograd_cache=False)  # pyright: ignore[reportAttributeAccessIssue]
         quietly, freed = compat.quiet_export(), compat.constants_go_with_code()
-        with torch.no_grad(), tracing(TracingContext(mode)), quietly, freed:
+        with torch.no_grad(), tracing(TracingContext(mode)), quietly, freed, anew:
             wrapped = compile_fx(module, fakes, _collecting(graphs), config_patches=options)
-            run = _without_wrappers(wrapped, graphs, inputs)  # pyright: ignore[reportArgumentType]
+            run = _without_wrappers(wrapped, graphs, module, inputs)  # pyright: ignore[reportArgumentType]
         return Sized(_condition(shapes, fakes), run)
 
     def _flat(self) -> GraphModule:
@@ -204,7 +206,7 @@ def _collecting(graphs: list[Any]) -> Callable[..., Any]:
 
 
 def _without_wrappers(
-    wrapped: Callable[..., Sequence[Any]], graphs: Sequence[Any], inputs: Sequence[Tensor]
+    wrapped: Callable[..., Sequence[Any]], graphs: Sequence[Any], module: nn.Module, inputs: Sequence[Tensor]
 ) -> Callable[..., Sequence[Any]]:
     """Inductor's code itself, where it does the same.
 
@@ -212,18 +214,25 @@ def _without_wrappers(
     outputs that share memory with inputs. Here there are neither gradients nor writes; the rest is looked at.
     """
     code = getattr(graphs[0], "current_callable", None) if len(graphs) == 1 else None
-    if code is None:
+    want, memory = wrapped(*inputs), {t.untyped_storage().data_ptr() for t in inputs}
+    if code is None or any(isinstance(y, Tensor) and y.untyped_storage().data_ptr() in memory for y in want):
         return wrapped
-    try:
-        got, want = code(list(inputs)), wrapped(*inputs)
-    # Parameters that were not frozen, for one, are arguments too.
-    except Exception:
-        return wrapped
-    memory = {t.untyped_storage().data_ptr() for t in inputs}
-    same = len(got) == len(want) and all(map(_same, got, want))
-    if not same or any(isinstance(y, Tensor) and y.untyped_storage().data_ptr() in memory for y in want):
-        return wrapped
-    return lambda *tensors: code(list(tensors))
+    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    # Parameters that were not frozen are arguments too, before the others.
+    for weights in ((), tuple(tensor for _, tensor in named)):
+        try:
+            got = code([*weights, *inputs])
+        # Code that wants other arguments raises whatever it meets first.
+        except Exception:
+            continue
+        if len(got) == len(want) and all(map(_same, got, want)):
+            return functools.partial(_boxed, code, weights)
+    return wrapped
+
+
+def _boxed(code: Callable[[list[Any]], Sequence[Any]], weights: Sequence[Tensor], *inputs: Tensor) -> Sequence[Any]:
+    """Calls code that takes its arguments as one list."""
+    return code([*weights, *inputs])
 
 
 def _same(a: Any, b: Any) -> bool:
