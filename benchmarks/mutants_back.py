@@ -233,7 +233,7 @@ EMIT = (
         "return 1.0 / float(counter) if training else 0.0",
         "return 1.0 / (float(counter) + 1) if training else 0.0",
         "a mean over batches counts one too many",
-        "tests/emit/test_trainable_steps.py::test_steps_are_those_of_the_model",
+        "tests/emit/test_trainable_modes.py::test_both_modes_compute_what_the_models_do[batch norm over all batches]",
     ),
     Mutant(
         "fxprune/emit/trainable/module.py",
@@ -254,10 +254,17 @@ BACKEND = (
     ),
     Mutant(
         "fxprune/backend.py",
-        "for name in (*names, *biases) if name in reads]",
-        "for name in names if name in reads]",
-        "biases that are stored with weights are not watched",
-        "tests/test_backend.py::test_biases_that_are_stored_together_are_seen",
+        "return tuple(tensor.shape), fingerprint(tensor)",
+        "return tuple(tensor.shape), tensor._version",
+        "what is written through .data is not seen",
+        "tests/test_backend.py::test_whoever_writes_to_weights_is_seen[c.weight-data]",
+    ),
+    Mutant(
+        "fxprune/backend.py",
+        "if floats != self._floats:",
+        "if len(floats) != len(self._floats):",
+        "a call computes with the number of an earlier one",
+        "tests/test_backend_numbers.py::test_a_number_that_each_call_gives_is_followed",
     ),
 )
 
@@ -302,6 +309,6 @@ CALIBRATION = (
         ".square().sum((-2, -1)) - varying",
         ".square().sum((-2, -1))",
         "few rows are shrunk too little, for inputs count as correlated with themselves",
-        "tests/calibration/test_calibrate_solvers.py::test_few_rows_are_shrunk_to_what_many_rows_show",
+        "tests/calibration/test_shrinkage.py::test_shrinkage_is_its_formula",
     ),
 )

@@ -233,7 +233,7 @@ SHRINK = (
         "return flags.movedim(dim, 0).flatten(1).all(1) if",
         "return flags.movedim(dim, 0).flatten(1).any(1) if",
         "a channel that is known somewhere counts as known",
-        "tests/shrink/test_dead_patterns.py",
+        "tests/shrink/test_dead_patterns.py::test_a_channel_that_is_known_in_one_row_alone_is_not_dead",
     ),
     Mutant(
         "fxprune/shrink/dead/products.py",
@@ -254,6 +254,6 @@ SHRINK = (
         "sure = sure & is_even(known.value, dim).unsqueeze(dim)",
         "sure = sure & is_even(known.value, dim).unsqueeze(dim).any()",
         "what differs along a dynamic size counts as constant",
-        "tests/shrink/test_dead_sizes.py",
+        "tests/shrink/test_known.py::test_a_pattern_along_a_batch_is_known_in_channels_that_it_leaves_alone",
     ),
 )

@@ -35,6 +35,7 @@ def test_no_two_mutants_are_one() -> None:
 
 CODE = "def double(x):\n    return 2 * x\n"
 TEST = "from fxprune import double\n\n\ndef test_double():\n    assert double(3) == 6\n"
+LATE = "def test_late():\n    from fxprune import double\n\n    assert double(3) == 6\n"
 GOOD = Mutant("fxprune/__init__.py", "2 * x", "3 * x", "a factor", "test_it.py::test_double")
 
 
@@ -44,21 +45,30 @@ def tree(tmp_path: Path) -> Path:
     (tmp_path / "fxprune").mkdir()
     (tmp_path / "fxprune/__init__.py").write_text(CODE)
     (tmp_path / "test_it.py").write_text(TEST)
+    (tmp_path / "test_late.py").write_text(LATE)
     subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
     return tmp_path
 
 
 def test_a_mutant_is_killed_where_its_test_fails_and_by_nothing_else(tree: Path) -> None:
-    tried = {
-        "killed": GOOD,
-        "survived": dataclasses.replace(GOOD, new="x + x", breaks="nothing"),
-        "broken": dataclasses.replace(GOOD, old="def double", new="def doubled", breaks="an import"),
-        "time limit": dataclasses.replace(GOOD, new="__import__('time').sleep(60)", breaks="an end"),
-        "its test does not pass by itself (broken)": dataclasses.replace(GOOD, test="test_it.py::test_that_is_not"),
-    }
-    rows = run_all([*tried.values()], tree, seconds=15.0)
-    assert [row.outcome for row in rows] == list(tried) and [row.mutant for row in rows] == list(tried.values())
+    renamed = dataclasses.replace(GOOD, old="def double", new="def doubled", breaks="an import")
+    tried = [
+        ("killed", GOOD),
+        ("survived", dataclasses.replace(GOOD, new="x + x", breaks="nothing")),
+        ("broken", renamed),
+        ("broken", dataclasses.replace(renamed, test="test_late.py::test_late")),
+        ("its test does not pass by itself (broken)", dataclasses.replace(GOOD, test="test_it.py::test_that_is_not")),
+    ]
+    rows = run_all([mutant for _, mutant in tried], tree)
+    assert [(row.outcome, row.mutant) for row in rows] == tried
     assert (tree / "fxprune/__init__.py").read_text() == CODE
+
+
+def test_a_mutant_that_does_not_end_is_not_killed(tree: Path) -> None:
+    (row,) = run_all(
+        [dataclasses.replace(GOOD, new="__import__('time').sleep(600)", breaks="an end")], tree, seconds=6.0
+    )
+    assert row.outcome == "time limit"
 
 
 def test_a_test_that_fails_by_itself_kills_nothing(tree: Path) -> None:

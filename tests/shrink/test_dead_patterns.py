@@ -162,3 +162,23 @@ def test_constants_go_through_pools_pads_and_views():
     result = removed(model, image())
     assert shapes(result)["conv.weight"][0] == 5
     assert shapes(result)["last.weight"] == (4, 45)
+
+
+class Token(nn.Module):
+    """A row that is the same for every input stands before rows that are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.inner, self.outer = nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(10, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.cat([self.token.expand(x.shape[0], -1, -1), self.inner(x)], 1)
+        return self.outer(torch.sigmoid(rows))
+
+
+def test_a_channel_that_is_known_in_one_row_alone_is_not_dead():
+    model = shuffled(Token(), seed=1)
+    zero(model.inner.weight, out=[1, 2])
+    result = removed(model, sequence())
+    assert shapes(result)["outer.weight"] == (4, 6) and routes(result) == {"constant into a map": 2}
+    assert not any("keeps all its indices" in note for note in result.report.notes)
