@@ -21,7 +21,7 @@ help:
 	@echo "make lint   lint and type check"
 	@echo "make zoo    prune 334 models of four libraries and check each, in about an hour (ARGS='--only timm/*vit*')"
 	@echo "make fuzz   prune 20000 random models and check each, in about two hours (ARGS='--cases 500' for minutes)"
-	@echo "make mutants  put small faults into the package, each of which a test must see, in half an hour (ARGS='--only check/')"
+	@echo "make mutants  put small faults into the package, each of which a test must see, in a quarter of an hour (ARGS='--only check/')"
 	@echo "make accuracy  what pruning costs in accuracy, in hours (ARGS='--cases mnist' for minutes)"
 	@echo "make aot    compile every Triton kernel for GPUs that need not be there, and list what each takes"
 	@echo "make clean  remove the environments and everything built"
