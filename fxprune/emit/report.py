@@ -167,9 +167,8 @@ def _half_line(timing: ModelTiming) -> list[str]:
         return []
     ratio = timing.pruned / half.seconds
     faster = f"{ratio:.2f}x as fast as this" if ratio > 1 else f"this is {1 / ratio:.2f}x as fast"
-    return [
-        f"in bfloat16 the dense model takes {1e3 * half.seconds:.3g} ms: {faster}; outputs differ by {half.error:.0e}"
-    ]
+    off = f"its outputs are off by {half.error:.0e}"
+    return [f"         in bfloat16 the dense model takes {1e3 * half.seconds:.3g} ms ({faster}); {off}"]
 
 
 def weight_reports(selection: Selection, lowered: list[Lowered]) -> list[WeightReport]:

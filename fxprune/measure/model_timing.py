@@ -14,9 +14,7 @@ from .ways import Call
 
 @dataclasses.dataclass(frozen=True)
 class Half:
-    """The dense model in bfloat16: seconds of a call, and how far its outputs are from the pruned model's (max|a-b| /
-    max|b|).
-    """
+    """The dense model in bfloat16: seconds of a call, and how far its outputs are from those in float32 (relative)."""
 
     seconds: float
     error: float

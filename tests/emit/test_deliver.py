@@ -182,4 +182,4 @@ def test_a_float32_result_says_what_the_dense_model_takes_in_bfloat16(monkeypatc
         result = fxprune.transform(masked(), example_inputs=(X,), options={"measure": True}, progress=False)
         half = result.report.timing.half
         assert (half is not None) == has == ("in bfloat16 the dense model takes" in str(result.report))
-        assert half is None or (half.seconds > 0 and 0 < half.error < 0.1)
+        assert half is None or 0 < half.error < 0.1
