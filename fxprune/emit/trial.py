@@ -111,6 +111,7 @@ class Trial:
         if not self._settings.compile:
             ways = {name: make for name, make in ways.items() if name.startswith("eager")}
         champion = fastest(ways, self._device, lambda way: self._on_step(f"your model, {way}"))
+        self.notes += [Note(f"your model did not run in {way}: {why}") for way, why in champion.failed.items()]
         timing = time_against(champion, self._call(best), self._device)
         tried = [best]
         for form in more:

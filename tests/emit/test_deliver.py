@@ -176,6 +176,16 @@ def test_really_timed_the_report_names_the_users_best_way_and_all_that_were_trie
     assert_close(result(X), model(X))
 
 
+def test_a_way_in_which_the_users_model_does_not_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(ways, "compiled", failing)
+    result = fxprune.transform(masked(), example_inputs=(X,), options={"measure": True}, progress=False)
+    assert result.report.timing.way == "eager" and len(result.report.timing.failed) == 2
+    assert "your model did not run in torch.compile: RuntimeError: no compiler" in result.report.notes
+
+
 def test_a_float32_result_says_what_the_dense_model_takes_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     for has in (True, False):
         monkeypatch.setattr(ways, "has_bfloat16_units", lambda _, has=has: has)
