@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from fxprune.capture.admit import untouched
 from fxprune.capture.hooks import fold_existing
+from fxprune.graph.compat import GroupNormGoesBackward
 from fxprune.plan.scores import Scores
 
 from .errors import InputError
@@ -139,7 +140,7 @@ def _means(
 
 def _gradients(what: str, where: str, model: nn.Module, batch: Any, loss: Loss, found: _Means) -> dict[str, Tensor]:
     """The gradients of one batch's loss, dense float32, without parameters that it does not reach."""
-    with torch.enable_grad():
+    with torch.enable_grad(), GroupNormGoesBackward():
         value = _loss_of(what, where, model, batch, loss)
         parameters = [parameter for parameter, _ in found.by_name.values()]
         gradients = torch.autograd.grad(value, parameters, allow_unused=True)

@@ -390,6 +390,24 @@ def test_under_autocast_the_graph_stays_dense_and_follows_it(caplog: pytest.LogC
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_an_op_that_makes_tensors_of_its_numbers_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Alike(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x)
+            return y * torch.cosine_similarity(y, x, dim=-1)[:, None]
+
+    model, x = Alike().eval(), torch.randn(3, 64)
+    packed = counted(monkeypatch, "_pack")
+    prune.l1_unstructured(model.linear, "weight", 0.9)
+    assert_equal(torch.compile(model, backend=fxprune, options=EAGER)(x), model(x))
+    assert len(packed) == 1 and packed[0] is not None
+
+
 def test_unknown_option_is_refused() -> None:
     compiled = torch.compile(pruned(Net()), backend=fxprune, options={"layuot": "dense"})
     # Dynamo wraps what a backend raises, and keeps its words.

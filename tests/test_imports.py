@@ -33,7 +33,7 @@ BENEATH = {
     "check": "select capture couple graph errors",
     "lower": "select capture kernels measure graph errors",
     "prune": "select plan errors",
-    "gradient_score": "capture plan errors",
+    "gradient_score": "capture graph plan errors",
     "select": "capture couple kernels graph plan errors",
     "capture": "graph errors",
     "couple": "graph errors",

@@ -332,3 +332,13 @@ def test_bad_models() -> None:
     refused(lambda: taylor(anything, pairs(), F.cross_entropy), "function", "plain torch.nn.Module")
     refused(lambda: taylor(torch.compile(net()), pairs(), F.cross_entropy), "OptimizedModule")
     refused(lambda: taylor(net().to("meta"), pairs(), F.cross_entropy), '"idle"', "meta")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_group_norm_over_an_image_in_channels_last_ends_nothing(method: Method) -> None:
+    model = nn.Sequential(nn.GroupNorm(2, 4), nn.Conv2d(4, 3, 6), nn.Flatten()).eval()
+    images, labels = torch.randn(5, 4, 6, 6), torch.randint(0, 3, (5,))
+    plain, last = (
+        method(model, [(x, labels)], F.cross_entropy) for x in (images, images.to(memory_format=torch.channels_last))
+    )
+    torch.testing.assert_close({n: last[n] for n in last}, {n: plain[n] for n in plain})

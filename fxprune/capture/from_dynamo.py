@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fxprune.graph import compat
 from fxprune.graph.memory import writes
 from fxprune.graph.program import Program, fetch_any
 
@@ -162,7 +163,7 @@ class Traced:
 
 def _trace(gm: torch.fx.GraphModule, values: Sequence[Any], floats: dict[int, float]) -> torch.fx.GraphModule:
     constant = _without_items(gm, lambda index, node: floats.get(index))
-    with torch.no_grad():
+    with torch.no_grad(), compat.real_tensors_beside(values):
         return make_fx(constant, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
 
 

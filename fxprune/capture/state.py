@@ -25,8 +25,9 @@ class State:
     """Everything that is reached from a model: attributes, containers, generators, tensors, each as it was.
 
     Walked are modules, dicts, lists, tuples, sets, deques, and objects of the package that the module which holds them
-    comes from. Buffers and small tensors are copied. Weights beyond those have a fingerprint, for a copy would double
-    the memory of the model: one of them that is written to is an error. Global settings of torch are kept as well.
+    comes from. Buffers and small tensors are copied, arrays of numbers alike. Weights beyond those have a fingerprint,
+    for a copy would double the memory of the model: one of them that is written to is an error. Global settings of
+    torch are kept as well.
     """
 
     def __init__(self, model: nn.Module, weights: Collection[int] = ()) -> None:
@@ -139,6 +140,7 @@ def _reached(model: nn.Module) -> Iterator[tuple[str, Any]]:
         if id(found) in seen:
             continue
         seen[id(found)] = found
+        found = _as_tensor(found)
         if isinstance(found, torch.Generator) or (isinstance(found, Tensor) and _is_plain(found)):
             yield path, found
         if _is_walked(found, package):
@@ -148,6 +150,18 @@ def _reached(model: nn.Module) -> Iterator[tuple[str, Any]]:
                 yield path, found
             items = _contents(found) if isinstance(found, dict) else enumerate(found)
             waiting += [(_joined(path, name), package, inside) for name, inside in items]
+
+
+def _as_tensor(found: Any) -> Any:
+    """An array of numpy as a tensor over its memory, where torch can read it; all else as it is."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None or not isinstance(found, numpy.ndarray) or not found.flags.writeable:
+        return found
+    try:
+        return torch.from_numpy(found)
+    # Numbers that torch does not have, and steps backward.
+    except (TypeError, ValueError):
+        return found
 
 
 def _is_plain(tensor: Tensor) -> bool:

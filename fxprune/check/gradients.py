@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from fxprune.capture import admit
 from fxprune.capture.hooks import fold_existing, separate
 from fxprune.errors import CheckError
+from fxprune.graph.compat import GroupNormGoesBackward
 from fxprune.graph.environment import words_of
 from fxprune.graph.note import Note
 
@@ -115,7 +116,7 @@ def _backward(function: Callable[..., Any], call: Call, parameters: Mapping[str,
     wanted = {name: p for name, p in parameters.items() if p.requires_grad}
     originals = pytree.tree_leaves((call.args, call.kwargs))
     copies, spec = pytree.tree_flatten(call.copy())
-    with torch.enable_grad():
+    with torch.enable_grad(), GroupNormGoesBackward():
         for place, (original, copy) in enumerate(zip(originals, copies, strict=True)):
             if isinstance(original, Tensor) and original.requires_grad:
                 wanted[f"input {place}"] = copy.requires_grad_()

@@ -90,7 +90,8 @@ def deliver(
         user = admit.runnable(model)
         with admit.untouched(user), torch.no_grad():
             best = trial.fastest_right(forms, dense.others() or [dense])
-            best, timing = trial.against(user, best, [*more, *best.form.others()])
+            unpacked = dense.others() if best.form.name == "packed" else []
+            best, timing = trial.against(user, best, [*more, *best.form.others(), *unpacked])
             timing = dataclasses.replace(timing, half=trial.half(user, best))
     else:
         best = trial.first_right([*forms, *dense.others()])

@@ -26,7 +26,7 @@ from fxprune.lower.lower import Lowered
 from fxprune.measure.device import device_of
 from fxprune.measure.model_timing import Half, ModelTiming, time_against
 from fxprune.measure.race import duel, fastest
-from fxprune.measure.ways import in_bfloat16, ways_of
+from fxprune.measure.ways import has_half, in_bfloat16, ways_of
 
 from .pruned import PrunedModule, emit, own_storage
 from .settings import Settings
@@ -136,9 +136,14 @@ class Trial:
 
     def half(self, user: Any, best: Candidate) -> Half | None:
         """The user's float32 model in bfloat16, where the device has units for it and the model runs so."""
+        if not self._settings.compile or not has_half(user, self._device):
+            return None
         self._on_step("your model, bfloat16")
-        call = in_bfloat16(user, self._args, self._kwargs, self._device) if self._settings.compile else None
-        if call is None:
+        try:
+            call = in_bfloat16(user, self._args, self._kwargs)
+        # Whatever a model raises that does not take another precision.
+        except Exception as error:
+            self.notes.append(Note(f"your model did not run in bfloat16: {words_of(error)}"))
             return None
         got, want = pytree.tree_leaves(call()), pytree.tree_leaves(user(*self._args, **self._kwargs))
         samples, _ = duel(call, self._call(best), self._device)
@@ -152,28 +157,35 @@ class Trial:
             if wrong is not None and is_last:
                 raise refuse(wrong, "Please report it with FXPRUNE_TRACE=<dir>.")
             if wrong is not None:
-                why = f"the {found.form.name} result was wrong on the {wrong.call} ({wrong.error:.1e})"
+                error = f"{wrong.error:.1e}" + (f"; {wrong.note}" if wrong.note else "")
+                why = f"the {found.form.name} result was wrong on the {wrong.call} ({error})"
                 self.notes.append(Note(f"{why} and was dropped", "warning"))
                 return None
             found = dataclasses.replace(found, checks=(*found.checks, *checks))
         return found
 
     def _compiled(self, form: Form) -> Candidate:
-        """The program emitted as the form says; eager where it does not compile."""
+        """The program emitted as the form says; where it does not compile so, not frozen, or eager at last."""
         self._on_step(f"{form.name}, {self._settings.words(form.options)}")
         program = form.make()
         own_storage(program, self._theirs)
-        result = emit(copy_program(program), self._captured.entry, form.options)
-        if form.options is not None:
+        notes: list[Note] = []
+        for each in (form, *form.others()):
+            result = emit(copy_program(program), self._captured.entry, each.options)
+            how = self._settings.words(each.options)
+            if each.options is None:
+                return Candidate(form, result, f"{how} (torch.compile failed)" if notes else how, tuple(notes))
             try:
                 result(*self._args, **self._kwargs)
+                return Candidate(form, result, how, tuple(notes))
             # Whatever a compiler raises; the graph has been run eager before.
             except Exception as error:
-                text = f"torch.compile failed, so the graph is emitted eager: {words_of(error)}"
-                warn_once(text)
-                eager = emit(copy_program(program), self._captured.entry, None)
-                return Candidate(form, eager, "eager graph (torch.compile failed)", (Note(text, "fallback"),))
-        return Candidate(form, result, self._settings.words(form.options))
+                failed = "torch.compile failed, so the graph is emitted eager"
+                if "freezing" in each.options:
+                    failed = "the graph does not compile frozen, so it is compiled without freezing"
+                notes.append(Note(f"{failed}: {words_of(error)}", "fallback"))
+                warn_once(str(notes[-1]))
+        raise AssertionError("unreachable: the last form is eager")
 
     def _is_faster(self, new: Candidate, old: Candidate) -> bool:
         """Whether a candidate beats another; that the packed one is slower is told."""

@@ -8,11 +8,13 @@ import gc
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import _pytree as fx_pytree
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 
@@ -144,6 +146,39 @@ def constants_go_with_code() -> Iterator[None]:
                 PyCodeCache.modules.remove(module)
                 if sys.modules.get(module.__name__) is module:
                     del sys.modules[module.__name__]
+
+
+@contextlib.contextmanager
+def real_tensors_beside(values: Sequence[Any]) -> Iterator[None]:
+    """Ops may meet real tensors beside these fake values: some make tensors of the numbers that they are given."""
+    modes = dict.fromkeys(value.fake_mode for value in values if isinstance(value, FakeTensor))
+    before = [mode.allow_non_fake_inputs for mode in modes]
+    for mode in modes:
+        mode.allow_non_fake_inputs = True
+    try:
+        yield
+    finally:
+        for mode, allowed in zip(modes, before, strict=True):
+            mode.allow_non_fake_inputs = allowed
+
+
+class GroupNormGoesBackward(TorchFunctionMode):
+    """Inside, a group norm over an image in channels_last that needs no gradient can go backward.
+
+    On the CPU torch 2.13 would end the process there, reading a gradient that nobody asked for.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The function's answer, for a norm over the same image in the plain format."""
+        if getattr(func, "__name__", "").startswith(("group_norm", "native_group_norm")):
+            args = [plain_where_fixed(arg) if place == 0 else arg for place, arg in enumerate(args)]
+            kwargs = {name: plain_where_fixed(arg) if name == "input" else arg for name, arg in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+
+def plain_where_fixed(image: Any) -> Any:
+    """The image in the plain memory format, unless it needs a gradient."""
+    return image if image.requires_grad else image.contiguous()
 
 
 @contextlib.contextmanager

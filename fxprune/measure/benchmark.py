@@ -6,7 +6,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tabulate import tabulate
@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from fxprune.errors import InputError
 from fxprune.graph import compat
+from fxprune.graph.environment import words_of
 
 from .device import device_name, device_of
 from .race import fastest
 from .timing import Samples, interleave
-from .ways import in_bfloat16, ways_of
+from .ways import has_half, in_bfloat16, ways_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Benchmark:
     """Two sides, and how many times faster b is than a: the ratio of medians with its 95% bootstrap interval.
 
     `cold_ratio` is the same for calls after the other side's. `half` is a dense in bfloat16, where the device has units
-    for it and a is a model in float32.
+    for it and a is a model in float32. `failed` tells which ways did not run ("a, torch.compile"), and why.
     """
 
     a: Side
@@ -62,6 +63,7 @@ class Benchmark:
     threads: int
     device: str
     half: Side | None = None
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def cold_ratio(self) -> float:
@@ -81,9 +83,10 @@ class Benchmark:
         differs = not 1 / 1.1 < self.cold_ratio / self.ratio < 1.1
         cold = f"; {self.cold_ratio:.2f}x with cold caches" if differs else ""
         rounds = len(self.a.samples)
+        failed = "".join(f"\ndid not run: {way}: {why}" for way, why in self.failed.items())
         return (
             f"{table}\nb is {self.ratio:.2f}x as fast as a ({interval}{cold}; {rounds} interleaved rounds, "
-            f"{self.threads} threads, {self.device})"
+            f"{self.threads} threads, {self.device}){failed}"
         )
 
 
@@ -121,9 +124,14 @@ def benchmark(
             calls, names = [each.call for each in best], [each.name for each in best]
             sides = [a, b]
             is_dense = len(ways_of(a, inputs, kwargs, device)) > 1
-            half = in_bfloat16(a, inputs, kwargs, device) if is_dense else None
-            if half is not None:
-                calls, names, sides = [*calls, half], [*names, "torch.compile, frozen"], [a, b, a]
+            failed = {f"{side}, {way}": why for side, each in zip("ab", best) for way, why in each.failed.items()}
+            if is_dense and has_half(a, device):
+                try:
+                    half = in_bfloat16(cast(nn.Module, a), inputs, kwargs)
+                    calls, names, sides = [*calls, half], [*names, "torch.compile, frozen"], [a, b, a]
+                # Whatever a model raises that does not take another precision.
+                except Exception as error:
+                    failed["a, bfloat16"] = words_of(error)
             samples = interleave(
                 calls,
                 device,
@@ -136,7 +144,8 @@ def benchmark(
         ratio, low, high = _ratio(samples[0].warm, samples[1].warm)
         found = [_side(*each) for each in zip(sides, names, samples, strict=True)]
         where, count = device_name(inputs, kwargs), torch.get_num_threads()
-        return Benchmark(found[0], found[1], ratio, low, high, count, where, *found[2:])
+        half = found[2] if len(found) > 2 else None
+        return Benchmark(found[0], found[1], ratio, low, high, count, where, half, failed)
     finally:
         torch.set_num_threads(before)
 

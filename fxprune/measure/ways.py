@@ -121,23 +121,22 @@ def channels_last(model: nn.Module) -> Callable[..., Any]:
     return run
 
 
-def in_bfloat16(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device | None) -> Call | None:
+def has_half(model: Any, device: torch.device | None) -> bool:
+    """Whether a model is in float32 and the device has units for bfloat16."""
+    if not isinstance(model, nn.Module) or not has_bfloat16_units(device):
+        return False
+    return {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float32}
+
+
+def in_bfloat16(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
     """A call of a float32 model in bfloat16, as torch.compile runs it, frozen; its outputs are in bfloat16 too.
 
-    None where the device has no units for it, or the model is in another precision or does not run in this one.
+    Raises whatever the model raises that does not run in this precision.
     """
-    if not isinstance(model, nn.Module) or not has_bfloat16_units(device):
-        return None
-    if {p.dtype for p in model.parameters() if p.is_floating_point()} != {torch.float32}:
-        return None
     args, kwargs = pytree.tree_map(_to_bfloat16, (tuple(args), dict(kwargs)))
-    try:
-        with compat.many_compilations(), torch.no_grad():
-            function = compiled(copied(model).bfloat16(), freezing=True)
-            function(*args, **kwargs)
-    # Whatever a model raises that does not take another precision.
-    except Exception:
-        return None
+    with compat.many_compilations(), torch.no_grad():
+        function = compiled(copied(model).bfloat16(), freezing=True)
+        function(*args, **kwargs)
     return lambda: function(*args, **kwargs)
 
 

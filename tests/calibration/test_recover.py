@@ -387,3 +387,11 @@ def test_a_model_that_lost_nothing_is_not_trained() -> None:
     selection = Selection(mask={"a.0.weight": PackedMask.pack(keep)})
     found = recover(model, selection, data, steps=20, **QUICK)
     assert found.recovery is not None and (found.recovery.steps, found.recovery.before) == (0, 0.0)
+
+
+def test_a_group_norm_over_an_image_in_channels_last_ends_nothing() -> None:
+    model = nn.Sequential(nn.GroupNorm(2, 4), nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
+    data = [torch.randn(3, 4, 8, 8).to(memory_format=torch.channels_last) for _ in range(4)]
+    selection = by_magnitude(model, Plan([Rule("1.weight", Unstructured(0.5))]), data)
+    found = recover(model, selection, data, steps=4, **QUICK)
+    assert not same(found, selection)

@@ -40,6 +40,8 @@ class Holder(nn.Module):
         self.nested: dict[str, Any] = {"a": [1, {"b": {2}}], "c": (deque([3]), OrderedDict(x=1, y=2))}
         self.unregistered = [nn.Linear(2, 2)]
         self.plain = torch.ones(3)
+        self.array = np.ones(3)
+        self.words = np.array(["not", "numbers"])
         self.notes = Notes()
         self.generator = torch.Generator().manual_seed(1)
 
@@ -54,7 +56,7 @@ def told(model: Holder) -> Any:
         snapshot(model),
         list(model.log),
         (list(model.nested), nested, list(model.nested["c"][1].items())),
-        (model.unregistered[0].weight.tolist(), model.plain.tolist(), list(model.notes.lines)),
+        (model.unregistered[0].weight.tolist(), model.plain.tolist(), model.array.tolist(), list(model.notes.lines)),
         model.generator.get_state().tolist(),
     )
 
@@ -85,6 +87,7 @@ WRITES: dict[str, Callable[[Holder], object]] = {
     "the order of a dict": lambda m: m.nested["c"][1].move_to_end("x"),
     "a module in a list": lambda m: m.unregistered[0].weight.data.zero_(),
     "a tensor that is no buffer": lambda m: m.plain.add_(1),
+    "an array": lambda m: m.array.fill(2),
     "an object": lambda m: m.notes.lines.append("second"),
     "a generator": lambda m: torch.rand(3, generator=m.generator),
     "a buffer": lambda m: m.running.add_(1),

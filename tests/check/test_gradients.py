@@ -218,3 +218,9 @@ def test_a_call_of_an_outer_model_is_not_taken_for_the_copys() -> None:
     own = model.forward
     model.forward = lambda *args: own(*args)
     assert rows(student(model, torch.randn(4, 8), plan=None)) == [GRAPH]
+
+
+def test_a_group_norm_over_an_image_in_channels_last_ends_nothing() -> None:
+    model = Net(lambda m, x: m.conv(m.norm(x)), norm=nn.GroupNorm(2, 4), conv=nn.Conv2d(4, 8, 3)).eval()
+    images = torch.randn(2, 4, 6, 6).to(memory_format=torch.channels_last)
+    assert rows(student(model, images)) == [ASKED]

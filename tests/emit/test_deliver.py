@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import fxprune
+from fxprune import FxPruneWarning, errors
 from fxprune.check import proof
 from fxprune.emit import trial
 from fxprune.emit.pruned import PrunedModule
@@ -104,6 +105,37 @@ def test_other_forms_are_tried_where_the_users_model_is_faster(timed: Any, best:
     assert ("eager graph" in result.report.compiled) == (best == "dense, eager")
 
 
+@pytest.mark.parametrize(("best", "seconds"), [("dense, not frozen", 0.5), ("dense, eager", 0.4)])
+def test_what_is_packed_is_held_against_what_is_neither_packed_nor_frozen(
+    timed: Any, best: str, seconds: float
+) -> None:
+    slow = {"packed, frozen": 1.9, "packed, not frozen": 1.8, "packed, eager": 1.7, "user": 1.0}
+    slow |= {"dense, frozen": 2.0, "dense, not frozen": 1.5, "dense, eager": 1.6}
+    assert emitted(timed({**slow, best: seconds})) == best
+
+
+@pytest.mark.parametrize("compiles", ["not frozen", "nothing"])
+def test_what_does_not_compile_frozen_is_compiled_without_freezing(
+    compiles: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(result: PrunedModule, *args: Any) -> Any:
+        options = result.meta["compile"]
+        if options is not None and (compiles == "nothing" or "freezing" in options):
+            raise RuntimeError("itensor expects float")
+        return call(result, *args)
+
+    call = PrunedModule.__call__
+    monkeypatch.setattr(PrunedModule, "__call__", failing)
+    monkeypatch.setattr(errors, "_warned", set())
+    with pytest.warns(FxPruneWarning, match="does not compile frozen, so it is compiled without freezing"):
+        result = fxprune.transform(masked(), example_inputs=(X,), progress=False)
+    notes = [note for note in result.report.notes if note.level == "fallback" and "itensor" in note]
+    assert len(notes) == (1 if compiles == "not frozen" else 2)
+    assert emitted(result) == ("dense, not frozen" if compiles == "not frozen" else "dense, eager")
+    assert result.report.compiled.endswith("Inductor" if compiles == "not frozen" else "(torch.compile failed)")
+    assert_close(result(X), masked_like(result)(X))
+
+
 def test_a_result_that_is_slower_than_the_users_best_says_so(timed: Any) -> None:
     slow = {"packed, frozen": 9.0, "dense, frozen": 2.0, "dense, not frozen": 2.5, "dense, eager": 2.6, "user": 1.0}
     result = timed(slow)
@@ -184,6 +216,17 @@ def test_a_way_in_which_the_users_model_does_not_run_is_told(monkeypatch: pytest
     result = fxprune.transform(masked(), example_inputs=(X,), options={"measure": True}, progress=False)
     assert result.report.timing.way == "eager" and len(result.report.timing.failed) == 2
     assert "your model did not run in torch.compile: RuntimeError: no compiler" in result.report.notes
+
+
+def test_a_model_that_does_not_run_in_bfloat16_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("float32 alone")
+
+    monkeypatch.setattr(ways, "has_bfloat16_units", lambda _: True)
+    monkeypatch.setattr(trial, "in_bfloat16", failing)
+    result = fxprune.transform(masked(), example_inputs=(X,), options={"measure": True}, progress=False)
+    assert result.report.timing.half is None
+    assert "your model did not run in bfloat16: RuntimeError: float32 alone" in result.report.notes
 
 
 def test_a_float32_result_says_what_the_dense_model_takes_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,6 +199,17 @@ def test_a_dense_float32_model_is_shown_in_bfloat16_where_the_machine_has_units_
     assert has_bfloat16_units(None) == bool({"amx_tile", "avx512_bf16"} & set(describe_machine()["isa"]))
 
 
+def test_a_way_that_does_not_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object, **__: object) -> Call:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(ways, "has_bfloat16_units", lambda _: True)
+    monkeypatch.setattr(ways, "compiled", failing)
+    result = benchmark(nn.Linear(8, 8).eval(), lambda x: x, (torch.randn(2, 8),), rounds=3, progress=False)
+    assert set(result.failed) == {"a, torch.compile", "a, torch.compile, frozen", "a, bfloat16"}
+    assert "did not run: a, bfloat16: RuntimeError: no compiler" in str(result)
+
+
 def test_the_device_is_that_of_the_first_tensor_on_one() -> None:
     assert device_of((torch.ones(1), [torch.ones(2)]), {"mask": None}) is None and device_of() is None
 

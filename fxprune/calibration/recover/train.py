@@ -17,6 +17,7 @@ from fxprune.calibration.checkpoint import Checkpoint
 from fxprune.capture.capture import Capture
 from fxprune.check.calls import Call
 from fxprune.errors import InputError
+from fxprune.graph.compat import GroupNormGoesBackward
 
 from .feed import Feed
 from .matching import Distance
@@ -137,7 +138,7 @@ class Trainer:
         """One batch; where its loss or a gradient is not finite, nothing changes. Answers the loss."""
         batch = self._batch(call)
         parameters = list(self._student.trained.values())
-        with torch.enable_grad():
+        with torch.enable_grad(), GroupNormGoesBackward():
             loss = self._loss(batch)
         if not loss.requires_grad:
             raise InputError(
