@@ -160,15 +160,24 @@ def test_inputs_that_require_gradients_are_compared(asked: bool, monkeypatch: py
         student(model, *call)
 
 
-def test_a_gradient_that_cancels_is_held_to_the_models_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gradient_that_cancels_is_held_to_the_models_rounding(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def attend(m: Any, x: Tensor) -> Tensor:
         x = m.first(x)
         return m.last(F.softmax(m.q(x) @ m.k(x).transpose(-1, -2), -1) @ m.v(x))
 
     wide, narrow = nn.Linear(32, 400), (nn.Linear(400, 24) for _ in range(3))
-    model = net(attend, first=wide, **dict(zip("qkv", narrow)), last=nn.Linear(24, 8))
-    x, plan = torch.randn(2, 50, 32), Plan([Rule("first.weight", Channels(0.5, align=1))])
+    model = net(attend, first=wide, **dict(zip("qkv", narrow)), last=nn.Linear(24, 8)).to(dtype)
+    x, plan = torch.randn(2, 50, 32, dtype=dtype), Plan([Rule("first.weight", Channels(0.5, align=1))])
+    rounding: list[dict[str, float]] = []
+    own = gradients._rounding
+    monkeypatch.setattr(gradients, "_rounding", lambda *args: (rounding.append(own(*args)), rounding[-1])[1])
     assert rows(student(model, x, plan=plan)) == [ASKED]
+    # Nothing but rounding is left of that gradient, and rounding is all that is allowed.
+    assert 0.1 < rounding[0]["k.bias"] < 100
+    assert rounding[0]["v.weight"] < 1e4 * torch.finfo(dtype).eps
     # The bias of the keys adds the same to all scores of a query, which softmax takes out again.
     monkeypatch.setattr(gradients, "_ROUNDINGS", 0.0)
     with pytest.raises(CheckError, match=r'gradient of "k[.]bias" differs'):
