@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -121,6 +122,17 @@ def _memory(program: Program, origin: Program) -> Iterator[tuple[Node | None, st
         memory = base(node)
         if memory.op == "placeholder" and memory.name not in handed:
             yield node, f"it hands out memory of the input {memory.name}, and the model does not"
+    mine, theirs = (_handed_out(each) for each in (program, origin))
+    if len(mine) != len(theirs):
+        yield None, f"it hands out {len(mine)} tensors, the model hands out {len(theirs)}"
+    for (a, old_a), (b, old_b) in itertools.combinations(zip(mine, theirs), 2):
+        if base(a) is base(b) and base(old_a) is not base(old_b):
+            yield b, f"it hands out memory that {a.name} is too, and in the model these are apart"
+
+
+def _handed_out(program: Program) -> list[Node]:
+    leaves = pytree.tree_leaves(program.graph.output_node().args)
+    return [leaf for leaf in leaves if isinstance(leaf, Node) and isinstance(leaf.meta.get("val"), Tensor)]
 
 
 def _values(program: Program, known: set[tuple[object, ...]]) -> Iterator[tuple[Node | None, str]]:

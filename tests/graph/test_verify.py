@@ -102,6 +102,16 @@ def hand_out_input(program: Program) -> None:
     output.args = ((*output.args[0], view),)  # pyright: ignore
 
 
+def hand_out_twice(program: Program) -> None:
+    output = next(n for n in program.graph.nodes if n.op == "output")
+    output.args = ((output.args[0][0], output.args[0][0]),)  # pyright: ignore
+
+
+def hand_out_less(program: Program) -> None:
+    output = next(n for n in program.graph.nodes if n.op == "output")
+    output.args = (output.args[0][:1],)  # pyright: ignore
+
+
 def lie_about_shape(program: Program) -> None:
     conv = node(program, aten.conv2d.default)
     conv.meta["val"] = conv.meta["val"].new_empty(2, 7, 6, 6)
@@ -127,6 +137,8 @@ BROKEN: dict[str, Callable[[Program], None]] = {
     'it writes to "scale"': write_to_buffer,
     "it writes to the input x": write_to_input,
     "it hands out memory of the input x": hand_out_input,
+    "it hands out memory that mean is too": hand_out_twice,
+    "it hands out 1 tensors, the model hands out 2": hand_out_less,
     "its fake value is not true: it says [2, 7, 6, 6]": lie_about_shape,
     "its fake value is not true: it says torch.float64": lie_about_a_later_one,
     "it cannot run on what it reads: IndexError": cannot_run,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from fxprune.errors import PlanError
 from fxprune.graph.program import Program
@@ -79,6 +80,38 @@ def test_a_written_copy_of_a_graph_input_leaves_the_callers_tensor_alone() -> No
     result = dropped(model, ["block"], x)
     kept = x.clone()
     assert torch.equal(result(x), 2 * kept) and torch.equal(x, kept)
+
+
+HANDED: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "the input": lambda block, x: block(x),
+    "the input, twice": lambda block, x: block(block(x)),
+    "a view": lambda block, x: block(x)[0],
+    "another output": lambda block, x: (lambda y: (y, block(y)))(x.exp()),
+    "a view of another output": lambda block, x: (lambda y: {"y": y.flatten(), "of y": block(y)})(x.exp()),
+    "one of a chain": lambda block, x: (lambda y: (y, block(y)))(block(x)),
+}
+
+
+@pytest.mark.parametrize("name", HANDED)
+def test_what_a_caller_gets_is_memory_of_its_own(name: str) -> None:
+    """A caller who writes to an output changes neither the input nor another output, as with the block."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Pre()
+
+        def forward(self, x: Tensor) -> Any:
+            return HANDED[name](self.block, x)
+
+    x = torch.randn(3, D)
+    result, kept = dropped(Model(), ["block"], x), x.clone()
+    outputs = pytree.tree_leaves(result(x))
+    for number, output in enumerate(outputs):
+        others = [o.clone() for o in outputs]
+        output.fill_(number)
+        assert torch.equal(x, kept)
+        assert all(torch.equal(a, b) for n, (a, b) in enumerate(zip(outputs, others)) if n != number)
 
 
 def test_a_write_to_a_graph_input_that_nobody_reads_stays() -> None:

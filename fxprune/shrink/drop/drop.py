@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import PlanError
-from fxprune.graph.memory import Memory, Needs
+from fxprune.graph.memory import Memory, Needs, base
 from fxprune.graph.program import Program, copy_program, drop_unused, sizes
 
 from .blocks import Block, Bypass, calls_by_module, find_blocks
@@ -46,7 +46,8 @@ def drop_blocks(program: Program, blocks: Sequence[Block]) -> Program:
     for block, call in sorted(_last_calls(blocks), key=lambda pair: place[nodes[pair[1].exit]], reverse=True):
         exit, entry = nodes[call.exit], nodes[call.entry]
         own = written_at[memory.base[exit]]
-        if any(places and places[-1] > place[exit] for places in (own, written_at[memory.base[entry]])):
+        is_written = any(places and places[-1] > place[exit] for places in (own, written_at[memory.base[entry]]))
+        if is_written or _is_handed_out(exit, entry):
             # The block's output was memory of its own: a write to it must not reach the entry, nor the reverse.
             with graph.inserting_after(exit):
                 copied = graph.call_function(aten.clone.default, (entry,))
@@ -67,6 +68,13 @@ def drop_blocks(program: Program, blocks: Sequence[Block]) -> Program:
     drop_unused(result)
     result.recompile()
     return result
+
+
+def _is_handed_out(exit: Node, entry: Node) -> bool:
+    """Whether callers get a block's output, who could not tell its memory from other memory that they know."""
+    handed = {base(node) for node in exit.graph.output_node().all_input_nodes}
+    mine, theirs = base(exit), base(entry)
+    return mine in handed and mine is not theirs and (theirs.op != "call_function" or theirs in handed)
 
 
 class Bypassing(torch.fx.Interpreter):
