@@ -1,10 +1,11 @@
 """Random models, pruned in random ways and called in random forms, held against the zeroed model in plain torch.
 
-    python -m benchmarks.fuzz [--cases 20000] [--jobs 2] [--first-seed 0] [--again]
+    python -m benchmarks.fuzz [--cases 20000] [--jobs 2] [--first-seed 0] [--again | --mended]
     python -m benchmarks.fuzz --seed 123 --verbose [--smaller]
 
 Every case is drawn from its seed and runs in a process with a time limit; a run that is cut off goes on where it
-stopped. The first form ends with a table and writes results/fuzz.json; the second runs one case in this process, prints
+stopped. With --mended it also goes on after a fault was mended: cases that had a fault run again, others have the row
+that other sources made, and the results say how many rows each state of the sources made. The first form ends with a table and writes results/fuzz.json; the second runs one case in this process, prints
 its code and what became of it, and with --smaller the smallest model that does the same.
 
 A case is wrong where the result differs from the user's model with the result's own zeros in its weights by more than
@@ -66,7 +67,9 @@ def run_all(seeds: Sequence[int], given: argparse.Namespace) -> list[Row]:
     given.work.mkdir(parents=True, exist_ok=True)
     code = fingerprint()
     file = given.work / "rows.jsonl"
-    rows = {} if given.again else {seed: row for seed, row in read_rows(file).items() if row.get("code") == code}
+    rows = {} if given.again else read_rows(file)
+    kept = {seed for seed, row in rows.items() if given.mended and row["outcome"] not in COMPLAINTS}
+    rows = {seed: row for seed, row in rows.items() if seed in kept or row["code"] == code}
     waiting = [seed for seed in seeds if seed not in rows]
     disable = True if given.no_progress else None
     with (
@@ -108,6 +111,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         "faults": _reasons(rows, COMPLAINTS),
         "notes": dict(Counter(note for row in rows for note in row.get("notes", ())).most_common()),
         "seeds": {name: [r["seed"] for r in rows if r["outcome"] == name] for name in COMPLAINTS if outcomes[name]},
+        "codes": dict(Counter(row["code"] for row in rows if "code" in row)),
         "seconds": round(sum(row.get("seconds", 0.0) for row in rows), 1),
     }
 
@@ -174,6 +178,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time (default: 2)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"limit for a case (default: {SECONDS:.0f})")
     parser.add_argument("--again", action="store_true", help="run cases that have a row already")
+    parser.add_argument("--mended", action="store_true", help="keep rows of other sources that have no fault")
     parser.add_argument("--seed", type=int, help="run this case alone, in this process")
     parser.add_argument("--verbose", action="store_true", help="print the case's code")
     parser.add_argument("--smaller", action="store_true", help="look for the smallest model that fails alike")

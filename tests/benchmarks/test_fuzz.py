@@ -327,6 +327,27 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     assert ran[7:] == [0]
 
 
+def test_after_a_fault_was_mended_only_what_had_a_fault_runs_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+
+    def run_seeds(seeds: Any, jobs: int, seconds: float) -> Any:
+        for seed in seeds:
+            ran.append(seed)
+            yield {"seed": seed, "outcome": "died" if seed == 1 else "ok", "why": ""}
+
+    monkeypatch.setattr(fuzz, "run_seeds", run_seeds)
+    fuzz.run_all(range(3), given(tmp_path))
+    fuzz.run_all(range(3), given(tmp_path, "--mended"))
+    assert ran == [0, 1, 2]
+    code = fuzz.fingerprint()
+    monkeypatch.setattr(fuzz, "fingerprint", lambda: "other")
+    rows = fuzz.run_all(range(4), given(tmp_path, "--mended"))
+    assert ran[3:] == [1, 3]
+    assert fuzz.summarise(rows)["codes"] == {code: 2, "other": 2}
+
+
 def test_the_summary_counts_and_names_seeds() -> None:
     rows: list[Row] = [
         {"seed": 0, "outcome": "ok", "kind": "hooks", "ops": ["linear"], "pruned": True, "far": True},
