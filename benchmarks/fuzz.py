@@ -5,8 +5,9 @@
 
 Every case is drawn from its seed and runs in a process with a time limit; a run that is cut off goes on where it
 stopped. With --mended it also goes on after a fault was mended: cases that had a fault run again, others have the row
-that other sources made, and the results say how many rows each state of the sources made. The first form ends with a table and writes results/fuzz.json; the second runs one case in this process, prints
-its code and what became of it, and with --smaller the smallest model that does the same.
+that other sources made, and the results say how many rows each state of the sources made. The first form ends with a
+table and writes results/fuzz.json; the second runs one case in this process, prints its code and what became of it, and
+with --smaller the smallest model that does the same.
 
 A case is wrong where the result differs from the user's model with the result's own zeros in its weights by more than
 rounding explains: the same model in float64 tells what its own rounding is. A refusal of a call that the model itself
