@@ -1,6 +1,6 @@
 """deliver: the fastest form of a program that computes what the pruned model computes, and what the report says of it.
 
-The forms are the packed program, the dense one, and the one with its dead channels.
+The forms are the packed program, the dense one, the one with its dead channels, and the one with nothing folded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fxprune.emit.trainable.modes import training_modes
 from fxprune.emit.trainable.module import TrainableModule, emit_trainable, origin_of
 from fxprune.graph.note import Note, some
 from fxprune.graph.program import Program
-from fxprune.lower.fold import fold
+from fxprune.lower.fold import fold, fold_masks
 from fxprune.lower.lower import Lowered
 from fxprune.measure.model_timing import ModelTiming
 from fxprune.select.selection import Selection
@@ -80,6 +80,10 @@ def deliver(
     if any_packed:
         dense = dataclasses.replace(dense, lowered=_all_dense(lowered, "the model is not faster packed"))
         forms = [Form("packed", lambda: packed, options, lowered), dense]
+    # Op by op as the model: in a precision that leaves it no digit, everything else has other numbers.
+    undone = _all_dense(lowered, "only the model's own ops in their own order have its numbers")
+    as_it_is = Form("unfolded", lambda: fold_masks(program, selection), None, undone)
+    fallbacks = [*dense.others(), as_it_is]
     more = []
     if whole is not None:
         undone = _all_dense(lowered, "the model without its dead channels was slower")
@@ -89,12 +93,12 @@ def deliver(
     if settings.measure and settings.layout is None:
         user = admit.runnable(model)
         with admit.untouched(user), torch.no_grad():
-            best = trial.fastest_right(forms, dense.others() or [dense])
+            best = trial.fastest_right(forms, fallbacks)
             unpacked = dense.others() if best.form.name == "packed" else []
             best, timing = trial.against(user, best, [*more, *best.form.others(), *unpacked])
             timing = dataclasses.replace(timing, half=trial.half(user, best))
     else:
-        best = trial.first_right([*forms, *dense.others()])
+        best = trial.first_right([*forms, *fallbacks])
     return Delivered(
         best.result,
         best.form.lowered,

@@ -158,7 +158,7 @@ class Trial:
                 raise refuse(wrong, "Please report it with FXPRUNE_TRACE=<dir>.")
             if wrong is not None:
                 error = f"{wrong.error:.1e}" + (f"; {wrong.note}" if wrong.note else "")
-                why = f"the {found.form.name} result was wrong on the {wrong.call} ({error})"
+                why = f"the {found.form.name} result ({found.compiled}) was wrong on the {wrong.call} ({error})"
                 self.notes.append(Note(f"{why} and was dropped", "warning"))
                 return None
             found = dataclasses.replace(found, checks=(*found.checks, *checks))

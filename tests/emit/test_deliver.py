@@ -183,6 +183,27 @@ def test_a_form_whose_code_is_wrong_at_the_second_size_is_not_emitted(
     assert any("wrong on the second size" in note and note.level == "warning" for note in result.report.notes)
 
 
+@pytest.mark.parametrize("measure", [True, False])
+@pytest.mark.parametrize("compile", [True, False])
+def test_a_model_that_its_precision_leaves_no_digit_runs_op_by_op(compile: bool, measure: bool) -> None:
+    class Noise(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.sin(1e4 * self.norm(self.conv(x)))
+
+    model, x = Noise().eval().bfloat16(), torch.randn(2, 3, 8, 8).bfloat16()
+    options = {"compile": compile, "measure": measure}
+    result = fxprune.transform(model, example_inputs=(x,), options=options, progress=False)
+    with torch.no_grad():
+        assert torch.equal(result(x), model(x))
+    notes = [note for note in result.report.notes if "and was dropped" in note]
+    assert all(note.level == "warning" and "in float64 the model itself is off by" in note for note in notes)
+    assert len(set(notes)) == len(notes) and (len(notes) > 0) == compile
+
+
 def test_a_result_that_trains_is_held_at_the_second_size_too(monkeypatch: pytest.MonkeyPatch) -> None:
     original = proof.outputs
 
