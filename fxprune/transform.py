@@ -15,7 +15,7 @@ from tqdm import tqdm
 from fxprune.calibration.batches import read_calls
 from fxprune.calibration.calibrate import calibrate_calls
 from fxprune.capture.capture import Capture
-from fxprune.check.calls import Call
+from fxprune.check.calls import Call, dynamic_sizes
 from fxprune.check.capture_checked import capture_checked
 from fxprune.check.compare import CheckRow, nothing_compared
 from fxprune.check.proof import Expected, Proof
@@ -240,7 +240,7 @@ def _lower(job: Job) -> Iterable[str]:
     assert job.program is not None
     size = sum(p.nbytes for p in job.program.parameters())
     chooser = Chooser(only=job.settings.layout, model_bytes=size)
-    sizes = batches(job.captured, job.settings.tune_for)
+    sizes = batches(job.captured, dynamic_sizes(job.captured, job.example), job.settings.tune_for)
     job.program, job.lowered = lower(job.program, job.shrunk[1].mask, chooser, sizes)
     return [f"{w.name}: {w.choice.layout}, {w.choice.why}" for w in job.lowered]
 

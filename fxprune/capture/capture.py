@@ -58,7 +58,8 @@ def capture(
     """Captures `model(*args, **kwargs)` as a graph of ATen ops.
 
     Without `dynamic_shapes`, dim 0 of every tensor input is dynamic where the model allows it; `static=True`
-    fixes every size. `dynamic_shapes` is handed to torch.export as it is. The weights that the graph multiplies by
+    fixes every size. A call of one sample is captured as one of two, for what export learns of a size of 1 is seldom
+    true of others. `dynamic_shapes` is handed to torch.export as it is. The weights that the graph multiplies by
     constant masks hold their zeros, and no product is left; without `fold_masks` only where one buffer holds the mask.
     Raises CaptureError with torch's own error as its cause.
     """
@@ -71,13 +72,12 @@ def capture(
         dynamic_shapes = dynamic_shapes.dynamic_shapes(shadow, args, kwargs)
     notes: list[Note] = []
     tries = attempts(args, kwargs, dynamic_shapes, static)
-    for index, (shapes_of, note) in enumerate(tries):
+    for index, attempt in enumerate(tries):
         last = index == len(tries) - 1
-        # Marks that a failed attempt left would make the next one dynamic as well, so each has tensors of its own.
-        own_args, own_kwargs = apart(args, kwargs)
+        own_args, own_kwargs, shapes = attempt.call(args, kwargs)
         # What torch.export raises while it runs the user's code may be anything.
         try:
-            exported = export_program(shadow, own_args, own_kwargs, shapes_of(own_args, own_kwargs))
+            exported = export_program(shadow, own_args, own_kwargs, shapes)
             unlifted = exported.module()
         except Exception as error:
             if last:
@@ -97,28 +97,62 @@ def capture(
                 if last:
                     raise _capture_error(model, error) from error
                 reason = hidden(error)[:200]
-        notes.append(Note(f"{note}: {reason}", "fallback"))
+        if attempt.note:
+            notes.append(Note(f"{attempt.note}: {reason}", "fallback"))
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 _ShapesOf = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
 
-def attempts(
-    args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, static: bool
-) -> list[tuple[_ShapesOf, str]]:
-    """What to try in order: (dynamic shapes of a call, what to note when it fails)."""
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """One way to capture a call: which sizes are dynamic, what to note when it fails, and of one sample or of two."""
+
+    shapes_of: _ShapesOf
+    note: str = ""
+    doubled: bool = False
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        """What to capture: arguments, and their dynamic shapes.
+
+        Marks that a failed attempt left would make the next one dynamic as well, so each has tensors of its own.
+        """
+        args, kwargs = apart(*(_doubled(args, kwargs) if self.doubled else (args, kwargs)))
+        return args, kwargs, self.shapes_of(args, kwargs)
+
+
+def attempts(args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, static: bool) -> list[Attempt]:
+    """What to try, in order."""
     if dynamic_shapes is not None:
-        return [(lambda *_: dynamic_shapes, "")]
+        return [Attempt(lambda *_: dynamic_shapes)]
     sizes = {t.shape[0] for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()} - {0}
-    fixed: list[tuple[_ShapesOf, str]] = [(lambda *_: None, "")]
+    fixed = Attempt(lambda *_: None)
     if static or not sizes:
-        return fixed
-    tries: list[tuple[_ShapesOf, str]] = [(_batches(1), "dim 0 could not stay dynamic everywhere")]
-    if len(sizes) > 1 and 1 in sizes:
+        return [fixed]
+    tries = [Attempt(_batches(1), "dim 0 could not stay dynamic everywhere")]
+    if sizes == {1}:
+        tries.insert(0, Attempt(_batches(1), doubled=True))
+    elif 1 in sizes:
         # A size of 1 beside larger ones is more often there to be broadcast than a batch.
-        tries.append((_batches(2), "dim 0 could not stay dynamic where it is larger than 1"))
-    return tries + fixed
+        tries.append(Attempt(_batches(2), "dim 0 could not stay dynamic where it is larger than 1"))
+    return [*tries, fixed]
+
+
+def _doubled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call with every tensor of one sample holding that sample twice, laid out as it was."""
+
+    def double(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != 1:
+            return leaf
+        sample = leaf.detach()[0]
+        if leaf.layout is not torch.strided or any(n > 1 and s == 0 for n, s in zip(sample.shape, sample.stride())):
+            return torch.cat([leaf.detach(), leaf.detach()])
+        span = 1 + sum((size - 1) * stride for size, stride in zip(sample.shape, sample.stride()))
+        both = sample.new_empty_strided((2, *sample.shape), (span, *sample.stride()))
+        return both.copy_(leaf.detach())
+
+    return pytree.tree_map(double, (args, kwargs))
 
 
 def _batches(least: int) -> _ShapesOf:

@@ -158,14 +158,46 @@ class EntryCheck:
 
     def _failed(self, flat: Sequence[Any]) -> str:
         """The first guard that flat inputs do not meet, readable."""
-        for condition, readable in self.guards:
-            try:
-                met = eval(condition, {**compat.guard_names(), "a": flat})
-            except ZeroDivisionError:
-                met = False
-            if not met:
-                return readable
-        return "nothing is known to be wrong (please report it)"
+        failed = (readable for condition, readable in self.guards if not _is_met(condition, flat))
+        return next(failed, "nothing is known to be wrong (please report it)")
+
+    def takes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call is accepted."""
+        try:
+            self.check(args, kwargs)
+        except InputError:
+            return False
+        return True
+
+    def allowing(self, symbol: str, size: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> EntryCheck:
+        """The same check, where conditions that this call does not meet are none at this size of a dynamic dimension.
+
+        The graph must have been found right there.
+        """
+        flat, (condition, readable) = self.flatten(args, kwargs), self._size_of(symbol)
+        guards = tuple(
+            (code, words)
+            if _is_met(code, flat)
+            else (f"({code}) or {condition} == {size}", f"{words} or {readable} == {size}")
+            for code, words in self.guards
+        )
+        return dataclasses.replace(self, guards=guards)
+
+    def above(self, symbol: str, size: int) -> EntryCheck:
+        """The same check, which also demands more than this size of a dynamic dimension."""
+        condition, readable = self._size_of(symbol)
+        return dataclasses.replace(self, guards=(*self.guards, (f"{condition} > {size}", f"{readable} > {size}")))
+
+    def _size_of(self, symbol: str) -> tuple[str, str]:
+        """A dynamic size as conditions have it, and readable."""
+        index, dim = next(
+            (index, dim)
+            for index, want in enumerate(self.inputs)
+            if isinstance(want, TensorInput)
+            for dim, size in enumerate(want.sizes)
+            if size == symbol
+        )
+        return f"a[{index}].size()[{dim}]", f"{self.paths[index]}.size()[{dim}]"
 
     def strided_as(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> EntryCheck:
         """The same check that also demands tensors contiguous, or not, as in this call."""
@@ -180,6 +212,14 @@ class EntryCheck:
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def _is_met(condition: str, flat: Sequence[Any]) -> bool:
+    """Whether flat inputs meet a condition; where sizes far from the captured ones make a divisor zero they do not."""
+    try:
+        return bool(eval(condition, {**compat.guard_names(), "a": flat}))
+    except ZeroDivisionError:
+        return False
 
 
 def _check_tensor(path: str, want: TensorInput, got: Any) -> None:

@@ -12,7 +12,6 @@ from torch.utils import _pytree as pytree
 
 from fxprune.capture.capture import Capture
 from fxprune.capture.entry import TensorInput
-from fxprune.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +140,12 @@ def dynamic_sizes(capture: Capture, call: Call) -> dict[str, int]:
 
 def sized_call(capture: Capture, call: Call, sizes: Mapping[str, int], label: str) -> Call | None:
     """The call with other sizes in dynamic dimensions (symbol -> size), or None where they are not allowed."""
+    resized = with_sizes(capture, call, sizes, label)
+    return resized if capture.entry.takes(resized.args, resized.kwargs) else None
+
+
+def with_sizes(capture: Capture, call: Call, sizes: Mapping[str, int], label: str) -> Call:
+    """The call with other sizes in dynamic dimensions (symbol -> size), allowed or not."""
     flat = capture.entry.flatten(call.args, call.kwargs)
     leaves = iter(zip(capture.entry.inputs, flat, strict=True))
 
@@ -155,9 +160,5 @@ def sized_call(capture: Capture, call: Call, sizes: Mapping[str, int], label: st
         return _laid_out_as(example, got)
 
     args, kwargs = pytree.tree_map(resize, (call.args, call.kwargs))
-    try:
-        capture.entry.check(args, kwargs)
-    except InputError:
-        return None
     shapes = ", ".join(str(list(t.shape)) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
     return Call(f"{label} {shapes}", args, kwargs)

@@ -12,13 +12,12 @@ from torch.export import ExportedProgram
 
 from fxprune.capture import admit
 from fxprune.capture.capture import Capture, capture
-from fxprune.capture.entry import EntryCheck, TensorInput
 from fxprune.errors import CaptureError
 from fxprune.graph.environment import words_of
 from fxprune.graph.note import Note
 from fxprune.select.selection import Selection
 
-from .calls import Call, dynamic_sizes, resized_call, restrided_call, second_call, sized_call, turned_call
+from .calls import Call, dynamic_sizes, resized_call, restrided_call, second_call, turned_call, with_sizes
 from .compare import TOLERANCE, CheckRow, compare, is_finite, outputs, refuse
 from .oracle import Oracle
 from .proof import Proof
@@ -74,6 +73,9 @@ def capture_checked(
 
         captured = capture_as(static=False)
         if not check:
+            _hold_to_one(theirs, captured, example, only_refused=True)
+            if not captured.entry.takes(example.args, example.kwargs):
+                captured = capture_as(static=True)
             notes = [*captured.notes, Note("nothing was checked: check=False", "warning")]
             return Checked(captured, None, notes, [])
         itself = compare("your model = itself, called twice", example, expected, again)
@@ -106,6 +108,9 @@ def capture_checked(
         if bad := _first_wrong(checks):
             raise _parted(bad)
         singles, rows = _hold_to_one(theirs, captured, example)
+        if not captured.entry.takes(example.args, example.kwargs):
+            captured, checks = fixed("the graph of other sizes is not right for the example")
+            others, singles, rows = [], [], []
         _hold_to_strides(theirs, captured, example)
         notes += theirs.notes
         proof = Proof(captured, tuple(calls), (*others, *singles))
@@ -174,38 +179,36 @@ def _parted(row: CheckRow) -> CaptureError:
     )
 
 
-def _hold_to_one(theirs: UsersModel, captured: Capture, example: Call) -> tuple[list[Call], list[CheckRow]]:
-    """Calls with size 1 in one dynamic dimension, and their checks. Where the capture is wrong there, 1 is refused."""
+def _hold_to_one(
+    theirs: UsersModel, captured: Capture, example: Call, *, only_refused: bool = False
+) -> tuple[list[Call], list[CheckRow]]:
+    """Calls with size 1 in one dynamic dimension, and their checks; with `only_refused` those that export refuses.
+
+    These the entry check takes from now on where the capture is right; where it is wrong, 1 is refused.
+    """
     calls, rows = [], []
-    for symbol, size in dynamic_sizes(captured, example).items():
-        single = sized_call(captured, example, {symbol: 1}, "size 1") if size != 1 else None
-        if single is None:
+    for symbol in dynamic_sizes(captured, example):
+        single = with_sizes(captured, example, {symbol: 1}, "size 1")
+        taken = captured.entry.takes(single.args, single.kwargs)
+        if taken and only_refused:
             continue
         if not theirs.takes(single):
-            captured.notes.append(Note(f"the model itself refuses {single.label}, so it was not checked", "warning"))
+            if taken:
+                refused = f"the model itself refuses {single.label}, so it was not checked"
+                captured.notes.append(Note(refused, "warning"))
             continue
         row = _held(theirs, captured, single)
         if row.ok:
+            if not taken:
+                captured.entry = captured.entry.allowing(symbol, 1, single.args, single.kwargs)
             calls.append(single)
             rows.append(row)
-            continue
-        captured.entry = _refusing_one(captured.entry, symbol)
-        wrong = f"at {single.label} the capture was wrong ({row.error:.1e}), so calls of that size are refused"
-        captured.notes.append(Note(wrong, "fallback"))
+        else:
+            if taken:
+                captured.entry = captured.entry.above(symbol, 1)
+            wrong = f"at {single.label} the capture was wrong ({row.error:.1e}), so calls of that size are refused"
+            captured.notes.append(Note(wrong, "fallback"))
     return calls, rows
-
-
-def _refusing_one(entry: EntryCheck, symbol: str) -> EntryCheck:
-    """The entry check that also demands more than 1 of a dynamic size."""
-    index, dim = next(
-        (index, dim)
-        for index, want in enumerate(entry.inputs)
-        if isinstance(want, TensorInput)
-        for dim, size in enumerate(want.sizes)
-        if size == symbol
-    )
-    guard = (f"a[{index}].size()[{dim}] > 1", f"{entry.paths[index]}.size()[{dim}] > 1")
-    return dataclasses.replace(entry, guards=(*entry.guards, guard))
 
 
 def _hold_to_strides(theirs: UsersModel, captured: Capture, example: Call) -> None:

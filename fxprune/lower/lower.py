@@ -214,17 +214,24 @@ def _erase(node: Node) -> None:
             _erase(source)
 
 
-def batches(capture: Capture, sizes: tuple[int, ...]) -> dict[sympy.Symbol, tuple[int, ...]]:
-    """The sizes to tune for, for the symbol of dim 0 of each input tensor."""
+def batches(
+    capture: Capture, example: Mapping[str, int], sizes: tuple[int, ...]
+) -> dict[sympy.Symbol, tuple[int, ...]]:
+    """The sizes to tune for, by symbol: the example's, and `sizes` for dim 0 of each input tensor where they are given.
+
+    `example` are the example's sizes by the names of their symbols.
+    """
     result: dict[sympy.Symbol, tuple[int, ...]] = {}
-    if not sizes:
-        return result
-    for node in capture.program.graph.nodes:
-        value = node.meta.get("val") if node.op == "placeholder" else None
-        batch: object = value.shape[0] if isinstance(value, Tensor) and value.dim() else None
-        if isinstance(batch, torch.SymInt):
-            result.update({symbol: sizes for symbol in batch.node.expr.free_symbols})
-    if not result:
+    tuned = False
+    for node in capture.program.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+            for symbol in size.node.expr.free_symbols if isinstance(size, torch.SymInt) else ():
+                if sizes and dim == 0:
+                    result[symbol], tuned = sizes, True
+                elif str(symbol) in example:
+                    result.setdefault(symbol, (example[str(symbol)],) * max(1, len(sizes)))
+    if sizes and not tuned:
         raise InputError(
             "cannot tune for several sizes",
             where='options["tune_for"]',

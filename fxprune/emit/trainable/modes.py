@@ -22,7 +22,7 @@ from torch.export import ExportedProgram, ShapesCollection
 from torch.fx import Node
 
 from fxprune.capture import admit
-from fxprune.capture.capture import Capture, apart, attempts, export_program
+from fxprune.capture.capture import Capture, attempts, export_program
 from fxprune.capture.entry import TensorInput
 from fxprune.capture.hooks import fold_existing, separate
 from fxprune.capture.own_masks import fold_constant_masks
@@ -136,13 +136,12 @@ def _graphs(
     if larger is not None:
         # A batch-norm does not train on an example of one value per channel.
         calls.append((larger.args, larger.kwargs))
-    for shapes_of, _ in tries:
+    for attempt in tries:
         for call in calls:
-            own_args, own_kwargs = apart(*call)
             try:
                 # Export prints the graph of a model that it gives up on; here that is no failure.
                 with contextlib.redirect_stderr(io.StringIO()):
-                    shapes = shapes_of(own_args, own_kwargs)
+                    own_args, own_kwargs, shapes = attempt.call(*call)
                     program = export_program(shadow, own_args, own_kwargs, shapes, gradients=True).module()
                     fold_constant_masks(program, only_held=True)
             except ValueError as error:
