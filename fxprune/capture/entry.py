@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -22,6 +21,8 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import InputError
 from fxprune.graph import compat
+
+from . import signature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,9 @@ class EntryCheck:
     `names` are the call's argument names and `paths` the readable names of the flat inputs. `inputs` describes each
     flat input: a TensorInput, or ("constant", value) for a Python value fixed at capture, or ("type", type) for a
     number that may change, or None for anything else.
-    `guards` are (condition, readable) pairs, Python over `a[index].size()[dim]`.
+    `guards` are (condition, readable) pairs, Python over `a[index].size()[dim]`. `order` holds the names of the model's
+    positional parameters, where it has a signature; `left_out` the values of an argument that are the same as leaving
+    it out, whether it was captured or not.
     """
 
     names: tuple[str, ...]
@@ -52,33 +55,18 @@ class EntryCheck:
     inputs: tuple[TensorInput | tuple[str, Any] | None, ...]
     guards: tuple[tuple[str, str], ...]
     spec: Any = None
+    order: tuple[str, ...] = ()
+    left_out: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """Binds a call to the captured signature and flattens it; raises InputError where it does not fit."""
-        values, rest = list(args), dict(kwargs)
-        for name in self.names[len(values) :]:
-            if name not in rest:
-                raise InputError(
-                    f'cannot call without argument "{name}"',
-                    why=f"the model was captured with the arguments {', '.join(self.names)}",
-                    do="Pass all of them, or transform again with the call you want.",
-                )
-            values.append(rest.pop(name))
-        if rest or len(values) > len(self.names):
-            extra = ", ".join(rest) or f"{len(values) - len(self.names)} positional"
-            raise InputError(
-                f"cannot take the arguments {extra}",
-                why=f"the model was captured with the arguments {', '.join(self.names) or '(none)'}",
-                do="Leave them out, or transform again with the call you want.",
-            )
+        structured = self.bound(args, kwargs)
+        values = [*structured[0], *structured[1].values()]
         if self.names == self.paths and all(isinstance(v, torch.Tensor) for v in values):
             return values
         specs = self.spec
         if specs is None:
             return pytree.tree_leaves(values)
-        in_order, by_name = compat.children_of(specs)
-        positional, keys = in_order.num_children, by_name.context
-        structured = (tuple(values[:positional]), dict(zip(keys, values[positional:], strict=True)))
         flat, seen = pytree.tree_flatten(structured)
         if seen == specs:
             return flat
@@ -95,6 +83,69 @@ class EntryCheck:
             )
         return known
 
+    def bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A call as the captured one was written: by position what it gave so, and by name the rest, in its order.
+
+        Raises InputError where an argument is missing, or one is given that the graph knows nothing of.
+        """
+        rest = self._by_name(args, kwargs)
+        values = [rest.pop(name) if name in rest else self._default(name) for name in self.names]
+        for name, value in rest.items():
+            if self.left_out.get(name) and not self._is_left_out(name, value):
+                raise InputError(
+                    f"cannot call with {name} = {_short(value)}",
+                    why=f"the model was captured without it, which is {self.left_out[name][-1]!r}",
+                    do="Leave it out, or transform again with the call you want.",
+                )
+        extra = [name for name in rest if name not in self.left_out]
+        if extra:
+            raise self._refuse_extra(", ".join(extra))
+        return tuple(values[: self._positional]), dict(zip(self.names[self._positional :], values[self._positional :]))
+
+    def _by_name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by the names that the model has for them."""
+        # What is given beyond the model's parameters went to *args at the capture.
+        names = (*self.order, *self.names[len(self.order) : self._positional]) if self.order else self.names
+        if len(args) > len(names):
+            raise self._refuse_extra(f"{len(args) - len(names)} positional")
+        found = dict(zip(names, args))
+        for name, value in kwargs.items():
+            if name in found:
+                raise InputError(
+                    f'cannot call with two values for "{name}"',
+                    why="one is given by position and one by name",
+                    do="Give one of them.",
+                )
+            found[name] = value
+        return found
+
+    @functools.cached_property
+    def _positional(self) -> int:
+        """How many arguments the captured call gave by position."""
+        return len(self.names) if self.spec is None else compat.children_of(self.spec)[0].num_children
+
+    def _default(self, name: str) -> Any:
+        """The value that an argument was captured with, where leaving it out is the same."""
+        place = self.paths.index(name) if name in self.paths else None
+        want = self.inputs[place] if place is not None else None
+        if isinstance(want, tuple) and want[0] == "constant" and self._is_left_out(name, want[1]):
+            return want[1]
+        raise InputError(
+            f'cannot call without argument "{name}"',
+            why=f"the model was captured with the arguments {', '.join(self.names)}",
+            do="Pass all of them, or transform again with the call you want.",
+        )
+
+    def _is_left_out(self, name: str, value: Any) -> bool:
+        return any(_same_constant(known, value) for known in self.left_out.get(name, ()))
+
+    def _refuse_extra(self, extra: str) -> InputError:
+        return InputError(
+            f"cannot take the arguments {extra}",
+            why=f"the model was captured with the arguments {', '.join(self.names) or '(none)'}",
+            do="Leave them out, or transform again with the call you want.",
+        )
+
     def check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
         """The flat inputs of a call. Raises InputError unless the captured graph is right for it."""
         flat = args if self._is_flat and not kwargs and len(args) == len(self.names) else self.flatten(args, kwargs)
@@ -104,7 +155,9 @@ class EntryCheck:
 
     @functools.cached_property
     def _is_flat(self) -> bool:
-        """Whether a call's arguments are the flat inputs."""
+        """Whether the arguments of a call that gives all by position are the flat inputs."""
+        if self.order and self.order[: len(self.names)] != self.names[: len(self.order)]:
+            return False
         return self.names == self.paths and all(isinstance(want, TensorInput) for want in self.inputs)
 
     @functools.cached_property
@@ -214,6 +267,10 @@ class EntryCheck:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
+def _short(value: Any) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:80]
+
+
 def _is_met(condition: str, flat: Sequence[Any]) -> bool:
     """Whether flat inputs meet a condition; where sizes far from the captured ones make a divisor zero they do not."""
     try:
@@ -296,7 +353,9 @@ def entry_check(
         if "L[" in condition:
             raise ForeignGuard(f"a condition speaks of something that is not an input ({code})")
         guards.append((condition, readable))
-    return EntryCheck(tuple(names), tuple(paths), inputs, tuple(dict.fromkeys(guards)), spec)
+    conditions = tuple(dict.fromkeys(guards))
+    order, same = signature.positional(forward), signature.left_out(forward)
+    return EntryCheck(tuple(names), tuple(paths), inputs, conditions, spec, order, same)
 
 
 def _sources(
@@ -304,10 +363,7 @@ def _sources(
 ) -> tuple[dict[int, str], list[str]]:
     """Guard sources (`L['x']['k'][0]`) and readable paths of the flat inputs, in placeholder order."""
     roots: list[tuple[str, str, Any]] = []
-    try:
-        parameters = list(inspect.signature(forward).parameters.values()) if forward is not None else []
-    except (TypeError, ValueError):
-        parameters = []
+    parameters = signature.parameters_of(forward)
     by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     star = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
     keywords = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}

@@ -41,7 +41,9 @@ class Result(torch.fx.GraphModule):
         return self.meta["selection"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.meta["entry"].check(args, kwargs)
+        entry: EntryCheck = self.meta["entry"]
+        entry.check(args, kwargs)
+        args, kwargs = entry.bound(args, kwargs)
         return super().__call__(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -93,6 +95,7 @@ class PrunedModule(Result):
 
             def run(*args: Any, **kwargs: Any) -> Any:
                 check(args, kwargs)
+                args, kwargs = entry.bound(args, kwargs)
                 return through_dynamo(*args, **kwargs)
         else:
             code, structured = Compiled(program, entry, options), _structure(program)
