@@ -15,6 +15,7 @@ from tqdm import tqdm
 from fxprune.calibration.batches import read_calls
 from fxprune.calibration.calibrate import calibrate_calls
 from fxprune.capture.capture import Capture
+from fxprune.capture.several import differing
 from fxprune.check.calls import Call, dynamic_sizes
 from fxprune.check.capture_checked import capture_checked
 from fxprune.check.compare import CheckRow, nothing_compared
@@ -50,7 +51,7 @@ from .kernels import native
 def transform(
     model: nn.Module | ExportedProgram,
     plan: Plan | None = None,
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     *,
     selection: Selection | None = None,
@@ -69,9 +70,10 @@ def transform(
     iterable of inputs, the plan is calibrated on them first (see `calibrate`).
 
     `example_inputs` and `kwargs` are one call of the model: layouts are chosen for its sizes, and dim 0 of every tensor
-    stays dynamic unless `dynamic_shapes` (as torch.export takes it) says otherwise. Without them the result transforms
-    itself at its first call. The result is for inference; with `trainable` it is an ordinary module of smaller
-    parameters (and masks held as constants), not compiled.
+    stays dynamic unless `dynamic_shapes` (as torch.export takes it) says otherwise. A dict is arguments by name. A list
+    of calls, [(a,), (b,)], says by example: what differs between them is dynamic too, each is checked, and layouts are
+    chosen for all. Without example inputs the result transforms itself at its first call. The result is for inference;
+    with `trainable` it is an ordinary module of smaller parameters (and masks held as constants), not compiled.
 
     `mode` is torch.compile's; `options` are those of `settings.Settings`. With `check` the result is held against the
     pruned model on the example, on a second input and at other sizes. It is timed against the model as it runs best.
@@ -96,10 +98,19 @@ def transform(
             )
         later = dict(selection=selection, dynamic_shapes=dynamic_shapes, mode=mode, options=options)
         return pending(model, plan, {**later, "progress": progress, "check": check}, transform)
-    args, keywords = admit.admit_call(model, example_inputs, kwargs)
+    (args, keywords), *rest = admit.admit_calls(model, example_inputs, kwargs)
+    if rest and dynamic_shapes is not None:
+        raise InputError(
+            "cannot take dynamic_shapes= beside several example calls",
+            why="what differs between the calls is what is dynamic",
+            do="Give one of the two.",
+        )
+    if rest and not isinstance(model, ExportedProgram):
+        dynamic_shapes = differing([(args, keywords), *rest])
     job = Job(
         model=model,
         example=Call("example", args, keywords),
+        others=tuple(Call(f"example call {number}", *call) for number, call in enumerate(rest, 2)),
         dynamic_shapes=dynamic_shapes,
         calibration=calibration,
         plan=plan,
@@ -128,6 +139,7 @@ class Job:
 
     model: nn.Module | ExportedProgram
     example: Call
+    others: tuple[Call, ...]
     dynamic_shapes: Any
     calibration: Any
     plan: Plan | None
@@ -178,7 +190,8 @@ def _calibrate(job: Job) -> Iterable[str]:
 
 def _capture(job: Job) -> Iterable[str]:
     fold_masks = not job.trainable
-    checked = capture_checked(job.model, job.example, job.dynamic_shapes, check=job.check, fold_masks=fold_masks)
+    given = (job.model, job.example, job.dynamic_shapes, job.others)
+    checked = capture_checked(*given, check=job.check, fold_masks=fold_masks)
     job.captured, job.proof, job.program = checked.captured, checked.proof, checked.captured.program
     job.tell(checked.notes, checked.checks)
     return ()
@@ -240,7 +253,8 @@ def _lower(job: Job) -> Iterable[str]:
     assert job.program is not None
     size = sum(p.nbytes for p in job.program.parameters())
     chooser = Chooser(only=job.settings.layout, model_bytes=size)
-    sizes = batches(job.captured, dynamic_sizes(job.captured, job.example), job.settings.tune_for)
+    examples = [dynamic_sizes(job.captured, call) for call in (job.example, *job.others)]
+    sizes = batches(job.captured, examples, job.settings.tune_for)
     job.program, job.lowered = lower(job.program, job.shrunk[1].mask, chooser, sizes)
     return [f"{w.name}: {w.choice.layout}, {w.choice.why}" for w in job.lowered]
 

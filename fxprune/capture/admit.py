@@ -15,6 +15,7 @@ from fxprune.errors import InputError
 from fxprune.graph.environment import words_of
 
 from .hooks import mask_hooks
+from .several import Arguments, is_several
 from .state import State, random_streams
 
 
@@ -80,8 +81,23 @@ def _finite(parameters: Mapping[str, Tensor]) -> None:
                 )
 
 
-def admit_call(model: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def admit_calls(model: Any, args: Any, kwargs: Any) -> list[Arguments]:
+    """The example calls as (args, kwargs): one, or those of a list. Raises InputError where something is no call."""
+    return [admit_call(model, each, kwargs) for each in args] if is_several(args) else [admit_call(model, args, kwargs)]
+
+
+def admit_call(model: Any, args: Any, kwargs: Any) -> Arguments:
     """The example call as (args, kwargs). Raises InputError where it is none."""
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise InputError("cannot read the example kwargs", why=f"they are a {type(kwargs).__name__}", do="Pass a dict.")
+    if isinstance(args, Mapping):
+        if not all(isinstance(name, str) for name in args) or args.keys() & (kwargs or {}).keys():
+            raise InputError(
+                "cannot read the example inputs",
+                why="a dict holds arguments by name, and these are no names, or names that kwargs= has as well",
+                do="A dict that is itself the first argument goes into a tuple: example_inputs=(inputs,).",
+            )
+        return (), {**args, **(kwargs or {})}
     if isinstance(args, Tensor):
         raise InputError(
             "cannot read the example inputs",
@@ -92,10 +108,8 @@ def admit_call(model: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dic
         raise InputError(
             "cannot read the example inputs",
             why=f"they are a {type(args).__name__}",
-            do="Pass a tuple of arguments.",
+            do="Pass a tuple of arguments, a dict of them by name, or a list of several such calls.",
         )
-    if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise InputError("cannot read the example kwargs", why=f"they are a {type(kwargs).__name__}", do="Pass a dict.")
     if args is None and kwargs is None and isinstance(model, ExportedProgram) and model.example_inputs is not None:
         args, kwargs = model.example_inputs
     return tuple(args or ()), dict(kwargs or {})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from fxprune.graph.program import Program
 from .entry import EntryCheck, ForeignGuard, TensorInput, entry_check
 from .hooks import fold_existing
 from .own_masks import Held, fold_constant_masks
+from .several import Differing
 
 
 @dataclasses.dataclass
@@ -107,26 +109,36 @@ _ShapesOf = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """One way to capture a call: which sizes are dynamic, what to note when it fails, and of one sample or of two."""
+    """One way to capture a call: which sizes are dynamic, and what to note when it fails.
+
+    Where it is `doubled`, dynamic sizes of 1 are captured as 2: dim 0, or `dims` of each flat input.
+    """
 
     shapes_of: _ShapesOf
     note: str = ""
     doubled: bool = False
+    dims: Sequence[Sequence[int]] | None = None
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         """What to capture: arguments, and their dynamic shapes.
 
         Marks that a failed attempt left would make the next one dynamic as well, so each has tensors of its own.
         """
-        args, kwargs = apart(*(_doubled(args, kwargs) if self.doubled else (args, kwargs)))
+        args, kwargs = apart(*(_doubled(args, kwargs, self.dims) if self.doubled else (args, kwargs)))
         return args, kwargs, self.shapes_of(args, kwargs)
 
 
 def attempts(args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, static: bool) -> list[Attempt]:
     """What to try, in order."""
+    sizes = {t.shape[0] for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()} - {0}
+    if isinstance(dynamic_shapes, Differing):
+        noted = "dim 0 could not stay dynamic where the example calls have one size"
+        both = [partial(dynamic_shapes.shapes, with_batch=with_batch) for with_batch in (True, False)]
+        dims = dynamic_shapes.dims
+        with_first = [(0, *own) for own in dims] if sizes == {1} else dims
+        return [Attempt(both[0], noted, True, with_first), Attempt(both[1], "", True, dims)]
     if dynamic_shapes is not None:
         return [Attempt(lambda *_: dynamic_shapes)]
-    sizes = {t.shape[0] for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()} - {0}
     fixed = Attempt(lambda *_: None)
     if static or not sizes:
         return [fixed]
@@ -139,20 +151,29 @@ def attempts(args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any,
     return [*tries, fixed]
 
 
-def _doubled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call with every tensor of one sample holding that sample twice, laid out as it was."""
+def _doubled(
+    args: tuple[Any, ...], kwargs: dict[str, Any], dims: Sequence[Sequence[int]] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call with what has size 1 in these dimensions of each flat input, or in dim 0, held twice."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    grown = []
+    for leaf, own in zip(leaves, dims if dims is not None else [(0,)] * len(leaves), strict=True):
+        for dim in own:
+            if isinstance(leaf, Tensor) and dim < leaf.dim() and leaf.shape[dim] == 1:
+                leaf = _twice(leaf.detach(), dim)
+        grown.append(leaf)
+    return pytree.tree_unflatten(grown, spec)
 
-    def double(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != 1:
-            return leaf
-        sample = leaf.detach()[0]
-        if leaf.layout is not torch.strided or any(n > 1 and s == 0 for n, s in zip(sample.shape, sample.stride())):
-            return torch.cat([leaf.detach(), leaf.detach()])
-        span = 1 + sum((size - 1) * stride for size, stride in zip(sample.shape, sample.stride()))
-        both = sample.new_empty_strided((2, *sample.shape), (span, *sample.stride()))
-        return both.copy_(leaf.detach())
 
-    return pytree.tree_map(double, (args, kwargs))
+def _twice(tensor: Tensor, dim: int) -> Tensor:
+    """A tensor of size 1 in a dimension with size 2 there, the others laid out as they were."""
+    sample = tensor.select(dim, 0)
+    if tensor.layout is not torch.strided or any(n > 1 and s == 0 for n, s in zip(sample.shape, sample.stride())):
+        return torch.cat([tensor, tensor], dim)
+    strides = list(sample.stride())
+    strides.insert(dim, 1 + sum((size - 1) * stride for size, stride in zip(sample.shape, strides)))
+    shape = [*tensor.shape[:dim], 2, *tensor.shape[dim + 1 :]]
+    return tensor.new_empty_strided(shape, strides).copy_(tensor)
 
 
 def _batches(least: int) -> _ShapesOf:

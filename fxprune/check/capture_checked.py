@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch.export import ExportedProgram
 
 from fxprune.capture import admit
 from fxprune.capture.capture import Capture, capture
-from fxprune.errors import CaptureError
+from fxprune.capture.several import Differing, widest
+from fxprune.errors import CaptureError, InputError
 from fxprune.graph.environment import words_of
 from fxprune.graph.note import Note
 from fxprune.select.selection import Selection
@@ -41,25 +43,35 @@ class Checked:
 
 
 def capture_checked(
-    model: nn.Module | ExportedProgram, example: Call, dynamic_shapes: Any, *, check: bool, fold_masks: bool
+    model: nn.Module | ExportedProgram,
+    example: Call,
+    dynamic_shapes: Any,
+    others: Sequence[Call] = (),
+    *,
+    check: bool,
+    fold_masks: bool,
 ) -> Checked:
     """Captures the model and holds the captured program against it: on the example, a second input, with flags turned,
-    at a second size, and at size 1 of every dynamic dimension.
+    at a second size, at size 1 of every dynamic dimension, and on `others`: more calls that it is to take.
 
     Where a capture with dynamic sizes is wrong, every size is fixed, and a note says so; where the user asked for those
     sizes, that is an error. Where it is wrong at size 1 alone, the entry check refuses 1.
     """
-    runnable = admit.runnable(model)
+    runnable, base = admit.runnable(model), (example.args, example.kwargs)
+    if isinstance(dynamic_shapes, Differing):
+        base = widest([base, *((other.args, other.kwargs) for other in others)], dynamic_shapes)
     fixable = dynamic_shapes is None and not isinstance(model, ExportedProgram)
     with admit.untouched(runnable) as state:
         theirs = UsersModel(runnable, state)
         expected = theirs.answer(example)
+        for other in others:
+            theirs.answer(other)
         again = theirs.answer_next(example) if check else expected
         keeps = state.restore()
 
         def capture_as(*, static: bool) -> Capture:
             shapes = None if static else dynamic_shapes
-            arguments = (model, example.args, example.kwargs, shapes)
+            arguments = (model, *base, shapes)
             state.restore()
             try:
                 return capture(*arguments, static=static, fold_masks=fold_masks)
@@ -76,6 +88,7 @@ def capture_checked(
             _hold_to_one(theirs, captured, example, only_refused=True)
             if not captured.entry.takes(example.args, example.kwargs):
                 captured = capture_as(static=True)
+            _take(captured, others)
             notes = [*captured.notes, Note("nothing was checked: check=False", "warning")]
             return Checked(captured, None, notes, [])
         itself = compare("your model = itself, called twice", example, expected, again)
@@ -92,29 +105,49 @@ def capture_checked(
         checks = _hold(theirs, captured, calls)
         if fixable and (bad := _first_wrong(checks)):
             captured, checks = fixed(f"with dim 0 dynamic the capture was wrong ({bad.error:.1e})")
-        resized, others = resized_call(captured, example), []
+        resized, more = resized_call(captured, example), []
         if resized is not None and not theirs.takes(resized):
             untried = f"the model itself refuses the {resized.label}, so no second size was checked"
             notes.append(Note(untried, "warning"))
         elif resized is not None:
             row = _hold(theirs, captured, [resized])[0]
             if row.ok:
-                others.append(resized)
+                more.append(resized)
                 checks.append(row)
             elif fixable:
                 captured, checks = fixed(f"at the {resized.label} the capture was wrong ({row.error:.1e})")
             else:
                 raise refuse(row, "Leave dynamic_shapes out: the sizes are then fixed where the model needs it.")
         if bad := _first_wrong(checks):
+            if others:
+                _take(captured, [example])
             raise _parted(bad)
         singles, rows = _hold_to_one(theirs, captured, example)
         if not captured.entry.takes(example.args, example.kwargs):
             captured, checks = fixed("the graph of other sizes is not right for the example")
-            others, singles, rows = [], [], []
+            more, singles, rows = [], [], []
+        _take(captured, others)
+        rows += _hold(theirs, captured, [*others])
+        if bad := _first_wrong(rows):
+            raise _parted(bad)
         _hold_to_strides(theirs, captured, example)
         notes += theirs.notes
-        proof = Proof(captured, tuple(calls), (*others, *singles))
+        proof = Proof(captured, tuple(calls), (*others, *more, *singles))
         return Checked(captured, proof, [*notes, *captured.notes], [*checks, *rows])
+
+
+def _take(captured: Capture, others: Sequence[Call]) -> None:
+    """Raises InputError where the graph does not take one of the user's example calls."""
+    for other in others:
+        try:
+            captured.entry.check(other.args, other.kwargs)
+        except InputError as error:
+            raise InputError(
+                "cannot make one graph for these example calls",
+                where=other.label,
+                why=f"{error.what}: {error.why}",
+                do="Transform once for each of them, or take that size out of the list.",
+            ) from error
 
 
 def _calls_of_its_sizes(theirs: UsersModel, example: Call) -> tuple[list[Call], list[Note]]:

@@ -151,7 +151,7 @@ def _tokens(use: Use, batches: Mapping[sympy.Symbol, tuple[int, ...]]) -> list[i
     count = max((len(batches[s]) for s in hints if s in batches), default=1)
     result = []
     for index in range(count):
-        values = {s: batches[s][index] if s in batches else hint for s, hint in hints.items()}
+        values = {s: batches[s][min(index, len(batches[s]) - 1)] if s in batches else n for s, n in hints.items()}
         result.append(max(1, int(cast(Any, expression).subs(values))))
     return result
 
@@ -215,11 +215,11 @@ def _erase(node: Node) -> None:
 
 
 def batches(
-    capture: Capture, example: Mapping[str, int], sizes: tuple[int, ...]
+    capture: Capture, examples: Sequence[Mapping[str, int]], sizes: tuple[int, ...]
 ) -> dict[sympy.Symbol, tuple[int, ...]]:
-    """The sizes to tune for, by symbol: the example's, and `sizes` for dim 0 of each input tensor where they are given.
+    """The sizes to tune for, by symbol: those of the examples; for dim 0 of each input `sizes`, where they are given.
 
-    `example` are the example's sizes by the names of their symbols.
+    `examples` are the sizes of each example call by the names of their symbols.
     """
     result: dict[sympy.Symbol, tuple[int, ...]] = {}
     tuned = False
@@ -229,8 +229,8 @@ def batches(
             for symbol in size.node.expr.free_symbols if isinstance(size, torch.SymInt) else ():
                 if sizes and dim == 0:
                     result[symbol], tuned = sizes, True
-                elif str(symbol) in example:
-                    result.setdefault(symbol, (example[str(symbol)],) * max(1, len(sizes)))
+                elif all(str(symbol) in example for example in examples):
+                    result.setdefault(symbol, tuple(example[str(symbol)] for example in examples))
     if sizes and not tuned:
         raise InputError(
             "cannot tune for several sizes",
