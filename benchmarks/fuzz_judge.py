@@ -38,7 +38,7 @@ TURNED_DOWN = (
     "every size is fixed: ",
 )
 # What it says beside that where the model's own answer is nothing but rounding, so that none can be right.
-NO_DIGITS = "in float64 the model itself is off by"
+NO_DIGITS = "the model's own answer has no digit to compare"
 # Further than this from the unpruned model, or the oracle says little.
 FAR = 1e-3
 

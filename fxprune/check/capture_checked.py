@@ -104,7 +104,7 @@ def capture_checked(
 
         checks = _hold(theirs, captured, calls)
         if fixable and (bad := _first_wrong(checks)):
-            captured, checks = fixed(f"with dim 0 dynamic the capture was wrong ({bad.error:.1e})")
+            captured, checks = fixed(f"with dim 0 dynamic the capture was wrong ({bad.off})")
         resized, more = resized_call(captured, example), []
         if resized is not None and not theirs.takes(resized):
             untried = f"the model itself refuses the {resized.label}, so no second size was checked"
@@ -115,7 +115,7 @@ def capture_checked(
                 more.append(resized)
                 checks.append(row)
             elif fixable:
-                captured, checks = fixed(f"at the {resized.label} the capture was wrong ({row.error:.1e})")
+                captured, checks = fixed(f"at the {resized.label} the capture was wrong ({row.off})")
             else:
                 raise refuse(row, "Leave dynamic_shapes out: the sizes are then fixed where the model needs it.")
         if bad := _first_wrong(checks):
@@ -190,9 +190,9 @@ def _held(theirs: UsersModel, captured: Capture, call: Call) -> CheckRow:
             theirs.note_slow()
     if row.ok:
         return row
-    program = Oracle(captured.program, Selection()).in_float64()
-    right, ours = lambda: theirs.answer_in_float64(call), lambda: program.outputs(call)
-    return within_rounding(row, call, expected, got, right, ours)
+    program = Oracle(captured.program, Selection())
+    right, ours = lambda: theirs.answer_in_float64(call), lambda: program.in_float64().outputs(call)
+    return within_rounding(row, call, expected, got, right, ours, lambda seed: program.nudged(seed).outputs(call))
 
 
 def _first_wrong(rows: list[CheckRow]) -> CheckRow | None:
@@ -239,7 +239,7 @@ def _hold_to_one(
         else:
             if taken:
                 captured.entry = captured.entry.above(symbol, 1)
-            wrong = f"at {single.label} the capture was wrong ({row.error:.1e}), so calls of that size are refused"
+            wrong = f"at {single.label} the capture was wrong ({row.off}), so calls of that size are refused"
             captured.notes.append(Note(wrong, "fallback"))
     return calls, rows
 

@@ -67,6 +67,11 @@ class CheckRow:
         return self.error <= self.tolerance
 
     @property
+    def off(self) -> str:
+        """The error in words, and why no more of it is allowed."""
+        return f"{self.error:.1e}" + (f"; {self.note}" if self.note else "")
+
+    @property
     def verdict(self) -> str:
         """The outcome in words."""
         if not self.ok:

@@ -25,14 +25,13 @@ from fxprune.graph.note import Note
 
 from .calls import Call
 from .compare import CheckRow, compare
-from .oracle import Oracle, run
+from .oracle import Oracle, nudged, run
 from .proof import Expected
+from .rounding import SAMPLES
 
 # How far a gradient may be off, in units of the model's own rounding, where that is larger than the tolerance: of a sum
-# that cancels, such as the gradient of the bias of an attention's keys, nothing but rounding is left. One sample of it
-# may be small by chance.
+# that cancels, such as the gradient of the bias of an attention's keys, nothing but rounding is left.
 _ROUNDINGS = 8.0
-_SAMPLES = 4
 
 
 @torch.inference_mode(False)
@@ -195,7 +194,7 @@ class _Graph(Oracle):
         self._leaves: dict[str, Tensor] = {}
         for name, parameter in _parameters(oracle.program).items():
             if parameter not in leaves:
-                value = parameter.detach().clone() if seed is None else _nudged(parameter.detach(), seed)
+                value = parameter.detach().clone() if seed is None else nudged(parameter.detach(), seed)
                 leaves[parameter] = value.requires_grad_(name in trains)
             self._leaves[name] = leaves[parameter]
 
@@ -228,7 +227,7 @@ def _staying(oracle: Oracle, name: str, gradient: Tensor) -> Tensor:
 def _rounding(expected: Expected, without: Collection[str], call: Call) -> dict[str, float]:
     """How far gradients go for a rounding of the parameters, relative to the largest of each: the worst of a few."""
     try:
-        own, *others = (_Graph(expected, without, seed).backward(call) for seed in (None, *range(_SAMPLES)))
+        own, *others = (_Graph(expected, without, seed).backward(call) for seed in (None, *range(SAMPLES)))
     except Exception:
         # Where the graph does not go backward, as the model does, the tolerance is its dtype's, and no more.
         return {}
@@ -237,12 +236,3 @@ def _rounding(expected: Expected, without: Collection[str], call: Call) -> dict[
         gradients = [_staying(expected.oracle, name, each.of(name)) for each in (own, *others)]
         found[name] = max(compare("rounding", call, gradients[:1], [moved]).error for moved in gradients[1:])
     return found
-
-
-def _nudged(tensor: Tensor, seed: int) -> Tensor:
-    """A copy with each element as it is or off by one rounding, up or down."""
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return tensor.clone()
-    generator = torch.Generator().manual_seed(seed)
-    steps = torch.randint(-1, 2, tensor.shape, generator=generator).to(tensor.device, tensor.real.dtype)
-    return tensor * (1 + steps * torch.finfo(tensor.dtype).eps)

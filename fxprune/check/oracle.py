@@ -32,27 +32,46 @@ def widened(value: Any, dtype: torch.dtype) -> Any:
     return wider.get(value, value) if isinstance(value, torch.dtype) else value
 
 
+def nudged(tensor: Tensor, seed: int) -> Tensor:
+    """A copy of a tensor of floats with each element as it is or off by one rounding, up or down."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor.clone()
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randint(-1, 2, tensor.shape, generator=generator).to(tensor.device, tensor.real.dtype)
+    return tensor * (1 + steps * torch.finfo(tensor.dtype).eps)
+
+
 class Oracle(torch.fx.Interpreter):
     """Runs a captured program with the selection's values and zeros applied as weights are fetched, one at a time.
 
     `removal` says which slices of which tensors leave, and are zero here, and which statistics run over the rest. With
-    `wide` narrower floats become float32, where the rounding of half types hides nothing, or float64.
+    `wide` narrower floats become float32, where the rounding of half types hides nothing, or float64. With `seed`
+    parameters and buffers are off by what one rounding of their elements may be.
     """
 
     def __init__(
-        self, program: Program, selection: Selection, removal: Removal | None = None, *, wide: torch.dtype | None = None
+        self,
+        program: Program,
+        selection: Selection,
+        removal: Removal | None = None,
+        *,
+        wide: torch.dtype | None = None,
+        seed: int | None = None,
     ) -> None:
         super().__init__(program)
         self.program = program
         self.selection = selection
         self.removal = removal or Removal()
-        self._wide = wide
+        self._wide, self._seed = wide, seed
         self.canonical = names_of_parameters(program)
 
     def fetch_attr(self, target: str) -> Any:
         """The parameter or buffer with the selection's value, masked where the selection masks it."""
         value = super().fetch_attr(target)
-        return self.applied(target, value.detach()) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        value = value.detach() if self._seed is None else nudged(value.detach(), self._seed)
+        return self.applied(target, value)
 
     def applied(self, name: str, value: Tensor) -> Tensor:
         """What stands in the place of the tensor of this name, whose own value is `value`."""
@@ -74,6 +93,10 @@ class Oracle(torch.fx.Interpreter):
     def in_float64(self) -> Oracle:
         """The same in float64."""
         return Oracle(self.program, self.selection, self.removal, wide=torch.float64)
+
+    def nudged(self, seed: int) -> Oracle:
+        """The same with tensors that are off by one rounding of their elements."""
+        return Oracle(self.program, self.selection, self.removal, wide=self._wide, seed=seed)
 
     def run_node(self, n: torch.fx.Node) -> Any:
         """The node's value; a statistic over an axis that shrinks runs over what is kept of it."""

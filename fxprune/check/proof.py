@@ -82,7 +82,15 @@ class Expected:
         if row.ok or graph is None:
             return row
         right, ours = self.oracle.in_float64(), graph.in_float64()
-        return within_rounding(row, call, expected, got, lambda: right.outputs(call), lambda: ours.outputs(call))
+        return within_rounding(
+            row,
+            call,
+            expected,
+            got,
+            lambda: right.outputs(call),
+            lambda: ours.outputs(call),
+            lambda seed: self.oracle.nudged(seed).outputs(call),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

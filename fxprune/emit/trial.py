@@ -157,8 +157,7 @@ class Trial:
             if wrong is not None and is_last:
                 raise refuse(wrong, "Please report it with FXPRUNE_TRACE=<dir>.")
             if wrong is not None:
-                error = f"{wrong.error:.1e}" + (f"; {wrong.note}" if wrong.note else "")
-                why = f"the {found.form.name} result ({found.compiled}) was wrong on the {wrong.call} ({error})"
+                why = f"the {found.form.name} result ({found.compiled}) was wrong on the {wrong.call} ({wrong.off})"
                 self.notes.append(Note(f"{why} and was dropped", "warning"))
                 return None
             found = dataclasses.replace(found, checks=(*found.checks, *checks))

@@ -122,11 +122,7 @@ def _shrink_asked(program: Program, coupling: Coupling, selection: Selection, pr
             row = expected.shrunk(tried.program, tried.left)
         except Exception as error:
             return hidden(error)
-        return (
-            dataclasses.replace(tried, checks=(row,))
-            if row.ok
-            else f"it differs from the zeroed model by {row.error:.1e}"
-        )
+        return dataclasses.replace(tried, checks=(row,)) if row.ok else f"it differs from the zeroed model by {row.off}"
 
     names, notes = list(selection.keep), []
     found = attempt(names)
@@ -176,7 +172,7 @@ def _remove_dead(program: Program, coupling: Coupling, before: Shrunk, proof: Pr
             row = expected.shrunk(wide, tried.left, "without what is dead = pruned model")
         except Exception as error:
             return hidden(error)
-        return dataclasses.replace(tried, checks=(row,)) if row.ok else f"it differs by {row.error:.1e}"
+        return dataclasses.replace(tried, checks=(row,)) if row.ok else f"it differs by {row.off}"
 
     found = attempt(names)
     if isinstance(found, str):

@@ -33,7 +33,5 @@ def flush_proved(program: Program, proof: Proof | None) -> Flushed:
     those = f"{sum(counts.values())} subnormal values in {some(list(counts))}"
     row = proof and proof.expect(Selection(), program).shrunk(flushed, Selection(), "without subnormals = pruned model")
     if row is not None and not row.ok:
-        return Flushed(
-            program, (Note(f"{those} stay, and are slow: without them it differs by {row.error:.1e}", "missed"),)
-        )
+        return Flushed(program, (Note(f"{those} stay, and are slow: without them it differs by {row.off}", "missed"),))
     return Flushed(flushed, (Note(f"{those} were taken as zeros"),), () if row is None else (row,))

@@ -110,7 +110,11 @@ def judged(error: float, rounding: float, apart: float = 0.0) -> CheckRow:
     got = expected + torch.tensor([error, 0.0])
     row = compare("a = b", CALL, [expected], [got])
     assert not row.ok
-    return within_rounding(row, CALL, [expected], [got], lambda: [exact], lambda: [exact * (1 + apart)])
+    return within_rounding(row, CALL, [expected], [got], lambda: [exact], lambda: [exact * (1 + apart)], unasked)
+
+
+def unasked(seed: int) -> list[Any]:
+    raise AssertionError("float64 tells more")
 
 
 @pytest.mark.parametrize(
@@ -135,8 +139,35 @@ def test_what_does_not_run_in_float64_is_not_excused() -> None:
         raise RuntimeError("no float64 here")
 
     row = dataclasses.replace(judged(5e-3, 1e-3), note="")
-    found = within_rounding(row, CALL, [], [], fails, lambda: [])
+    found = within_rounding(row, CALL, [], [], fails, lambda: [], unasked)
     assert not found.ok and "no float64 here" in found.note
+
+
+@pytest.mark.parametrize(("error", "roundings", "ok"), [(3e-3, (1e-3, 1e-5), True), (5e-3, (1e-3,), False)])
+def test_a_model_in_float64_is_held_to_a_rounding_of_its_weights(
+    error: float, roundings: tuple[float, ...], ok: bool
+) -> None:
+    expected = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    got = expected + torch.tensor([error, 0.0])
+    row = compare("a = b", CALL, [expected], [got])
+
+    def nudged(seed: int) -> list[Any]:
+        return [expected + torch.tensor([roundings[seed % len(roundings)], 0.0])]
+
+    found = within_rounding(row, CALL, [expected], [got], lambda: unasked(0), lambda: unasked(0), nudged)
+    assert found.ok is ok and found.tolerance == pytest.approx(4e-3, rel=0.01)
+
+
+def test_a_model_in_float64_that_rounds_badly() -> None:
+    """One whose rounding leaves some digits is shrunk, one with none is told."""
+    plan, x = Plan([Rule("layers.*", Channels(0.25))]), X.double()
+    report = quick(chaotic(layers=17, width=64).double(), x, plan=plan).report
+    rows = rows_of(report, "shrunk = zeroed")
+    assert rows and all(row.ok for row in rows)
+    worst = max(rows, key=lambda row: row.error)
+    assert worst.error > TOLERANCE[torch.float64] and "own rounding" in worst.verdict
+    report = quick(chaotic(layers=44, width=64).double(), x, plan=plan).report
+    assert any("no digit to compare; it changes by one rounding of its weights" in note for note in report.notes)
 
 
 def test_float64_models_have_no_wider_type() -> None:

@@ -89,7 +89,7 @@ def test_a_size_that_the_model_fixes_is_told_with_the_call() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.linear(x) * (2 if x.shape[1] == 5 else 3)
 
-    with pytest.raises(InputError, match="one graph for these example calls at example: .* x.size"):
+    with pytest.raises(InputError, match=r"one graph for these example calls at example: .* x.size"):
         fxprune.transform(Fixed().eval(), None, [(torch.randn(2, 5, 4),), (torch.randn(2, 6, 4),)], **QUICK)
 
 
