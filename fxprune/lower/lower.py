@@ -217,7 +217,7 @@ def _erase(node: Node) -> None:
 def batches(
     capture: Capture, examples: Sequence[Mapping[str, int]], sizes: tuple[int, ...]
 ) -> dict[sympy.Symbol, tuple[int, ...]]:
-    """The sizes to tune for, by symbol: those of the examples, and for dim 0 of inputs `sizes` where there are any.
+    """The sizes to tune for, by symbol: those of the examples, and `sizes` for dim 0 where there are any.
 
     `examples` are the sizes of each example call by the names of their symbols.
     """
