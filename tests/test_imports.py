@@ -32,7 +32,7 @@ BENEATH = {
     "shrink": "check select couple graph plan errors",
     "check": "select capture couple graph errors",
     "lower": "select capture kernels measure graph errors",
-    "prune": "select plan errors",
+    "prune": "select graph plan errors",
     "gradient_score": "capture graph plan errors",
     "select": "capture couple kernels graph plan errors",
     "capture": "graph errors",

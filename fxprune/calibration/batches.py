@@ -48,7 +48,7 @@ class Batch:
     def label_of(self, marked: Tensor) -> str:
         """The user's batch with the first sample that `marked` [b, ...] bool marks; all of them where it has none."""
         if len(self.labels) > 1 and marked.dim() and marked.shape[0] == len(self.labels) and bool(marked.any()):
-            return self.labels[int(marked.flatten(1).any(1).nonzero()[0])]
+            return self.labels[int(in_any_place(marked).nonzero()[0])]
         return self.label
 
 
@@ -143,6 +143,11 @@ def _first(call: Call, size: int, count: int) -> Call:
 def has_samples(leaf: object) -> bool:
     """Whether a leaf is a tensor with a dim 0, which runs over samples."""
     return isinstance(leaf, Tensor) and leaf.dim() > 0
+
+
+def in_any_place(marked: Tensor) -> Tensor:
+    """For each sample whether any element of it is marked: [b, ...] bool -> [b] bool."""
+    return marked.any(tuple(range(1, marked.dim()))) if marked.dim() > 1 else marked
 
 
 def map_tensors(call: Call, change: Callable[[Tensor], Tensor]) -> Call:

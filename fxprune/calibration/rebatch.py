@@ -16,7 +16,7 @@ from fxprune.check.compare import compare, outputs
 from fxprune.errors import InputError
 from fxprune.graph.compat import example_size
 
-from .batches import Batch, batch_of, has_samples, map_tensors, samples_of
+from .batches import Batch, batch_of, has_samples, in_any_place, map_tensors, samples_of
 
 # A batch is cut so that the largest tensor of the graph has about as many numbers as this.
 _LARGEST = 1 << 22
@@ -86,7 +86,7 @@ def _two(calls: Sequence[Call]) -> Call | None:
             continue
         leaves = pytree.tree_leaves((call.args, call.kwargs))
         pairs = [(one[:1], leaf) for one, leaf in zip(first, leaves, strict=True) if has_samples(one)]
-        apart = torch.stack([(leaf != one).flatten(1).any(1).cpu() for one, leaf in pairs]).any(0)
+        apart = torch.stack([in_any_place(leaf != one).cpu() for one, leaf in pairs]).any(0)
         if bool(apart.any()):
             at = int(apart.nonzero()[0])
             both = [

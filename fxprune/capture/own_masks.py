@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxprune.graph.memory import base, writes
-from fxprune.graph.program import fetch_any, owner, replace_parameter
+from fxprune.graph.program import fetch_any, keep_name, owner, replace_parameter
 
 aten = torch.ops.aten
 
@@ -157,7 +157,7 @@ class _Constants:
         if len(buffers) != 1 or isinstance(buffer, nn.Parameter) or buffer is None:
             return None
         same_shape = buffer.shape == fetch_any(self._program, weight).shape
-        return Held(name, buffer.dtype if same_shape else None) if same_shape or name == f"{weight}_mask" else None
+        return Held(name, buffer.dtype if same_shape else None) if same_shape or name == keep_name(weight) else None
 
     def _mask(self, node: Node) -> Tensor | None:
         if node not in self._masks:

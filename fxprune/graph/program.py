@@ -119,6 +119,11 @@ def drop_unused(program: Program) -> None:
                 del table[leaf]
 
 
+def keep_name(weight: str) -> str:
+    """The buffer in which a result that trains holds the mask of a weight: a name that torch's pruning leaves free."""
+    return f"{weight}_keep"
+
+
 def names_of_parameters(program: Program) -> dict[str, str]:
     """Every parameter name -> the first name of the same tensor, so that tied weights have one identity."""
     first: dict[int, str] = {}

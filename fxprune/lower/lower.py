@@ -6,7 +6,7 @@ Weights whose linears read the same activations are then stored together and mul
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import sympy

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune as torch_prune
 
+from fxprune.graph.program import keep_name
+from fxprune.select.mask import PackedMask
+
 from .errors import InputError, MissingError, NameTakenError, TwoHooksError, WrongTypeError
 
 _WHAT = "cannot prune"
@@ -67,14 +70,25 @@ class Place:
         return value  # pyright: ignore[reportReturnType]
 
     def mask(self) -> Tensor | None:
-        """The mask so far; None where the parameter is not pruned."""
+        """The mask so far; None where the parameter is not pruned. What a result that trains keeps zero is pruned."""
         if self.hook() is None:
-            return None
+            return self._kept()
         found = getattr(self.module, f"{self.name}_mask", None)
         if not isinstance(found, Tensor):
             why = f'its pruning hook is there, but "{self.name}_mask" is not'
             raise MissingError(_WHAT, where=str(self), why=why, do="Take the hook away, or prune a fresh module.")
         return found
+
+    def _kept(self) -> Tensor | None:
+        """The mask of a result that trains, in the parameter's dtype; None where it holds none for this parameter."""
+        held, value = self.module._buffers.get(keep_name(self.name)), self.module._parameters.get(self.name)
+        if held is None or value is None:
+            return None
+        if held.dtype == torch.bool and held.shape == value.shape:
+            return held.to(value.dtype)
+        if held.dtype == torch.uint8 and held.numel() == -(-value.numel() // 8):
+            return PackedMask(tuple(value.shape), held).unpack().to(value.dtype)
+        return None
 
     def _refuse(self, value: Any) -> None:
         if is_lazy(value):
@@ -93,12 +107,6 @@ class Place:
             if hasattr(self.module, name) and name not in own:
                 why = f'the module has an attribute "{name}" already, and pruning keeps its state under that name'
                 raise NameTakenError(_WHAT, where=str(self), why=why, do="Rename the attribute.")
-        own_mask = self.module._buffers.get(f"{self.name}_mask")
-        if own_mask is not None and not own_mask.is_floating_point() and not own_mask.is_complex():
-            # torch's masks have the dtype of their parameter; a bool one is what a trainable result multiplies by.
-            why = f'the module keeps a mask of its own as "{self.name}_mask", and pruning would take its place'
-            do = "Prune a trainable result anew: fxprune.transform(result, plan, example_inputs, trainable=True)."
-            raise NameTakenError(_WHAT, where=str(self), why=why, do=do)
 
 
 def place(module: nn.Module, name: str) -> Place:

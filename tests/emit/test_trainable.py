@@ -123,7 +123,7 @@ def test_masked_weights_stay_zero() -> None:
     x = images()
     assert_same(seeded(result.train(), x), seeded(oracle.train(), x))
     result = pickle.loads(pickle.dumps(copy.deepcopy(result)))
-    assert {n for n in result.state_dict() if n.endswith("_mask")} == {"first.weight_mask", "conv.weight_mask"}
+    assert {n for n in result.state_dict() if n.endswith("_keep")} == {"first.weight_keep", "conv.weight_keep"}
     assert result.get_parameter("second.weight") is result.get_parameter("first.weight")
     optimizer = torch.optim.AdamW(result.parameters(), 0.1, weight_decay=0.1)
     before = copy.deepcopy(result)
@@ -136,7 +136,7 @@ def test_masked_weights_stay_zero() -> None:
         weight = result.get_parameter(name)
         assert (weight[~kept] == 0).all()
         assert torch.equal(weight, before.get_parameter(name)) == (name == "conv.weight")
-        assert torch.equal(result.get_buffer(f"{name}_mask"), kept)
+        assert torch.equal(result.get_buffer(f"{name}_keep"), kept)
 
 
 def test_a_mask_of_another_shape_is_refused() -> None:

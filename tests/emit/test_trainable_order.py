@@ -47,15 +47,15 @@ def test_names_come_in_the_models_order(exported: bool) -> None:
     for plan in (None, Plan([Rule("*", Unstructured(0.5))]), Plan([Rule("*", Channels(0.5, align=1))])):
         for other in copies(shrunk(asked, x, plan=plan, trainable=True)):
             assert [n for n, _ in other.named_parameters()] == [n for n, _ in model.named_parameters()]
-            buffers = [n for n, _ in other.named_buffers() if not n.endswith("_mask")]
+            buffers = [n for n, _ in other.named_buffers() if not n.endswith("_keep")]
             assert buffers == [n for n, _ in model.named_buffers()]
-            assert [n for n in other.state_dict() if not n.endswith("_mask")] == list(model.state_dict())
+            assert [n for n in other.state_dict() if not n.endswith("_keep")] == list(model.state_dict())
 
 
 def test_masks_come_after_what_they_mask() -> None:
     result = trainable(Shuffled().eval(), torch.randn(4, 8), masks={"alpha": PackedMask.pack(torch.arange(8) > 3)})
     for other in copies(result):
-        assert [n for n, _ in other.named_buffers(recurse=False)] == ["shift", "scale", "alpha_mask"]
+        assert [n for n, _ in other.named_buffers(recurse=False)] == ["shift", "scale", "alpha_keep"]
 
 
 def test_a_weight_stands_where_its_pruned_one_stood() -> None:

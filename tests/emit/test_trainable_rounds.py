@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-import fxprune
 from fxprune import Channels, Plan, Rule, SemiStructured, Unstructured, prune
 from tests.emit.trainable_models import assert_same, net
 from tests.structured_oracle import randomised, shrunk
@@ -72,8 +71,8 @@ def test_masks_grow_in_rounds(kind: str, masked_matmul: bool) -> None:
     for sparsity, zeros in zip(*ROUNDS[kind], strict=True):
         options = {"masked_matmul": masked_matmul}
         result = shrunk(result, x, plan=Plan([Rule("*", sparsity)]), trainable=True, options=options)
-        assert [n for n in result.state_dict() if not n.endswith("_mask")] == names
-        assert {n for n, _ in result.named_buffers() if "mask" in n} == {"0.weight_mask", "4.weight_mask"}
+        assert [n for n in result.state_dict() if not n.endswith("_keep")] == names
+        assert {n for n, _ in result.named_buffers() if "keep" in n} == {"0.weight_keep", "4.weight_keep"}
         train(result, x)
         for name in ("0.weight", "4.weight"):
             zero = result.get_parameter(name) == 0
@@ -164,8 +163,47 @@ def test_what_prune_masks_of_a_result_trains(name: str) -> None:
         assert torch.equal(again.get_parameter(full.removesuffix("_orig")) == 0, oracle == 0)
 
 
-def test_prune_does_not_take_the_place_of_a_results_mask() -> None:
-    result = shrunk(network(), torch.randn(8, 16), plan=Plan([Rule("*", Unstructured(0.5))]), trainable=True)
-    with pytest.raises(fxprune.FxPruneError, match="trainable=True") as caught:
-        prune.l1_unstructured(result.get_submodule("0"), "weight", 0.75)
-    assert "weight_mask" in str(caught.value)
+@pytest.mark.parametrize("masked_matmul", [False, True])
+def test_prune_goes_on_from_a_results_mask(masked_matmul: bool) -> None:
+    """An amount is a share of what is left, as where torch prunes what it has pruned before."""
+    x, options = torch.randn(8, 16), {"masked_matmul": masked_matmul}
+    result = shrunk(network(), x, plan=Plan([Rule("*", Unstructured(0.5))]), trainable=True, options=options)
+    own = result.get_parameter("0.weight") != 0
+    train(result, x)
+    for left in (0.4, 0.32):
+        prune.l1_unstructured(result.get_submodule("0"), "weight", 0.2)
+        train(result, x)
+        kept = result.get_buffer("0.weight_mask") != 0
+        assert kept.double().mean() == pytest.approx(left, abs=1e-3) and not bool((kept & ~own).any())
+        assert torch.equal(result.get_submodule("0").weight != 0, kept)
+    again = shrunk(result, x, plan=None, trainable=True, options=options)
+    assert_same(again(x), result(x))
+    assert {n for n in again.state_dict() if not n.endswith("_keep")} == set(network().state_dict())
+    train(again, x)
+    assert torch.equal(again.get_parameter("0.weight") != 0, kept)
+    prune.remove(result.get_submodule("0"), "weight")
+    train(result, x)
+    # Without its hook a result keeps what it kept itself.
+    assert torch.equal(result.get_parameter("0.weight") != 0, own)
+
+
+@pytest.mark.parametrize("functions", [prune, torch_prune], ids=["fxprune", "torch"])
+def test_a_results_masks_and_pruning_hooks_go_together(functions: Any) -> None:
+    x = torch.randn(8, 16)
+    result = shrunk(network(), x, plan=Plan([Rule("*", Unstructured(0.5))]), trainable=True)
+    parts = [result.get_submodule(name) for name in ("0", "4")]
+    for _ in range(3):
+        functions.global_unstructured([(part, "weight") for part in parts], torch_prune.L1Unstructured, amount=0.6)
+        train(result, x)
+    # torch's own masks keep a module from being copied.
+    copies = [copy.deepcopy(result), pickle.loads(pickle.dumps(result))] if functions is prune else []
+    for other in (*copies, result):
+        assert_same(shrunk(other, x, plan=None)(x), other(x))
+        again = shrunk(other, x, plan=None, trainable=True)
+        zeros = {name: again.get_parameter(name) == 0 for name in ("0.weight", "4.weight")}
+        assert_same(again(x), other(x))
+        train(again, x)
+        assert all(torch.equal(again.get_parameter(name) == 0, zero) for name, zero in zeros.items())
+        smaller = shrunk(other, x, plan=Plan([Rule("*", Channels(0.25, align=1))]), trainable=True)
+        train(smaller, x)
+        assert smaller.get_parameter("0.weight").shape == (48, 16)

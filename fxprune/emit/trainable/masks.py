@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from fxprune.capture.own_masks import Held
 from fxprune.errors import InputError
-from fxprune.graph.program import Program, names_of_parameters, owner
+from fxprune.graph.program import Program, keep_name, names_of_parameters, owner
 from fxprune.kernels.masked_linear import masked_linear
 from fxprune.select.mask import PackedMask
 
@@ -37,10 +37,10 @@ def mask_weights(
         parameter.data = parameter.detach().masked_fill(~keep, 0)
         held = next((holders[alias] for alias, own in canonical.items() if own == first and alias in holders), None)
         reads = readers.get(first, [])
-        in_matmul = masked_matmul and all(map(_only_linears, reads)) and (held is None or held.name == f"{first}_mask")
+        in_matmul = masked_matmul and all(map(_only_linears, reads)) and (held is None or held.name == keep_name(first))
         value = mask.bits.to(parameter.device) if in_matmul else keep
         if held is None:
-            buffer = f"{first}_mask"
+            buffer = keep_name(first)
             module, leaf = owner(draft, buffer)
             while hasattr(module, leaf):
                 buffer, leaf = buffer + "_", leaf + "_"
