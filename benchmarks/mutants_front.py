@@ -199,10 +199,24 @@ CHECK = (
     ),
     Mutant(
         "fxprune/check/capture_checked.py",
-        'guard = (f"a[{index}].size()[{dim}] > 1"',
-        'guard = (f"a[{index}].size()[{dim}] > 0"',
+        "captured.entry = captured.entry.above(symbol, 1)",
+        "captured.entry = captured.entry.above(symbol, 0)",
         "size 1 is let in where the capture is wrong there",
         "tests/check/test_capture_checked.py::test_a_capture_that_is_wrong_at_size_one_refuses_it",
+    ),
+    Mutant(
+        "fxprune/capture/entry.py",
+        "return dataclasses.replace(self, guards=guards)",
+        "return dataclasses.replace(self, guards=())",
+        "with size 1 every size is let in",
+        "tests/capture/test_entry_conditions.py::test_a_size_that_is_allowed_changes_no_other_condition",
+    ),
+    Mutant(
+        "fxprune/capture/entry.py",
+        "names = (*self.order, *self.names[len(self.order) : self._positional]) if self.order else self.names",
+        "names = self.names",
+        "arguments by position are taken in the order of the example",
+        "tests/capture/test_signature.py::test_a_call_may_be_written_in_any_way",
     ),
     Mutant(
         "fxprune/check/capture_checked.py",

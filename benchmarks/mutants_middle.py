@@ -188,14 +188,14 @@ SELECT = (
 SHRINK = (
     Mutant(
         "fxprune/shrink/proved.py",
-        'return dataclasses.replace(tried, checks=(row,)) if row.ok else f"it differs by {row.error:.1e}"',
+        'return dataclasses.replace(tried, checks=(row,)) if row.ok else f"it differs by {row.off}"',
         "return dataclasses.replace(tried, checks=(row,))",
         "dead channels leave though the result is another",
         "tests/shrink/test_dead.py::test_a_group_that_does_not_come_out_equal_stays_and_is_named",
     ),
     Mutant(
         "fxprune/shrink/proved.py",
-        'else f"it differs from the zeroed model by {row.error:.1e}"',
+        'else f"it differs from the zeroed model by {row.off}"',
         "else dataclasses.replace(tried, checks=(row,))",
         "groups shrink though the result is another",
         "tests/shrink/test_structured_result.py::test_a_group_that_comes_out_wrong_stays_whole",

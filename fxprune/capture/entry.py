@@ -236,6 +236,11 @@ class EntryCheck:
         )
         return dataclasses.replace(self, guards=guards)
 
+    def has_least(self, symbol: str) -> bool:
+        """Whether a dynamic size has a least value that is a condition by itself, as a Dim of torch.export gives it."""
+        condition, _ = self._size_of(symbol)
+        return any(code.startswith(f"{condition} >= ") for code, _ in self.guards)
+
     def above(self, symbol: str, size: int) -> EntryCheck:
         """The same check, which also demands more than this size of a dynamic dimension."""
         condition, readable = self._size_of(symbol)

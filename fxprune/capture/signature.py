@@ -27,7 +27,7 @@ def left_out(forward: Callable[..., Any] | None) -> dict[str, tuple[Any, ...]]:
     """
     config = getattr(getattr(forward, "__self__", None), "config", None)
     parameters = parameters_of(forward)
-    found = {p.name: (p.default,) for p in parameters if isinstance(p.default, _PLAIN)}
+    found: dict[str, tuple[Any, ...]] = {p.name: (p.default,) for p in parameters if isinstance(p.default, _PLAIN)}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         found = {**dict.fromkeys(_CONFIGURED if config is not None else (), (None,)), **found}
     for name, values in found.items():

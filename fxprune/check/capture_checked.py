@@ -61,6 +61,7 @@ def capture_checked(
     if isinstance(dynamic_shapes, Differing):
         base = widest([base, *((other.args, other.kwargs) for other in others)], dynamic_shapes)
     fixable = dynamic_shapes is None and not isinstance(model, ExportedProgram)
+    asked = not fixable and not isinstance(dynamic_shapes, Differing)
     with admit.untouched(runnable) as state:
         theirs = UsersModel(runnable, state)
         expected = theirs.answer(example)
@@ -85,7 +86,7 @@ def capture_checked(
 
         captured = capture_as(static=False)
         if not check:
-            _hold_to_one(theirs, captured, example, only_refused=True)
+            _hold_to_one(theirs, captured, example, asked=asked, only_refused=True)
             if not captured.entry.takes(example.args, example.kwargs):
                 captured = capture_as(static=True)
             _take(captured, others)
@@ -122,7 +123,7 @@ def capture_checked(
             if others:
                 _take(captured, [example])
             raise _parted(bad)
-        singles, rows = _hold_to_one(theirs, captured, example)
+        singles, rows = _hold_to_one(theirs, captured, example, asked=asked)
         if not captured.entry.takes(example.args, example.kwargs):
             captured, checks = fixed("the graph of other sizes is not right for the example")
             more, singles, rows = [], [], []
@@ -213,17 +214,18 @@ def _parted(row: CheckRow) -> CaptureError:
 
 
 def _hold_to_one(
-    theirs: UsersModel, captured: Capture, example: Call, *, only_refused: bool = False
+    theirs: UsersModel, captured: Capture, example: Call, *, asked: bool, only_refused: bool = False
 ) -> tuple[list[Call], list[CheckRow]]:
     """Calls with size 1 in one dynamic dimension, and their checks; with `only_refused` those that export refuses.
 
-    These the entry check takes from now on where the capture is right; where it is wrong, 1 is refused.
+    These the entry check takes from now on where the capture is right; where it is wrong, 1 is refused. What the user
+    `asked` for stays: the least value that a Dim has.
     """
     calls, rows = [], []
     for symbol in dynamic_sizes(captured, example):
         single = with_sizes(captured, example, {symbol: 1}, "size 1")
         taken = captured.entry.takes(single.args, single.kwargs)
-        if taken and only_refused:
+        if only_refused if taken else asked and captured.entry.has_least(symbol):
             continue
         if not theirs.takes(single):
             if taken:

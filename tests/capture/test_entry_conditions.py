@@ -58,3 +58,13 @@ def test_each_guard_is_asked() -> None:
     for size, words in ((3, "x is even"), (10, "x is at most 8")):
         with pytest.raises(InputError, match=words):
             check.check((torch.ones(size, 16),), {})
+
+
+def test_a_size_that_is_allowed_changes_no_other_condition() -> None:
+    guards = (("a[0].size()[0] != 1", "x is not 1"), ("a[0].size()[0] <= 8", "x is at most 8"))
+    check = EntryCheck(("x",), ("x",), (ON_CPU,), guards).allowing("s0", 1, (torch.ones(1, 16),), {})
+    assert [check.takes((torch.ones(size, 16),), {}) for size in (1, 2, 8, 9)] == [True, True, True, False]
+    assert not check.takes((torch.ones(1, 15),), {}) and not check.has_least("s0")
+    above = check.above("s0", 3)
+    assert [above.takes((torch.ones(size, 16),), {}) for size in (1, 3, 4, 9)] == [False, False, True, False]
+    assert EntryCheck(("x",), ("x",), (ON_CPU,), (("a[0].size()[0] >= 3", ""),)).has_least("s0")

@@ -87,9 +87,14 @@ def test_uses_that_keep_a_weight_dense(function: Callable[[nn.Linear, Tensor], T
 def test_a_site_is_asked_about_at_the_rows_it_will_see() -> None:
     model, x = Of(lambda f, x: f(x)).eval(), torch.randn(2, 7, 16)
     captured = capture(model, (x,), {})
-    for sizes, rows in (((), (14,)), ((1, 4, 8), (7, 28, 56))):
+    (batch,) = [str(size) for want in captured.entry.inputs for size in want.sizes if isinstance(size, str)]  # pyright: ignore
+    asked: list[tuple[list[int], tuple[int, ...], tuple[int, ...]]] = [
+        ([], (), (14,)), ([], (1, 4, 8), (7, 28, 56)), ([1], (), (7,)), ([2, 5], (), (14, 35)), ([2], (4, 8), (28, 56))
+    ]  # fmt: skip
+    for examples, sizes, rows in asked:
         chooser = Watching()
-        lower(captured.program, ["linear.weight"], chooser, batches(captured, sizes))
+        own = [{batch: size} for size in examples] or [{}]
+        lower(captured.program, ["linear.weight"], chooser, batches(captured, own, sizes))
         assert chooser.sites[0].tokens == rows
 
 
