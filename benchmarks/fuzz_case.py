@@ -71,13 +71,14 @@ class Case:
         return x
 
     def split(self, inputs: Inputs, form: str) -> tuple[tuple[Any, ...], Inputs]:
-        """Arguments and keywords of a call in that form."""
+        """Arguments and keywords of a call in that form; every other case has the last keyword first."""
         names = list(inputs)
         # A name that was left out ends what can be given by place.
         order = [value.name for value in self.sketch.inputs]
         by_place = len(names) if names == order[: len(names)] else 1
         first = {"args": by_place, "kwargs": 0, "both": 1}[form]
-        return tuple(inputs[name] for name in names[:first]), {name: inputs[name] for name in names[first:]}
+        named = names[first:] if self.seed % 2 else names[first:][::-1]
+        return tuple(inputs[name] for name in names[:first]), {name: inputs[name] for name in named}
 
     def describe(self) -> str:
         """The case for a reader: code, pruning and forms."""
