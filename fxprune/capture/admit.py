@@ -24,6 +24,13 @@ def admit_model(model: object) -> None:
     if isinstance(model, ExportedProgram):
         _finite(dict(model.named_parameters()))
         return
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            "cannot transform a model of TorchScript",
+            where=model.original_name,
+            why="torch.export takes no script or trace of a model",
+            do="Pass the nn.Module that it was made from.",
+        )
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise InputError(
             "cannot transform a compiled model",

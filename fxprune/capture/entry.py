@@ -347,7 +347,7 @@ def entry_check(
     if isinstance(codegen, _PyTreeCodeGen):
         names = [n for n in codegen.pytree_info.orig_args if n != "self"]
         spec = codegen.pytree_info.in_spec
-    sources, paths = _sources(forward, args, kwargs, [n.name for n in placeholders])
+    sources, paths = _sources(forward, args, kwargs, [n.name for n in placeholders], names)
     inputs = tuple(_describe(n) for n in placeholders)
     guards = _symbol_guards(placeholders, paths, exported.range_constraints)
     for code in compat.guards_code(exported):
@@ -364,9 +364,16 @@ def entry_check(
 
 
 def _sources(
-    forward: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Sequence[str]
+    forward: Callable[..., Any] | None,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    names: Sequence[str],
+    given: Sequence[str],
 ) -> tuple[dict[int, str], list[str]]:
-    """Guard sources (`L['x']['k'][0]`) and readable paths of the flat inputs, in placeholder order."""
+    """Guard sources (`L['x']['k'][0]`) and readable paths of the flat inputs, in placeholder order.
+
+    `given` are the names of the arguments, which say all where there is no signature: an ExportedProgram has none.
+    """
     roots: list[tuple[str, str, Any]] = []
     parameters = signature.parameters_of(forward)
     by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -374,8 +381,8 @@ def _sources(
     keywords = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
     double_star = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
     for index, value in enumerate(args):
-        if index < len(by_position):
-            name = by_position[index].name
+        if index < len(by_position) or not parameters:
+            name = by_position[index].name if parameters else given[index]
             roots.append((f"L['{name}']", name, value))
         else:
             roots.append((f"L['{star}'][{index - len(by_position)}]", f"{star}[{index - len(by_position)}]", value))

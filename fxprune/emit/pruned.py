@@ -14,12 +14,13 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.utils import _pytree as pytree
 
 from fxprune.capture.entry import EntryCheck
-from fxprune.errors import FxPruneError
+from fxprune.errors import FxPruneError, warn_once
 from fxprune.graph.program import Program, copy_program, replace_tensors
 from fxprune.measure.ways import compiled
 from fxprune.select.selection import Selection
 
 from .compiled import Compiled, can_compile, returned
+from .pickled import parts_of, rooted
 from .report import Report
 
 
@@ -45,6 +46,19 @@ class Result(torch.fx.GraphModule):
         entry.check(args, kwargs)
         args, kwargs = entry.bound(args, kwargs)
         return super().__call__(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Result:
+        for dtype in {t.dtype for t in [*self.parameters(), *self.buffers()] if t.is_floating_point()}:
+            new = fn(torch.empty(0, dtype=dtype)).dtype
+            if new != dtype:
+                raise FxPruneError(
+                    f"cannot convert a result from {dtype} to {new}",
+                    why="its graph was captured in the first, and casts and packed weights in it stay what they are",
+                    do="Convert the model, and transform it again with an input like that; or call the result under "
+                    "torch.autocast, if it trains.",
+                )
+        super()._apply(fn, recurse)
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         with warnings.catch_warnings():
@@ -124,17 +138,17 @@ class PrunedModule(Result):
         super()._load_from_state_dict(*args, **kwargs)
         self._renew()
 
-    def _apply(self, *args: Any, **kwargs: Any) -> PrunedModule:
-        super()._apply(*args, **kwargs)
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> PrunedModule:
+        super()._apply(fn, recurse)
         self._renew()
         return self
 
     def train(self, mode: bool = True) -> PrunedModule:
         if mode:
-            raise FxPruneError(
-                "cannot train this result",
-                why="its masks are folded, its weights packed and its graph frozen for inference",
-                do="Train the original model and transform again.",
+            warn_once(
+                "A pruned result was asked for train mode, perhaps by a model that holds it, and stays as it is: its "
+                "masks are folded, its weights packed and its graph frozen for inference. To train, transform the "
+                "model with trainable=True."
             )
         return super().train(False)
 
@@ -147,10 +161,7 @@ class PrunedModule(Result):
                 vars(self)["_run"] = run
 
     def __reduce__(self) -> tuple[Any, ...]:
-        rebuild, (state, *rest) = super().__reduce__()
-        # Compiled code does not pickle; the loaded module compiles anew.
-        state.pop("_run", None)
-        return _rebuild, (rebuild, (state, *rest))
+        return _rebuild, parts_of(self)
 
 
 _NO_GUARDS = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
@@ -226,10 +237,12 @@ def _without_autocast() -> contextlib.AbstractContextManager[object]:
     return stack
 
 
-def _rebuild(rebuild: Callable[..., torch.fx.GraphModule], arguments: tuple[Any, ...]) -> PrunedModule:
-    plain = rebuild(*arguments)
-    result = PrunedModule(plain, plain.graph, class_name="PrunedModule")
-    result.meta = arguments[0]["meta"]
+def _rebuild(state: dict[str, Any], nodes: list[tuple[Any, ...]], codegen: Any) -> PrunedModule:
+    root, graph = rooted(state, nodes, codegen)
+    result = PrunedModule(root, graph, class_name="PrunedModule")
+    result.graph._tracer_cls = None
+    result._tracer_cls = None
+    result.meta = state["meta"]
     return result.eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -99,8 +100,13 @@ class Report:
         self.removed = {name: leaving.removed(name, tensors[name]) for name in names}
 
     def __getitem__(self, name: str) -> WeightReport:
-        """The entry of one weight by name."""
-        return next(w for w in self.weights if w.name == name)
+        """The entry of one weight by name. Raises KeyError, with the names that are near."""
+        found = {w.name: w for w in self.weights}
+        if name not in found:
+            close = difflib.get_close_matches(str(name), found, 3)
+            near = f"Near it: {', '.join(close)}." if close else "See report.weights for the names."
+            raise KeyError(f"no weight of this report is called {name!r}. {near}")
+        return found[name]
 
     @property
     def dense_bytes(self) -> int:

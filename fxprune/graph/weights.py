@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,39 @@ aten = torch.ops.aten
 # Ops that hand a weight on unchanged or transposed, before it is multiplied.
 _SAME = {aten.detach.default, aten.alias.default, aten.contiguous.default, aten.clone.default}
 _TRANSPOSE = {aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default}
+
+# Ops that keep an element that is zero a zero, wherever they put it.
+_KEEPING_ZEROS = {
+    *_SAME,
+    *_TRANSPOSE,
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.div.Tensor,
+    aten.div.Scalar,
+    aten.neg.default,
+    aten.cat.default,
+    aten.stack.default,
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.index_select.default,
+    aten.unbind.int,
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.squeeze.default,
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.repeat.default,
+    aten.flip.default,
+    aten.to.dtype,
+    aten._to_copy.default,
+}
 
 # op -> (kind, position of the weight, position of the activations, position of the bias)
 _LINEAR: dict[Any, tuple[int, int, int | None]] = {
@@ -36,7 +70,19 @@ _OTHER = {
         aten.conv3d.padding,
         aten.convolution.default,
     },
-    "embedding": {aten.embedding.default},
+    "embedding": {
+        aten.embedding.default,
+        aten.embedding_bag.default,
+        aten.embedding_bag.padding_idx,
+        aten._embedding_bag.default,
+        aten._embedding_bag_forward_only.default,
+    },
+    "recurrent layer": {
+        getattr(getattr(aten, kind), overload)
+        for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+        for overload in ("input", "data")
+    },
+    "bilinear": {aten.bilinear.default},
     "matmul": {
         aten.bmm.default,
         aten.baddbmm.default,
@@ -49,7 +95,7 @@ _OTHER = {
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """One place where a weight is used. `kind` is linear, conv, embedding, matmul, or "" for anything else.
+    """One place where a weight is used. `kind` is linear, a key of `_OTHER`, or "" for anything else.
 
     For linear and conv, `x` and `bias` are the op's other operands as they are now; for linear, `transposed` says that
     the weight arrives as [i, o].
@@ -91,6 +137,29 @@ def uses(program: Program) -> dict[str, list[Use]]:
     for node in program.graph.nodes:
         if node.op == "get_attr" and str(node.target) in canonical:
             found.setdefault(canonical[str(node.target)], []).extend(_follow(node, transposed=False))
+    return found
+
+
+def read_by_products(program: Program) -> set[str]:
+    """The first names of parameters whose zeros are zeros of a weight that a product reads.
+
+    On their way they may be scaled, joined with others, cut and moved, as long as no input has a part in it.
+    """
+    canonical = names_of_parameters(program)
+    of: dict[Node, set[str]] = {}
+    found: set[str] = set()
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            of[node] = {canonical[str(node.target)]} if str(node.target) in canonical else set()
+            continue
+        names = {name for read in node.all_input_nodes for name in of.get(read, ())}
+        if not names:
+            continue
+        is_constant = all(read in of for read in node.all_input_nodes)
+        if is_constant and (node.target in _KEEPING_ZEROS or node.target is operator.getitem):
+            of[node] = names
+        elif any(node.target in ops for ops in (_LINEAR, *_OTHER.values())):
+            found |= names
     return found
 
 

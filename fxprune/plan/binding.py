@@ -14,7 +14,8 @@ class Candidate:
     """What binding must know of a parameter; `reason` says in words why it is not `prunable`.
 
     `inputs` is the dimension that products with it sum over, and `role` what it does: "product", "lookup" (the table of
-    an embedding, which nothing sums over) or "unknown", before there is a graph.
+    an embedding, which nothing sums over) or "unknown", before there is a graph. `is_table` says that an embedding
+    looks rows up in it, whatever else reads it.
     """
 
     shape: tuple[int, ...]
@@ -23,6 +24,13 @@ class Candidate:
     reason: str = ""
     inputs: int = 1
     role: str = "product"
+    is_table: bool = False
+
+    def passed_over(self, sparsity: Sparsity) -> str:
+        """Why a wildcard does not bind this parameter, in words; "" if it does. Its full name always binds it."""
+        if self.is_table and isinstance(sparsity, (Unstructured, SemiStructured, Blocks)):
+            return "the table of an embedding, which zeros make no faster; a rule with its full name prunes it"
+        return ""
 
     def unusable(self, sparsity: Sparsity) -> str:
         """Why `sparsity` cannot have this parameter, in words; "" if it can, or if only the graph will tell."""

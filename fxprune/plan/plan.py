@@ -145,11 +145,12 @@ class Plan:
             if is_glob(rule.pattern):
                 removed = [(name, by) for name in matched for by in self._excluding(names[name])[:1]]
                 left = [name for name in matched if name not in dict(removed)]
-                wrong = {name: parameters[name].unusable(rule.sparsity) for name in left}
+                sparsity = rule.sparsity
+                wrong = {n: parameters[n].unusable(sparsity) or parameters[n].passed_over(sparsity) for n in left}
                 unusable = [(name, why) for name, why in wrong.items() if why]
                 bound = [name for name, why in wrong.items() if not why]
                 if not bound:
-                    usable = [name for name, candidate in parameters.items() if not candidate.unusable(rule.sparsity)]
+                    usable = [name for name, candidate in parameters.items() if not candidate.unusable(sparsity)]
                     raise _unusable(index, rule.pattern, unusable, removed, usable)
                 skipped += [(index, *pair) for pair in unusable]
                 excluded += [(index, *pair) for pair in removed]

@@ -6,28 +6,28 @@ from torch import Tensor, nn
 
 from fxprune.couple.coupling import Coupling
 from fxprune.graph.program import Program, names_of_parameters
-from fxprune.graph.weights import uses
+from fxprune.graph.weights import read_by_products, uses
 from fxprune.plan.plan import Candidate
 
 
 def candidates(program: Program, coupling: Coupling | None = None) -> dict[str, Candidate]:
     """Every parameter of a program under its first name, whether a plan may prune it, and what its dimensions are.
 
-    With a coupling, weights that the graph first computes with (standardised ones, say) count as well: their channels
-    may leave.
+    A weight may be scaled, joined or cut before a product reads it. With a coupling, weights that the graph computes
+    with otherwise (standardised ones, say) count as well: their channels may leave.
     """
-    found = uses(program)
+    found, read = uses(program), read_by_products(program)
     result = {}
     for name in dict.fromkeys(names_of_parameters(program).values()):
         tensor = program.get_parameter(name)
         used = [u for u in found.get(name, []) if u.kind]
         kinds = {u.kind for u in used}
         role = "lookup" if kinds == {"embedding"} else "product"
-        if coupling is not None and coupling.outputs(name):
+        if name in read or (coupling is not None and coupling.outputs(name)):
             kinds.add("weight")
         usable = _prunable(tensor, name in found, kinds)
         inputs = next((u.inputs for u in used if u.kind in ("linear", "conv")), 1)
-        result[name] = Candidate(tuple(tensor.shape), tensor.dtype, *usable, inputs, role)
+        result[name] = Candidate(tuple(tensor.shape), tensor.dtype, *usable, inputs, role, "embedding" in kinds)
     return result
 
 
@@ -50,5 +50,5 @@ def _prunable(tensor: Tensor, is_read: bool, kinds: set[str]) -> tuple[bool, str
     if not is_read:
         return False, "the captured graph does not read it"
     if not kinds:
-        return False, "not read by a linear, conv, matmul or embedding"
+        return False, "no product reads it as a weight, and no embedding"
     return True, ""

@@ -15,7 +15,8 @@ from fxprune.couple.coupling import Coupling
 from fxprune.errors import InputError
 from fxprune.graph.note import Note, some
 from fxprune.graph.program import Program, names_of_parameters
-from fxprune.plan.patterns import Channels
+from fxprune.plan.binding import Binding
+from fxprune.plan.patterns import Channels, Unstructured
 from fxprune.plan.plan import Plan
 
 from .candidates import candidates
@@ -67,6 +68,7 @@ def choose_selection(
     notes = _passed_over(binding.skipped)
     notes += [Note(f"{name}: rule {later} replaces rule {earlier}") for name, earlier, later in binding.overridden]
     notes += [Note(f"{name}: excluded from rule {r} by {by!r}") for r, name, by in binding.excluded]
+    notes += _counted(plan, binding, weights)
     selection = select(weights, existing, plan, binding, {name: c.inputs for name, c in known.items()})
     if coupling is not None:
         kept = keep_channels(coupling, {n: t.detach() for n, t in program.named_parameters()}, plan, binding)
@@ -85,6 +87,21 @@ def _passed_over(skipped: Iterable[tuple[int, str, str]]) -> list[Note]:
         Note(f"rule {rule} passed over {len(names)} parameters ({why}): {some(names)}")
         for (rule, why), names in groups.items()
     ]
+
+
+def _counted(plan: Plan, binding: Binding, weights: Mapping[str, Tensor]) -> list[Note]:
+    """Warnings of counts that may have been meant as percentages: an int is a number of elements."""
+    notes = []
+    for index, rule in enumerate(plan.rules):
+        amount = getattr(rule.sparsity, "amount", None)
+        if not isinstance(rule.sparsity, Unstructured) or not isinstance(amount, int) or not 0 < amount <= 100:
+            continue
+        pool = [weights[name].numel() for name in binding.names(index) if name in weights]
+        size = sum(pool) if rule.scope == "global" else max(pool, default=0)
+        if amount < 0.01 * size:
+            said = f"rule {index} prunes {amount} elements of {size:,}, for an int counts elements"
+            notes.append(Note(f"{said}: {amount}% is written {amount / 100:g}", "warning"))
+    return notes
 
 
 def _existing(capture: Capture, names: dict[str, str], weights: dict[str, Tensor]) -> dict[str, PackedMask | Tensor]:

@@ -60,6 +60,7 @@ def keep_channels(
         if not isinstance(rule.sparsity, Channels):
             continue
         groups = [coupling.of(atom) for atom, (owner, _) in rule_of.items() if owner == index]
+        short: list[str] = []
         slices = {g.name: _members(g, coupling, tensors, scaling) for g in groups}
         kept.notes += _scored_otherwise(index, slices, rule.sparsity)
         for pool in _pools(coupling, tensors, groups, rule.scope):
@@ -74,8 +75,14 @@ def keep_channels(
                 )
                 if counts[group.name] < group.size:
                     kept.keep[group.name] = _highest(scores[group.name], counts[group.name])
-            if not alone:
+            if alone:
+                short += [g.name for g in pool if _is_far_short(g.size, exact[g.name], counts[g.name])]
+            else:
                 kept.notes += _shortfall(index, pool, rule.sparsity, sum(exact.values()), sum(counts.values()))
+        if short:
+            held = f"what stays of it is a multiple of {rule.sparsity.align}, and at least {rule.sparsity.min_keep}"
+            which = f"{len(short)} of {len(groups)} groups lose much less than was asked"
+            kept.notes.append(Note(f"rule {index}: {which}, for {held} (align=, min_keep=): {some(short)}", "missed"))
     order = {group.name: i for i, group in enumerate(coupling)}
     kept.keep = dict(sorted(kept.keep.items(), key=lambda item: order[item[0]]))
     return kept
@@ -248,6 +255,11 @@ def _local(pool: list[Group], how: Channels) -> dict[str, int]:
 def _share(pool: list[Group], how: Channels) -> float:
     total = sum(group.size for group in pool)
     return how.count(total) / total
+
+
+def _is_far_short(size: int, exact: int, final: int) -> bool:
+    """Whether alignment leaves less than three quarters of what was asked for: `exact` would stay, and `final` do."""
+    return size - final < 0.75 * (size - exact)
 
 
 def _shortfall(index: int, pool: list[Group], how: Channels, exact: int, final: int) -> list[Note]:

@@ -323,3 +323,36 @@ def test_a_folder_that_fills_up_leaves_the_last_checkpoint(tmp_path: Path, monke
             quietly(dense, HALF, [x], checkpoint=file)
     found = quietly(dense, HALF, [x], checkpoint=file)
     assert differ(expected, found) == 0
+
+
+class Timed(nn.Module):
+    """Inputs beside which a number stands for each sample: a label, a time step, a length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self.a, self.b = nn.Embedding(10, 32), nn.Linear(16, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor, step: Tensor) -> Tensor:
+        return self.b((self.a(x) + self.steps(step)).relu())
+
+
+@pytest.mark.parametrize("method", ["refit", "magnitude", "wanda"])
+def test_a_number_for_each_sample(method: str) -> None:
+    torch.manual_seed(0)
+    dense = Timed().eval()
+    data = [(torch.randn(6, 16), torch.randint(10, (6,))) for _ in range(8)]
+    found = quietly(dense, HALF_OF_ALL, data, method)
+    assert set(found.mask) == {"a.weight", "b.weight"}
+    joined = [tuple(torch.cat(column) for column in zip(*data, strict=True))]
+    assert differ(found, quietly(dense, HALF_OF_ALL, joined, method)) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["refit", "magnitude"])
+def test_samples_without_a_batch(method: str) -> None:
+    torch.manual_seed(0)
+    dense, together = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).eval(), torch.randn(60, 16)
+    found = quietly(dense, HALF_OF_ALL, list(together), method)
+    assert differ(found, quietly(dense, HALF_OF_ALL, [together], method)) < 1e-4
+
+
+HALF_OF_ALL = Plan([Rule("*.weight", Unstructured(0.5))])

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.export import Dim
 
+import fxprune
 from fxprune.capture.entry import EntryCheck, TensorInput
 from fxprune.errors import InputError
 from tests.oracle import assert_close, quick, zeroed
@@ -202,3 +203,26 @@ def test_a_guard_that_divides_by_zero_is_not_met() -> None:
     check.check((torch.ones(3),), {})
     with pytest.raises(InputError):
         check.check((torch.ones(2),), {})
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_an_exported_program_with_two_inputs(by_name: bool) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, a: Any, b: Any) -> Any:
+            return self.linear(a["x"]) + b
+
+    model, x, y = Two().eval(), torch.randn(3, 8), torch.randn(3, 8)
+    args, kwargs = (({"x": x},), {"b": y}) if by_name else (({"x": x}, y), {})
+    auto = {0: torch.export.Dim.AUTO}
+    exported = torch.export.export(model, args, kwargs, dynamic_shapes={"a": {"x": auto}, "b": auto})
+    result = fxprune.transform(exported, options={"compile": False}, progress=False)
+    z = torch.randn(5, 8)
+    assert torch.equal(result({"x": z}, b=z) if by_name else result({"x": z}, z), model({"x": z}, z))
+    with pytest.raises(
+        InputError, match=r"b.size\(\)\[0\] == a\['x'\].size\(\)\[0\]; got a\['x'\] \[5, 8\], b \[3, 8\]"
+    ):
+        result({"x": z}, b=y) if by_name else result({"x": z}, y)

@@ -301,3 +301,10 @@ def test_an_error_is_readable_after_pickling() -> None:
     again = pickle.loads(pickle.dumps(error))
     assert (again.what, again.where, again.why, again.do) == ("cannot", "here", "so", "Do that.")
     assert str(again) == "cannot at here: so. Do that."
+
+
+def test_a_model_of_torchscript() -> None:
+    for model in (torch.jit.script(nn.Linear(4, 4)), torch.jit.trace(nn.Linear(4, 4), torch.randn(2, 4))):
+        with pytest.raises(InputError, match="TorchScript") as error:
+            fxprune.transform(model.eval(), None, (torch.randn(2, 4),))
+        assert error.value.where == "Linear" and error.value.do

@@ -19,6 +19,7 @@ from fxprune.capture.capture import Capture
 from fxprune.capture.entry import EntryCheck
 from fxprune.capture.hooks import mask_hooks, pruned_names
 from fxprune.capture.own_masks import Held
+from fxprune.emit.pickled import parts_of, rooted
 from fxprune.emit.pruned import Result
 from fxprune.graph.program import (
     Program,
@@ -30,7 +31,6 @@ from fxprune.graph.program import (
 from fxprune.select.mask import PackedMask
 
 from .masks import mask_weights
-from .pickled import graph_data, graph_from
 from .side_by_side import Inserted, ModeArguments
 
 aten = torch.ops.aten
@@ -63,17 +63,12 @@ class TrainableModule(Result):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state = dict(vars(self))
-        graph = state.pop("_graph")
-        # What torch.compile made does not pickle; the loaded module is compiled by whoever wants it so.
-        state.pop("_compiled_call_impl", None)
-        return _rebuild, (state, graph_data(graph), graph._codegen)
+        return _rebuild, parts_of(self)
 
 
 def _rebuild(state: dict[str, Any], nodes: list[tuple[Any, ...]], codegen: Any) -> TrainableModule:
-    root = nn.Module()
-    root.__dict__ = state
-    return _holding(_module(root, graph_from(nodes), codegen), state)
+    root, graph = rooted(state, nodes, codegen)
+    return _holding(_module(root, graph, codegen), state)
 
 
 def _module(root: nn.Module, graph: Graph, codegen: Any) -> TrainableModule:

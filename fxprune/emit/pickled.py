@@ -1,7 +1,7 @@
-"""pickled: a torch.fx.Graph as plain data that pickles, and back.
+"""pickled: a result and its graph as plain data that pickles, and back.
 
-torch pickles a GraphModule as source code and traces that again, which loses what hangs on attributes of the module
-(such as `training`) and the names of the nodes.
+torch pickles a GraphModule as source code and traces that again: ops that make a tensor of a symbolic size fail, named
+tuples become plain ones, and what hangs on attributes of the module (such as `training`) and names of nodes are lost.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate, map_arg
 
@@ -26,6 +27,27 @@ class _Op:
     """A torch operator by name; operators themselves do not pickle."""
 
     name: str
+
+
+Parts = tuple[dict[str, Any], list[tuple[Any, ...]], Any]
+
+
+def parts_of(module: torch.fx.GraphModule) -> Parts:
+    """What a result is rebuilt from: its attributes, its nodes and its calling convention."""
+    state = dict(vars(module))
+    graph: Graph = state.pop("_graph")
+    # Compiled code does not pickle; who loads a result compiles it anew.
+    for code in ("_compiled_call_impl", "_run"):
+        state.pop(code, None)
+    return state, graph_data(graph), graph._codegen
+
+
+def rooted(state: dict[str, Any], nodes: list[tuple[Any, ...]], codegen: Any) -> tuple[nn.Module, Graph]:
+    """A module with the attributes of a result, and its graph."""
+    root, graph = nn.Module(), graph_from(nodes)
+    root.__dict__ = state
+    graph._codegen = codegen
+    return root, graph
 
 
 def graph_data(graph: Graph) -> list[tuple[Any, ...]]:
