@@ -199,8 +199,8 @@ CHECK = (
     ),
     Mutant(
         "fxprune/check/capture_checked.py",
-        "captured.entry = captured.entry.above(symbol, 1)",
-        "captured.entry = captured.entry.above(symbol, 0)",
+        "captured.entry = captured.entry.above(symbols[0], 1, together)",
+        "pass",
         "size 1 is let in where the capture is wrong there",
         "tests/check/test_capture_checked.py::test_a_capture_that_is_wrong_at_size_one_refuses_it",
     ),

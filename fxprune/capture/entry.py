@@ -222,16 +222,15 @@ class EntryCheck:
             return False
         return True
 
-    def allowing(self, symbol: str, size: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> EntryCheck:
-        """The same check, where conditions that this call does not meet are none at this size of a dynamic dimension.
+    def allowing(self, symbols: Sequence[str], size: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> EntryCheck:
+        """The same check, where conditions that this call does not meet are none where these dynamic sizes are `size`.
 
         The graph must have been found right there.
         """
-        flat, (condition, readable) = self.flatten(args, kwargs), self._size_of(symbol)
+        flat, places = self.flatten(args, kwargs), [self._size_of(symbol) for symbol in symbols]
+        condition, readable = (" and ".join(f"{place} == {size}" for place in each) for each in zip(*places))
         guards = tuple(
-            (code, words)
-            if _is_met(code, flat)
-            else (f"({code}) or {condition} == {size}", f"{words} or {readable} == {size}")
+            (code, words) if _is_met(code, flat) else (f"({code}) or {condition}", f"{words} or {readable}")
             for code, words in self.guards
         )
         return dataclasses.replace(self, guards=guards)
@@ -241,10 +240,14 @@ class EntryCheck:
         condition, _ = self._size_of(symbol)
         return any(code.startswith(f"{condition} >= ") for code, _ in self.guards)
 
-    def above(self, symbol: str, size: int) -> EntryCheck:
-        """The same check, which also demands more than this size of a dynamic dimension."""
-        condition, readable = self._size_of(symbol)
-        return dataclasses.replace(self, guards=(*self.guards, (f"{condition} > {size}", f"{readable} > {size}")))
+    def above(self, symbol: str, size: int, unless: Sequence[str] = ()) -> EntryCheck:
+        """The same check, which also demands more than `size` of a dynamic size, unless all of `unless` are `size`."""
+        first, *rest = [self._size_of(each) for each in (symbol, *unless)]
+        texts = [f"{place} > {size}" for place in first]
+        if rest:
+            allowed = (" and ".join(f"{place} == {size}" for place in each) for each in zip(*rest))
+            texts = [f"{text} or {other}" for text, other in zip(texts, allowed)]
+        return dataclasses.replace(self, guards=(*self.guards, (texts[0], texts[1])))
 
     def _size_of(self, symbol: str) -> tuple[str, str]:
         """A dynamic size as conditions have it, and readable."""

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from fxprune.capture import admit
 from fxprune.capture.capture import Capture, capture
+from fxprune.capture.entry import TensorInput
 from fxprune.capture.several import Differing, widest
 from fxprune.errors import CaptureError, InputError
 from fxprune.graph.environment import words_of
@@ -222,28 +223,50 @@ def _hold_to_one(
     `asked` for stays: the least value that a Dim has.
     """
     calls, rows = [], []
-    for symbol in dynamic_sizes(captured, example):
-        single = with_sizes(captured, example, {symbol: 1}, "size 1")
+    for symbols, together in _ones(captured, example):
+        single = with_sizes(captured, example, dict.fromkeys(symbols, 1), "size 1")
         taken = captured.entry.takes(single.args, single.kwargs)
-        if only_refused if taken else asked and captured.entry.has_least(symbol):
+        if only_refused if taken else asked and any(map(captured.entry.has_least, symbols)):
             continue
-        if not theirs.takes(single):
+        row = _held(theirs, captured, single) if theirs.takes(single) else None
+        if row is not None and row.ok:
+            if not taken:
+                captured.entry = captured.entry.allowing(symbols, 1, single.args, single.kwargs)
+            calls.append(single)
+            rows.append(row)
+        elif row is None and not together:
             if taken:
                 refused = f"the model itself refuses {single.label}, so it was not checked"
                 captured.notes.append(Note(refused, "warning"))
-            continue
-        row = _held(theirs, captured, single)
-        if row.ok:
-            if not taken:
-                captured.entry = captured.entry.allowing(symbol, 1, single.args, single.kwargs)
-            calls.append(single)
-            rows.append(row)
         else:
             if taken:
-                captured.entry = captured.entry.above(symbol, 1)
-            wrong = f"at {single.label} the capture was wrong ({row.off}), so calls of that size are refused"
-            captured.notes.append(Note(wrong, "fallback"))
+                captured.entry = captured.entry.above(symbols[0], 1, together)
+            if row is not None:
+                wrong = f"at {single.label} the capture was wrong ({row.off}), so calls of that size are refused"
+                captured.notes.append(Note(wrong, "fallback"))
     return calls, rows
+
+
+def _ones(captured: Capture, example: Call) -> list[tuple[list[str], list[str]]]:
+    """Which dynamic sizes to set to 1 in a call, and for one that is set alone, those that it belongs with.
+
+    Inputs whose dim 0 has one size have their samples there: they are set together, and each alone, where it would be
+    broadcast.
+    """
+    sizes, first = dynamic_sizes(captured, example), {}
+    for want in captured.entry.inputs:
+        for dim, size in enumerate(want.sizes if isinstance(want, TensorInput) else ()):
+            if isinstance(size, str):
+                first.setdefault(size, dim)
+    batches: dict[int, list[str]] = {}
+    for symbol, size in sizes.items():
+        if first[symbol] == 0:
+            batches.setdefault(size, []).append(symbol)
+    found: list[tuple[list[str], list[str]]] = []
+    for batch in batches.values():
+        found.append((batch, []))
+        found += [([symbol], batch) for symbol in batch if len(batch) > 1]
+    return [*found, *(([symbol], []) for symbol in sizes if first[symbol])]
 
 
 def _hold_to_strides(theirs: UsersModel, captured: Capture, example: Call) -> None:

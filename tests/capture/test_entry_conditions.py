@@ -62,9 +62,27 @@ def test_each_guard_is_asked() -> None:
 
 def test_a_size_that_is_allowed_changes_no_other_condition() -> None:
     guards = (("a[0].size()[0] != 1", "x is not 1"), ("a[0].size()[0] <= 8", "x is at most 8"))
-    check = EntryCheck(("x",), ("x",), (ON_CPU,), guards).allowing("s0", 1, (torch.ones(1, 16),), {})
+    check = EntryCheck(("x",), ("x",), (ON_CPU,), guards).allowing(["s0"], 1, (torch.ones(1, 16),), {})
     assert [check.takes((torch.ones(size, 16),), {}) for size in (1, 2, 8, 9)] == [True, True, True, False]
     assert not check.takes((torch.ones(1, 15),), {}) and not check.has_least("s0")
     above = check.above("s0", 3)
     assert [above.takes((torch.ones(size, 16),), {}) for size in (1, 3, 4, 9)] == [False, False, True, False]
     assert EntryCheck(("x",), ("x",), (ON_CPU,), (("a[0].size()[0] >= 3", ""),)).has_least("s0")
+
+
+def test_sizes_that_are_one_together_or_alone() -> None:
+    other = TensorInput(torch.float32, torch.device("cpu"), ("s1", 16))
+    guards = (("a[0].size()[0] != 1", ""), ("a[1].size()[0] != 1", ""))
+    check, one = EntryCheck(("x", "y"), ("x", "y"), (ON_CPU, other), guards), torch.ones(1, 16)
+    sizes = [(1, 1), (1, 2), (2, 1), (2, 2)]
+
+    def taken(check: EntryCheck) -> list[bool]:
+        return [check.takes((torch.ones(a, 16), torch.ones(b, 16)), {}) for a, b in sizes]
+
+    assert taken(check) == [False, False, False, True]
+    both = check.allowing(["s0", "s1"], 1, (one, one), {})
+    assert taken(both) == [True, False, False, True]
+    first = both.allowing(["s0"], 1, (one, torch.ones(2, 16)), {})
+    assert taken(first) == [True, True, False, True]
+    assert taken(first.above("s0", 1, ["s0", "s1"])) == [True, False, False, True]
+    assert taken(first.above("s0", 1)) == [False, False, False, True]
