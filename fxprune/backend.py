@@ -69,6 +69,12 @@ def fxprune(
         if traced.writes_to_state:
             log.warning("backend fxprune: the graph is compiled dense, it writes to its parameters or buffers")
             return _inductor(gm, example_inputs, settings)
+        if traced.hides_weights:
+            warn_once(
+                "backend fxprune: weights of an nn.TransformerEncoderLayer or nn.MultiheadAttention stay dense, for "
+                "torch's fast path runs the layer as one op. torch.backends.mha.set_fastpath_enabled(False) before the "
+                "first call lets them be packed."
+            )
         chooser = Chooser(only=settings.layout)
         packed = _pack(traced, example_inputs, settings, chooser)
     except InputError:

@@ -391,6 +391,26 @@ def test_under_autocast_the_graph_stays_dense_and_follows_it(caplog: pytest.LogC
 
 @torch.no_grad()
 @torch.no_grad()
+def test_a_fast_path_that_hides_weights_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "_warned", set())
+    layer, x = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval(), torch.randn(2, 5, 32)
+    for linear in (layer.linear1, layer.linear2):
+        linear.weight.mul_(torch.rand_like(linear.weight) < 0.1)
+    packed = counted(monkeypatch, "_pack")
+    with pytest.warns(FxPruneWarning, match="set_fastpath_enabled"):
+        assert_equal(torch.compile(layer, backend=fxprune, options=EAGER)(x), layer(x))
+    assert packed == [None]
+    torch._dynamo.reset()
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        assert_equal(torch.compile(layer, backend=fxprune, options=EAGER)(x), layer(x))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    assert packed[-1] is not None
+
+
+@torch.no_grad()
 def test_an_op_that_makes_tensors_of_its_numbers_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     class Alike(nn.Module):
         def __init__(self) -> None:

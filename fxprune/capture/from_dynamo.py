@@ -25,6 +25,10 @@ from fxprune.graph.program import Program, fetch_any
 from .capture import Capture
 from .entry import EntryCheck
 
+_WHOLE_LAYERS = {
+    torch.ops.aten._transformer_encoder_layer_fwd.default,
+    torch.ops.aten._native_multi_head_attention.default,
+}
 # In the meta of a program's nodes: the node of the traced graph that they stand for.
 _TRACED = "traced"
 
@@ -72,6 +76,11 @@ class Traced:
         kept = {node for node, i in self._places.items() if i in self.names}
         written = [base for node in self._graph.graph.nodes for base in writes(node)]
         return any(base in kept or base.op == "get_attr" for base in written)
+
+    @property
+    def hides_weights(self) -> bool:
+        """Whether the graph holds a whole layer as one op, as the fast path of nn.TransformerEncoderLayer is."""
+        return any(node.target in _WHOLE_LAYERS for node in self._graph.graph.nodes)
 
     def sources(self, node: Node) -> tuple[list[int], list[Tensor]]:
         """What a get_attr node of a program came from: positions of inputs, and tensors that the graph holds."""

@@ -116,9 +116,9 @@ def restrided_call(call: Call) -> Call:
     return Call("other strides", args, kwargs)
 
 
-def resized_call(capture: Capture, call: Call) -> Call | None:
-    """The call at another size in every dynamic dimension, or None where no other size is allowed."""
-    sizes = dynamic_sizes(capture, call)
+def resized_call(capture: Capture, call: Call, only: str | None = None) -> Call | None:
+    """The call at another size in every dynamic dimension, or in one, or None where no other size is allowed."""
+    sizes = {symbol: size for symbol, size in dynamic_sizes(capture, call).items() if only in (None, symbol)}
     for change in (lambda n: n + 1, lambda n: 2 * n, lambda n: n - 1, lambda n: n // 2, lambda n: 4 * n):
         new = {symbol: change(size) for symbol, size in sizes.items()}
         if new and min(new.values()) >= 1 and new != sizes:

@@ -107,9 +107,12 @@ def capture_checked(
         checks = _hold(theirs, captured, calls)
         if fixable and (bad := _first_wrong(checks)):
             captured, checks = fixed(f"with dim 0 dynamic the capture was wrong ({bad.off})")
-        resized, more = resized_call(captured, example), []
-        if resized is not None and not theirs.takes(resized):
-            untried = f"the model itself refuses the {resized.label}, so no second size was checked"
+        (resized, refused), more = _resized(theirs, captured, example), []
+        if resized is None and fixable and dynamic_sizes(captured, example):
+            why = f"the model itself refuses the {refused.label}" if refused else "the graph is right for no others"
+            captured, checks = fixed(why)
+        elif resized is None and refused is not None:
+            untried = f"the model itself refuses the {refused.label}, so no second size was checked"
             notes.append(Note(untried, "warning"))
         elif resized is not None:
             row = _hold(theirs, captured, [resized])[0]
@@ -150,6 +153,17 @@ def _take(captured: Capture, others: Sequence[Call]) -> None:
                 why=f"{error.what}: {error.why}",
                 do="Transform once for each of them, or take that size out of the list.",
             ) from error
+
+
+def _resized(theirs: UsersModel, captured: Capture, example: Call) -> tuple[Call | None, Call | None]:
+    """A call with other sizes in all dynamic dimensions, or in one, that the model takes; and one that it refuses."""
+    sizes, refused = dynamic_sizes(captured, example), None
+    for symbol in (None, *sizes) if len(sizes) > 1 else (None,):
+        call = resized_call(captured, example, symbol)
+        if call is not None and theirs.takes(call):
+            return call, refused
+        refused = refused or call
+    return None, refused
 
 
 def _calls_of_its_sizes(theirs: UsersModel, example: Call) -> tuple[list[Call], list[Note]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import logging
 import sys
 import threading
 import warnings
@@ -84,10 +85,15 @@ def register_foreign_outputs() -> None:
 
 @contextlib.contextmanager
 def quiet_export() -> Iterator[None]:
-    """Export without its warnings about things that are ours to handle."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Export without its warnings and logged errors about things that are ours to handle."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before
 
 
 def symbol_hint(shape_env: Any, symbol: Any, unknown: int = 64) -> int:

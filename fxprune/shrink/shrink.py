@@ -18,6 +18,7 @@ from fxprune.couple.axis import Axis, atoms
 from fxprune.couple.coupling import Coupling
 from fxprune.couple.indices import kept_indices
 from fxprune.couple.rules import Dims, Resize
+from fxprune.graph.memory import base, writes
 from fxprune.graph.program import Program, copy_program, fetch, fetch_any, replace_parameter, set_argument
 
 from .add_constants import add_constants
@@ -61,9 +62,22 @@ def shrink(
         add_constants(
             result, {n: _shrunk(c, coupling.values[nodes[n]], by_atom) for n, c in constants.items()}, wide=wide
         )
+    _copy_where_strides_ask(result)
     result.graph.lint()
     result.recompile()
     return result
+
+
+def _copy_where_strides_ask(program: Program) -> None:
+    """Views of what attention makes become reshapes: its kernels leave strides of their own, by the width of a head.
+
+    The model's `contiguous` before such a view is not in the graph where it had nothing to do.
+    """
+    written = {memory for node in program.graph.nodes for memory in writes(node)}
+    for node in program.graph.find_nodes(op="call_function", target=aten.view.default):
+        memory = base(node)
+        if memory.target is aten.scaled_dot_product_attention.default and memory not in written and not node.kwargs:
+            node.target = aten.reshape.default
 
 
 def _shrunk(constant: Tensor, dims: Dims, by_atom: Mapping[Axis, Tensor]) -> Tensor:

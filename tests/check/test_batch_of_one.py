@@ -123,6 +123,32 @@ def test_a_model_of_one_sample_alone(check: bool) -> None:
     assert not any("two samples" in note for note in result.report.notes)
 
 
+def test_a_model_of_one_sample_alone_shrinks(capfd: pytest.CaptureFixture[str]) -> None:
+    """With dim 0 dynamic its sizes would not agree, and no channel could leave."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.last(torch.flatten(m.conv(x).relu()))
+
+    model = Of(forward, conv=nn.Conv2d(4, 16, 3), last=nn.Linear(16 * 16, 4)).eval()
+    plan, x = fxprune.Plan([fxprune.Rule("*", fxprune.Channels(0.5, align=1))]), torch.randn(1, *IMAGE)
+    result = fxprune.transform(model, plan, (x,), **QUICK)
+    assert result.get_parameter("conv.weight").shape == (8, 4, 3, 3)
+    assert any("every size is fixed" in note and note.level == "fallback" for note in result.report.notes)
+    # torch logs what it tries in vain.
+    assert "failed while attempting" not in capfd.readouterr().err
+
+
+def test_one_input_may_have_another_size_though_another_has_not() -> None:
+    def forward(m: Any, x: Tensor, scale: Tensor) -> Tensor:
+        return m.linear(x) * scale
+
+    model = Of(forward, linear=nn.Linear(8, 8)).eval()
+    result = fxprune.transform(model, None, (torch.randn(4, 8), torch.randn(8)), **QUICK)
+    for size in SIZES:
+        x, scale = torch.randn(size, 8), torch.randn(8)
+        assert_close(result(x, scale).detach(), model(x, scale).detach())
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_what_trains_takes_any_number_too(batch: int) -> None:
     make, shape = MODELS["attention"]

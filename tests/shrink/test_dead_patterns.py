@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.shrink.dead_oracle import image, removed, routes, sequence, shapes, shuffled, zero
+from tests.structured_oracle import randomised, shrunk
 
 
 class Residual(nn.Module):
@@ -182,3 +186,29 @@ def test_a_channel_that_is_known_in_one_row_alone_is_not_dead():
     result = removed(model, sequence())
     assert shapes(result)["outer.weight"] == (4, 6) and routes(result) == {"constant into a map": 2}
     assert not any("keeps all its indices" in note for note in result.report.notes)
+
+
+PASSING: dict[str, Callable[[], nn.Module]] = {
+    "prelu": lambda: nn.PReLU(8),
+    "prelu of one slope": nn.PReLU,
+    "instance norm": lambda: nn.InstanceNorm2d(8),
+    "instance norm, affine": lambda: nn.InstanceNorm2d(8, affine=True),
+    "adaptive max pool": lambda: nn.AdaptiveMaxPool2d(4),
+    "bicubic": lambda: nn.Upsample(scale_factor=2, mode="bicubic"),
+}
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_constant_channels_pass(name: str) -> None:
+    conv, last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+    with torch.no_grad():
+        conv.weight[:6] = 0
+    model = randomised(nn.Sequential(conv, PASSING[name](), last))
+    with torch.no_grad():
+        conv.weight[:6] = 0
+    x = torch.randn(2, 3, 12, 12)
+    result = shrunk(model, x, plan=None, options={"align": 1})
+    assert result.get_parameter("2.weight").shape[1] == 2
+    for batch in (1, 3):
+        x = torch.randn(batch, 3, 12, 12)
+        torch.testing.assert_close(result(x), model(x), rtol=1e-4, atol=1e-4)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.structured_oracle import channels, net, randomised, right, sizes
+from fxprune import Channels, Plan, Rule
+from tests.structured_oracle import assert_shrunk, channels, net, randomised, right, shrunk, sizes
 
 
 def assert_whole_heads(result: Any, name: str, width: int, parts: int = 1) -> None:
@@ -203,3 +204,23 @@ def test_a_graph_input_in_the_residual_stream(norm_first: bool) -> None:
         assert got[f"layers.{i}.self_attn.out_proj.weight"] == (32, 16)
         assert got[f"layers.{i}.linear1.weight"] == (24, 32) and got[f"layers.{i}.linear2.weight"] == (32, 24)
         assert got[f"layers.{i}.norm1.weight"] == (32,)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize(("name", "shapes"), [("v", (32, 16, 16)), ("q", (16, 32, 32)), ("k", (16, 32, 32))])
+def test_heads_may_be_narrower_where_they_are_joined_by_a_view(
+    name: str, shapes: tuple[int, ...], trainable: bool
+) -> None:
+    """Kernels of other widths leave other strides, and the model's `contiguous` is not in the graph."""
+
+    def attend(m: Any, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (layer(x).view(b, n, 4, 8).transpose(1, 2) for layer in (m.q, m.k, m.v))
+        return m.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous().view(b, n, 32))
+
+    model = net(attend, **{part: nn.Linear(32, 32) for part in "qkvo"})
+    plan = Plan([Rule(f"{name}.weight", Channels(0.5, unit="inner", align=1))])
+    result = shrunk(model, torch.randn(2, 5, 32), plan=plan, trainable=trainable)
+    assert (sizes(result)["q.weight"][0], sizes(result)["v.weight"][0], sizes(result)["o.weight"][1]) == shapes
+    for batch in (1, 2, 3):
+        assert_shrunk(result, model, (torch.randn(batch, 5, 32),))

@@ -55,6 +55,10 @@ _MOVING = {
 _WINDOWS = {
     f"{kind}{n}d" for n in (1, 2, 3) for kind in ("max_pool", "avg_pool", "adaptive_avg_pool", "upsample_nearest")
 } | {"upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d"}
+# The same, and where the largest stood.
+_PLACED = {
+    f"{kind}{n}d{more}" for n in (1, 2, 3) for kind, more in (("adaptive_max_pool", ""), ("max_pool", "_with_indices"))
+}
 _SUMS = {"sum", "mean"}
 _FILLS = {
     "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like", "arange",
@@ -89,6 +93,12 @@ def follow(node: Node, states: Mapping[str, Any]) -> State:
         return None if op in ("cat", "concat", "concatenate") and _joins_symbols(node) else _move(node, states)
     if op in _WINDOWS or op in _SUMS:
         return _window(node, op, states)
+    if op in _PLACED:
+        return [_window(node, op, states), None]
+    if op in ("prelu", "_prelu_kernel"):
+        return _prelu(node, states)
+    if op == "upsample_bicubic2d":
+        return _by_plane(node, states)
     if op in ("pad", "constant_pad_nd"):
         return _padded(node, states)
     return _gated(node, states) if op == "glu" else None
@@ -199,15 +209,35 @@ def _window(node: Node, op: str, states: Mapping[str, Any]) -> Known | None:
         uneven = [d for d in over if not bool(is_even(x.value, d).all())]
         if uneven or (over and op == "sum" and not bool(x.zero.all())):
             x = Known(x.value, x.zero)
-    elif any(is_symbolic(source)[-int(op[-2]) :]):
+    elif any(is_symbolic(source)[-int(op.removesuffix("_with_indices")[-2]) :]):
         if op.startswith("adaptive"):
             return None
-        x = even_along_symbols(x, source, range(-int(op[-2]), 0))
+        x = even_along_symbols(x, source, range(-int(op.removesuffix("_with_indices")[-2]), 0))
         if op.startswith("avg") and (pads(states) or states.get("ceil_mode") or states.get("divisor_override")):
             x = Known(x.value, x.zero)
     value = _run(node, {**states, name: x}, filled)
     doubt = _run(node, {**states, name: Known.all((~x.sure).float())}, lambda s: s.value)
+    if op in _PLACED:
+        value, doubt = value[0], doubt[0]
     return Known(value, doubt <= 0)
+
+
+def _prelu(node: Node, states: Mapping[str, Any]) -> Known | None:
+    """Each element by itself, with a slope for its channel."""
+    x = states["self"]
+    if not isinstance(x, Known) or not _whole(states["weight"]):
+        return None
+    return Known(_run(node, states, filled), x.sure)
+
+
+def _by_plane(node: Node, states: Mapping[str, Any]) -> Known | None:
+    """Weighted sums whose weights may be negative: sure where the whole plane is."""
+    x = states["input"]
+    if not isinstance(x, Known):
+        return None
+    x = even_along_symbols(x, node_of(node, "input"), (-2, -1))
+    value = _run(node, {**states, "input": x}, filled)
+    return Known(value, x.sure.flatten(-2).all(-1)[..., None, None].expand(value.shape))
 
 
 def _padded(node: Node, states: Mapping[str, Any]) -> Known | None:
@@ -241,7 +271,10 @@ def _gated(node: Node, states: Mapping[str, Any]) -> Known | None:
 
 
 def _norm(node: Node, op: str, states: Mapping[str, Any]) -> Known | None:
-    """What a norm scales by zero is its bias; a batch-norm in evaluation also hands on what is known."""
+    """What a norm scales by zero is its bias, and so is what an instance norm sees one number of.
+
+    A batch-norm in evaluation also hands on what is known.
+    """
     x, weight, bias = states["input"], states.get("weight"), states.get("bias")
     named = arguments(node)
     if any(named.get(k) is not None and not _whole(states[k]) for k in ("weight", "bias")):
@@ -255,11 +288,19 @@ def _norm(node: Node, op: str, states: Mapping[str, Any]) -> Known | None:
             sure = x.sure
             out = _run(node, {**states, "input": x}, filled)
             return Known(out, sure if weight is None else sure | by_channel(weight.zero, shape))
-    if weight is None or not bool(weight.zero.any()):
+    single = None
+    if op == "instance_norm" and isinstance(x, Known) and named.get("use_input_stats") and x.value.dim() > 2:
+        single = (x.sure.flatten(2).all(2) & is_even(x.value.flatten(2), 2)).reshape(
+            *shape[:2], *[1] * (len(shape) - 2)
+        )
+    if single is None and (weight is None or not bool(weight.zero.any())):
         return None
     at = (lambda t: t.expand(shape)) if op in ("layer_norm", "rms_norm") else (lambda t: by_channel(t, shape))
-    sure = at(weight.zero)
-    return Known(at(torch.zeros_like(weight.value) if bias is None else bias.value), sure)
+    sure = at(weight.zero) if weight is not None else torch.zeros(shape, dtype=torch.bool, device=value.device)
+    sure = sure if single is None else sure | single
+    if bias is None:
+        return Known(torch.zeros(shape, device=value.device), sure)
+    return Known(at(bias.value), sure)
 
 
 def _whole(state: Any) -> bool:
