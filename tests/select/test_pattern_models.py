@@ -78,10 +78,12 @@ class Net(nn.Module):
 IDS = torch.tensor([[3, 1, 4, 1], [5, 9, 2, 6]])
 
 
-def transformed(model: nn.Module, x: Tensor, sparsity: Sparsity, pattern: str = "*weight", scope: str = "local") -> Any:
+def transformed(model: nn.Module, x: Tensor, sparsity: Sparsity, *names: str, scope: str = "local") -> Any:
+    """Pruned where the names say, or all but embeddings."""
     model.eval()
     before = snapshot(model)
-    result = fxprune.transform(model, Plan([Rule(pattern, sparsity, scope)]), (x,), options=EAGER, progress=False)
+    plan = Plan([Rule(name, sparsity, scope) for name in names or ("*weight",)])
+    result = fxprune.transform(model, plan, (x,), options=EAGER, progress=False)
     assert snapshot(model) == before
     with torch.no_grad():
         assert_close(result(x), zeroed(model, result)(x))
@@ -107,14 +109,14 @@ def test_a_model_with_a_turned_weight() -> None:
 
 
 def test_rows_of_a_turned_weight_and_of_a_table() -> None:
-    result = transformed(Words(), IDS, Unstructured(0.75, per_row=True))
+    result = transformed(Words(), IDS, Unstructured(0.75, per_row=True), "*weight", "table.weight")
     masks = {name: mask.unpack() for name, mask in result.selection.mask.items()}
     assert bool((masks["up.weight"].sum(0) == 6).all()) and bool((masks["down.weight"].sum(1) == 8).all())
     assert bool((masks["table.weight"].sum(1) == 6).all()) and bool((masks["head.weight"].sum(1) == 6).all())
 
 
 def test_a_table_that_is_also_a_head_multiplies() -> None:
-    result = transformed(Tied(), IDS, SemiStructured())
+    result = transformed(Tied(), IDS, SemiStructured(), "table.weight")
     keep = result.selection.mask["table.weight"].unpack()
     assert bool((keep.view(20, 6, 4).sum(2) == 2).all())
 
