@@ -207,3 +207,66 @@ def test_a_results_masks_and_pruning_hooks_go_together(functions: Any) -> None:
         smaller = shrunk(other, x, plan=Plan([Rule("*", Channels(0.25, align=1))]), trainable=True)
         train(smaller, x)
         assert smaller.get_parameter("0.weight").shape == (48, 16)
+
+
+PLANS: dict[str, list[Plan]] = {
+    "masks": [Plan([Rule("*", Unstructured(1 - 0.8**n))]) for n in range(1, 6)],
+    "channels": [Plan([Rule("*", Channels(0.2, align=1))])] * 5,
+    "both": [
+        Plan([Rule("*", Channels(0.2, align=1))]),
+        Plan([Rule("*", Unstructured(0.3))]),
+        Plan([Rule("0.*", Channels(0.2, align=1)), Rule("4.*", Unstructured(0.4))]),
+        Plan([Rule("*", Unstructured(0.5))]),
+        Plan([Rule("*", Channels(0.1, align=1))]),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_the_usual_loop(kind: str) -> None:
+    """Prune, train, five times; the optimiser goes on with the state that it had wherever the shapes allow it."""
+    result, x, state = network(), torch.randn(8, 16), None
+    sizes: list[int] = []
+    for plan in PLANS[kind]:
+        before = [p.shape for p in result.parameters()]
+        result = shrunk(result, x, plan=plan, trainable=True)
+        optimiser = torch.optim.AdamW(result.parameters(), 1e-2)
+        if state is not None and before == [p.shape for p in result.parameters()]:
+            optimiser.load_state_dict(state)
+        result.train()
+        for _ in range(3):
+            optimiser.zero_grad()
+            result(x).square().sum().backward()
+            optimiser.step()
+        result.eval()
+        state = optimiser.state_dict()
+        fast = shrunk(result, x, plan=None)
+        torch.testing.assert_close(fast(x), result(x), rtol=1e-4, atol=1e-4)
+        sizes.append(sum(int((p != 0).sum()) for p in fast.parameters() if p.dim() > 1))
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 0.55 * sizes[0]
+
+
+@pytest.mark.parametrize("functions", [prune, torch_prune], ids=["fxprune", "torch"])
+def test_the_usual_loop_with_pruning_functions(functions: Any) -> None:
+    """Half the channels leave first; then a fifth of what is left is masked, five times."""
+    x = torch.randn(8, 16)
+    result = shrunk(network(), x, plan=Plan([Rule("0.*", Channels(0.5, align=1))]), trainable=True)
+    optimiser = torch.optim.AdamW(result.parameters(), 1e-2)
+    for number in range(1, 6):
+        for name in ("0", "4"):
+            functions.l1_unstructured(result.get_submodule(name), "weight", 0.2)
+        again = torch.optim.AdamW(result.parameters(), 1e-2)
+        if number > 1:
+            again.load_state_dict(optimiser.state_dict())
+        optimiser = again
+        result.train()
+        for _ in range(2):
+            optimiser.zero_grad()
+            result(x).square().sum().backward()
+            optimiser.step()
+        result.eval()
+        fast = shrunk(result, x, plan=None)
+        torch.testing.assert_close(fast(x), result(x), rtol=1e-4, atol=1e-4)
+        for name in ("0", "4"):
+            kept = result.get_submodule(name).weight_mask.double().mean()
+            assert kept == pytest.approx(0.8**number, abs=0.01)
