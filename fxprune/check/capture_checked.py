@@ -16,6 +16,7 @@ from fxprune.capture.capture import Capture, capture
 from fxprune.capture.entry import TensorInput
 from fxprune.capture.several import Differing, widest
 from fxprune.errors import CaptureError, InputError
+from fxprune.graph import compat
 from fxprune.graph.environment import words_of
 from fxprune.graph.note import Note
 from fxprune.select.selection import Selection
@@ -58,6 +59,8 @@ def capture_checked(
     Where a capture with dynamic sizes is wrong, every size is fixed, and a note says so; where the user asked for those
     sizes, that is an error. Where it is wrong at size 1 alone, the entry check refuses 1.
     """
+    # Also the model's own answers are compared leaf by leaf.
+    compat.register_foreign_outputs()
     runnable, base = admit.runnable(model), (example.args, example.kwargs)
     if isinstance(dynamic_shapes, Differing):
         base = widest([base, *((other.args, other.kwargs) for other in others)], dynamic_shapes)

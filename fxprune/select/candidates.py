@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 
 from fxprune.couple.coupling import Coupling
 from fxprune.graph.program import Program, names_of_parameters
@@ -25,7 +28,8 @@ def candidates(program: Program, coupling: Coupling | None = None) -> dict[str, 
         role = "lookup" if kinds == {"embedding"} else "product"
         if name in read or (coupling is not None and coupling.outputs(name)):
             kinds.add("weight")
-        usable = _prunable(tensor, name in found, kinds)
+        regions = {str(u.node.target) for u in found.get(name, []) if isinstance(u.node.target, HigherOrderOperator)}
+        usable = _prunable(tensor, name in found, kinds, regions)
         inputs = next((u.inputs for u in used if u.kind in ("linear", "conv")), 1)
         result[name] = Candidate(tuple(tensor.shape), tensor.dtype, *usable, inputs, role, "embedding" in kinds)
     return result
@@ -42,13 +46,16 @@ def candidates_without_graph(model: nn.Module) -> dict[str, Candidate]:
     return result
 
 
-def _prunable(tensor: Tensor, is_read: bool, kinds: set[str]) -> tuple[bool, str]:
+def _prunable(tensor: Tensor, is_read: bool, kinds: set[str], regions: Collection[str] = ()) -> tuple[bool, str]:
     if not tensor.is_floating_point():
         return False, f"{str(tensor.dtype).removeprefix('torch.')} is not floating point"
     if tensor.dim() < 2:
         return False, f"{tensor.dim()}-D"
     if not is_read:
         return False, "the captured graph does not read it"
+    if not kinds and regions:
+        asked = "a region of forward that torch.export keeps as one op, such as torch.autocast: take it out of forward"
+        return False, f"only read inside {', '.join(sorted(regions))}, {asked}"
     if not kinds:
         return False, "no product reads it as a weight, and no embedding"
     return True, ""

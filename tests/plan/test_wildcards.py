@@ -155,3 +155,21 @@ def test_a_group_that_alignment_keeps_from_shrinking_is_told() -> None:
     (note,) = told(0.3)
     assert note.level == "missed" and "a multiple of 8" in note and "0.weight[0]" in note
     assert not told(0.3, align=1) and told(0.99, align=4) and not told(0.5, align=4)
+
+
+def test_weights_inside_autocast_say_where_they_are() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                y = self.inner(x)
+            return self.outer(y.float())
+
+    model, x = Mixed().eval(), torch.randn(2, 8)
+    result = fxprune.transform(model, Plan([Rule("*", Unstructured(0.5))]), (x,), **QUICK)
+    assert [w.name for w in result.report.weights] == ["outer.weight"]
+    (note,) = [note for note in result.report.notes if "inner.weight" in note]
+    assert "torch.autocast: take it out of forward" in note

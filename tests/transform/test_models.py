@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -220,3 +222,18 @@ def test_compiled(make: Callable[[], Case]) -> None:
     assert "torch.compile" in result.report.compiled and "failed" not in result.report.compiled
     assert_right(result, model, *args, **kwargs)
     torch._dynamo.reset()
+
+
+def test_a_decoder_that_hands_out_its_cache_is_the_first_that_a_process_transforms() -> None:
+    """Its cache is told apart by its tensors from the first call on."""
+    script = """
+import torch, transformers as hf, fxprune
+config = hf.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=99, n_positions=40)
+model, ids = hf.GPT2LMHeadModel(config).eval(), torch.randint(99, (2, 7))
+result = fxprune.transform(model, None, {"input_ids": ids}, options={"compile": False}, progress=False)
+got, expected = result(input_ids=ids), model(input_ids=ids)
+torch.testing.assert_close(got.logits, expected.logits)
+torch.testing.assert_close(got.past_key_values.layers[0].keys, expected.past_key_values.layers[0].keys)
+"""
+    found = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr[-2000:]
