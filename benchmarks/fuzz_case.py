@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.fuzz_grow import grow
-from benchmarks.fuzz_prune import BACKEND, CALIBRATE, TRAIN, Pruning, draw_pruning
+from benchmarks.fuzz_prune import BACKEND, CALIBRATE, LATER, ONCE, TRAIN, Pruning, draw_pruning
 from benchmarks.fuzz_sketch import FLAG, SCALE, Sketch, build, draw_inputs
 from fxprune.lower.layouts import LAYOUTS
 
@@ -20,6 +20,9 @@ COMPILED = 0.05
 UNCHECKED = 0.4
 STRICT = 0.5
 ROUNDED = 0.08
+EXPORTED = 0.15
+PICKLED = 0.2
+SEVERAL = 0.1
 
 Inputs = dict[str, Any]
 
@@ -33,6 +36,9 @@ class Case:
     is_checked  whether fxprune checks its result itself; where it does, its checks hide what the oracle here would find
     is_strict   FXPRUNE_CHECK=1: every stage keeps its promises, and no error turns into a note
     is_rounded  weights are multiples of a quarter: many are equal, some are zero
+    is_exported the model is given as an ExportedProgram, which takes two samples and more
+    is_pickled  the result is pickled and loaded before it is called
+    is_several  two calls of different batches are given
     """
 
     seed: int
@@ -47,6 +53,9 @@ class Case:
     is_checked: bool
     is_strict: bool
     is_rounded: bool
+    is_exported: bool = False
+    is_pickled: bool = False
+    is_several: bool = False
 
     def model(self) -> nn.Module:
         """The user's model, pruned by the user; made anew, and always alike."""
@@ -85,6 +94,8 @@ class Case:
         asked = f"transform(model, plan, dtype {self.dtype}, batch {self.batch}, by {self.form}, {self.memory} memory"
         asked += f", options={self.options}, check={self.is_checked}) by way of {self.pruning.way!r}"
         more = f"FXPRUNE_CHECK={int(self.is_strict)}" + (", weights rounded to quarters" if self.is_rounded else "")
+        more += ", given as an ExportedProgram" * self.is_exported + ", pickled and loaded" * self.is_pickled
+        more += ", two calls given" * self.is_several
         values = f", constants {self.constants}" if self.constants else ""
         inputs = ", ".join(f"{value.name} {value.kind} {list(value.shape)}" for value in self.sketch.inputs)
         return f"{self.sketch.code()}\n{self.pruning.code()}\n# {asked}\n# inputs: {inputs}{values}\n# {more}"
@@ -113,12 +124,17 @@ def draw_case(seed: int) -> Case:
         options["align"] = rng.choice((1, 2, 4))
     if pruning.way in (BACKEND, CALIBRATE) and dtype in (torch.float16, torch.bfloat16):
         dtype = torch.float32
+    batch = rng.choice(BATCHES)
+    more = random.Random(f"{seed} more")
+    is_exported, is_pickled, is_several = (more.random() < share for share in (EXPORTED, PICKLED, SEVERAL))
+    # Hooks and parametrizations have other names in an ExportedProgram.
+    is_exported = is_exported and pruning.way == ONCE and not pruning.edits and batch > 1
     return Case(
         seed,
         sketch,
         pruning,
         dtype,
-        rng.choice(BATCHES),
+        batch,
         constants,
         rng.choice(("args", "args", "kwargs", "both")),
         rng.choice(("plain", "plain", "plain", "channels_last", "strided")),
@@ -126,4 +142,7 @@ def draw_case(seed: int) -> Case:
         rng.random() >= UNCHECKED,
         rng.random() < STRICT,
         rng.random() < ROUNDED,
+        is_exported,
+        is_pickled and pruning.way not in (BACKEND, LATER),
+        is_several and pruning.way in (ONCE, TRAIN) and not is_exported,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import pickle
 import re
 import time
 import traceback
@@ -134,10 +135,27 @@ def transform(case: Case, model: nn.Module) -> Any:
     if way == CALIBRATE:
         common["calibration"] = [case.inputs(4, seed) for seed in (7, 8)]
         args, kwargs = (), case.inputs(case.batch, 0)
-    result = fxprune.transform(model, plan, args, kwargs, trainable=way == TRAIN, **common)
+    given = exported(model, args, kwargs) if case.is_exported else model
+    example: Any = [case.inputs(case.batch + more, more) for more in (0, 1)] if case.is_several else args
+    kwargs = None if case.is_several else kwargs
+    result = fxprune.transform(given, plan, example, kwargs, trainable=way == TRAIN, **common)
     if way == REPLAY:
         result = fxprune.transform(model, None, args, kwargs, selection=result.selection, **common)
-    return result
+    return pickle.loads(pickle.dumps(result)) if case.is_pickled else result
+
+
+def exported(model: nn.Module, args: tuple[Any, ...], kwargs: Inputs) -> Any:
+    """The model as an ExportedProgram with its first dimensions dynamic; the model itself where torch refuses that."""
+    shapes = torch.export.ShapesCollection()
+    args, kwargs = pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.dim():
+            shapes[leaf] = {0: torch.export.Dim.AUTO}
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+    except Exception:
+        return model
 
 
 @torch.no_grad()
@@ -157,9 +175,11 @@ def floats(values: Any) -> list[Tensor]:
 def _compare(case: Case, models: Models, told: Told, result: Any, first: Any, say: Callable[[str], None]) -> Row:
     """The first answer and those at other inputs, sizes and forms: the worst that is found."""
     found: Row = {}
-    other = {"args": "kwargs", "kwargs": "both", "both": "args"}[case.form]
+    # An ExportedProgram takes calls as it was exported.
+    other = case.form if case.is_exported else {"args": "kwargs", "kwargs": "both", "both": "args"}[case.form]
     calls = [(case.batch, 0, case.form), (case.batch, 1, other)]
-    calls += [(batch, 2, case.form) for batch in (1, 2, 4, 7) if batch != case.batch]
+    least = 2 if case.is_exported else 1
+    calls += [(batch, 2, case.form) for batch in (1, 2, 4, 7) if batch != case.batch and batch >= least]
     for batch, seed, form in calls:
         label = f"batch {batch}, input {seed}, by {form}"
         say(OWN)

@@ -213,7 +213,7 @@ CHECK = (
     ),
     Mutant(
         "fxprune/capture/entry.py",
-        "names = (*self.order, *self.names[len(self.order) : self._positional]) if self.order else self.names",
+        "names = (*self.order, *self.names[len(self.order) : self._positional])",
         "names = self.names",
         "arguments by position are taken in the order of the example",
         "tests/capture/test_signature.py::test_a_call_may_be_written_in_any_way",

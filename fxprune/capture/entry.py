@@ -105,7 +105,7 @@ class EntryCheck:
     def _by_name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call by the names that the model has for them."""
         # What is given beyond the model's parameters went to *args at the capture.
-        names = (*self.order, *self.names[len(self.order) : self._positional]) if self.order else self.names
+        names = (*self.order, *self.names[len(self.order) : self._positional])
         if len(args) > len(names):
             raise self._refuse_extra(f"{len(args) - len(names)} positional")
         found = dict(zip(names, args))
@@ -156,7 +156,8 @@ class EntryCheck:
     @functools.cached_property
     def _is_flat(self) -> bool:
         """Whether the arguments of a call that gives all by position are the flat inputs."""
-        if self.order and self.order[: len(self.names)] != self.names[: len(self.order)]:
+        by_place = (*self.order, *self.names[len(self.order) : self._positional])
+        if by_place[: len(self.names)] != self.names:
             return False
         return self.names == self.paths and all(isinstance(want, TensorInput) for want in self.inputs)
 

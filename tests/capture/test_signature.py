@@ -94,6 +94,9 @@ def test_an_exported_program_has_its_own_names() -> None:
     exported = torch.export.export(model, (A,), {"b": B})
     result = fxprune.transform(exported, **QUICK)
     assert_close(result(A, b=B), model(A, B))
+    # It knows no places for what it took by name, and would not know which is meant.
+    with pytest.raises(InputError, match="1 positional"):
+        result(A, B)
 
 
 class Configured(nn.Module):
