@@ -146,7 +146,7 @@ def transform(case: Case, model: nn.Module) -> Any:
 
 def exported(model: nn.Module, args: tuple[Any, ...], kwargs: Inputs) -> Any:
     """The model as an ExportedProgram with its first dimensions dynamic; the model itself where torch refuses that."""
-    shapes = torch.export.ShapesCollection()
+    shapes: Any = torch.export.ShapesCollection()
     args, kwargs = pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor) and leaf.dim():
