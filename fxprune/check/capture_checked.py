@@ -98,8 +98,8 @@ def capture_checked(
             return Checked(captured, None, notes, [])
         itself = compare("your model = itself, called twice", example, expected, again)
         if not itself.ok:
-            asked = "Does it draw random numbers, or keep state between calls?"
-            raise refuse(itself, f"{asked} Such a model cannot be transformed.")
+            question = "Does it draw random numbers, or keep state between calls?"
+            raise refuse(itself, f"{question} Such a model cannot be transformed.")
         calls, notes = _calls_of_its_sizes(theirs, example)
 
         def fixed(why: str) -> tuple[Capture, list[CheckRow]]:

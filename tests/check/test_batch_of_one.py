@@ -14,22 +14,10 @@ from torch.export import Dim
 import fxprune
 from fxprune.errors import InputError
 from tests.oracle import assert_close
+from tests.structured_oracle import Net
 
 QUICK = {"options": {"compile": False}, "progress": False}
 SIZES = (1, 2, 3, 5)
-
-
-class Of(nn.Module):
-    """A function of (module, x), with some layers to take."""
-
-    def __init__(self, function: Callable[..., Any], **layers: nn.Module) -> None:
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, *args: Any) -> Any:
-        return self.function(self, *args)
 
 
 def write_part(m: Any, x: Tensor) -> Tensor:
@@ -46,26 +34,28 @@ def strided_write(m: Any, x: Tensor) -> Tensor:
 
 SEQUENCE, VECTOR, IMAGE, SIGNAL = (5, 16), (8,), (4, 6, 6), (4, 12)
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "attention": (lambda: Of(lambda m, x: m.a(x, x, x)[0], a=nn.MultiheadAttention(16, 2, batch_first=True)), SEQUENCE),
+    "attention": (
+        lambda: Net(lambda m, x: m.a(x, x, x)[0], a=nn.MultiheadAttention(16, 2, batch_first=True)), SEQUENCE
+    ),
     "encoder": (lambda: nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), SEQUENCE),
     "encoder of two": (
         lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2), SEQUENCE
     ),
-    "GRU": (lambda: Of(lambda m, x: m.g(x)[0], g=nn.GRU(16, 8, batch_first=True)), SEQUENCE),
-    "LSTM": (lambda: Of(lambda m, x: m.g(x)[0], g=nn.LSTM(16, 8, batch_first=True, bidirectional=True)), SEQUENCE),
+    "GRU": (lambda: Net(lambda m, x: m.g(x)[0], g=nn.GRU(16, 8, batch_first=True)), SEQUENCE),
+    "LSTM": (lambda: Net(lambda m, x: m.g(x)[0], g=nn.LSTM(16, 8, batch_first=True, bidirectional=True)), SEQUENCE),
     "circular": (lambda: nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular"), SIGNAL),
     "transposed conv": (lambda: nn.ConvTranspose2d(4, 6, 2, stride=2), IMAGE),
     "einsum": (
-        lambda: Of(
+        lambda: Net(
             lambda m, x: torch.einsum("...hi,hio->...ho", m.l(x).unflatten(-1, (2, 4)), m.l.weight.view(2, 4, 8)),
             l=nn.Linear(8, 8),
         ),
         VECTOR,
     ),
-    "a part written": (lambda: Of(write_part, linear=nn.Linear(8, 8)), VECTOR),
-    "a strided write": (lambda: Of(strided_write, linear=nn.Linear(8, 8)), VECTOR),
+    "a part written": (lambda: Net(write_part, linear=nn.Linear(8, 8)), VECTOR),
+    "a strided write": (lambda: Net(strided_write, linear=nn.Linear(8, 8)), VECTOR),
     "sdpa": (
-        lambda: Of(lambda m, x: F.scaled_dot_product_attention(*m.l(x)[:, None].chunk(3, -1)), l=nn.Linear(16, 24)),
+        lambda: Net(lambda m, x: F.scaled_dot_product_attention(*m.l(x)[:, None].chunk(3, -1)), l=nn.Linear(16, 24)),
         SEQUENCE,
     ),
 }  # fmt: skip
@@ -101,7 +91,7 @@ def test_what_is_another_model_at_one_sample_is_refused_there(batch: int, check:
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.linear(x) * (2 if x.shape[0] == 1 else 1)
 
-    model = Of(forward, linear=nn.Linear(8, 8)).eval()
+    model = Net(forward, linear=nn.Linear(8, 8)).eval()
     result = fxprune.transform(model, None, (torch.randn(batch, 8),), check=check, **QUICK)
     for size in SIZES:
         x = torch.randn(size, 8)
@@ -114,7 +104,7 @@ def test_what_is_another_model_at_one_sample_is_refused_there(batch: int, check:
 
 @pytest.mark.parametrize("check", [True, False])
 def test_a_model_of_one_sample_alone(check: bool) -> None:
-    model = Of(lambda m, x: m.linear(torch.flatten(x)), linear=nn.Linear(8, 8)).eval()
+    model = Net(lambda m, x: m.linear(torch.flatten(x)), linear=nn.Linear(8, 8)).eval()
     result = fxprune.transform(model, None, (torch.randn(1, 8),), check=check, **QUICK)
     x = torch.randn(1, 8)
     assert_close(result(x).detach(), model(x).detach())
@@ -129,7 +119,7 @@ def test_a_model_of_one_sample_alone_shrinks(capfd: pytest.CaptureFixture[str]) 
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.last(torch.flatten(m.conv(x).relu()))
 
-    model = Of(forward, conv=nn.Conv2d(4, 16, 3), last=nn.Linear(16 * 16, 4)).eval()
+    model = Net(forward, conv=nn.Conv2d(4, 16, 3), last=nn.Linear(16 * 16, 4)).eval()
     plan, x = fxprune.Plan([fxprune.Rule("*", fxprune.Channels(0.5, align=1))]), torch.randn(1, *IMAGE)
     result = fxprune.transform(model, plan, (x,), **QUICK)
     assert result.get_parameter("conv.weight").shape == (8, 4, 3, 3)
@@ -142,7 +132,7 @@ def test_one_input_may_have_another_size_though_another_has_not() -> None:
     def forward(m: Any, x: Tensor, scale: Tensor) -> Tensor:
         return m.linear(x) * scale
 
-    model = Of(forward, linear=nn.Linear(8, 8)).eval()
+    model = Net(forward, linear=nn.Linear(8, 8)).eval()
     result = fxprune.transform(model, None, (torch.randn(4, 8), torch.randn(8)), **QUICK)
     for size in SIZES:
         x, scale = torch.randn(size, 8), torch.randn(8)

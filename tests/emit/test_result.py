@@ -16,6 +16,7 @@ from torch.nn.utils import prune
 import fxprune
 from fxprune import FxPruneError, FxPruneWarning, errors
 from tests.oracle import assert_close
+from tests.structured_oracle import Net
 
 QUICK = {"options": {"compile": False}, "progress": False}
 
@@ -25,29 +26,18 @@ class Pair(NamedTuple):
     second: Tensor
 
 
-class Of(nn.Module):
-    def __init__(self, function: Callable[..., Any], **layers: nn.Module) -> None:
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, *args: Any) -> Any:
-        return self.function(self, *args)
-
-
 def recurrent(kind: type[nn.Module]) -> Callable[[], nn.Module]:
-    return lambda: Of(lambda m, x: m.r(x)[0], r=kind(16, 8, batch_first=True))
+    return lambda: Net(lambda m, x: m.r(x)[0], r=kind(16, 8, batch_first=True))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "LSTM": recurrent(nn.LSTM),
     "GRU": recurrent(nn.GRU),
     "RNN": recurrent(nn.RNN),
-    "topk": lambda: Of(lambda m, x: torch.topk(m.l(x), 3), l=nn.Linear(16, 8)),
-    "a named tuple": lambda: Of(lambda m, x: Pair(m.l(x), x), l=nn.Linear(16, 8)),
-    "a dict": lambda: Of(lambda m, x: {"y": m.l(x), "rest": [x, None, 3]}, l=nn.Linear(16, 8)),
-    "sizes": lambda: Of(lambda m, x: m.l(x) + torch.arange(x.shape[1])[:, None], l=nn.Linear(16, 8)),
+    "topk": lambda: Net(lambda m, x: torch.topk(m.l(x), 3), l=nn.Linear(16, 8)),
+    "a named tuple": lambda: Net(lambda m, x: Pair(m.l(x), x), l=nn.Linear(16, 8)),
+    "a dict": lambda: Net(lambda m, x: {"y": m.l(x), "rest": [x, None, 3]}, l=nn.Linear(16, 8)),
+    "sizes": lambda: Net(lambda m, x: m.l(x) + torch.arange(x.shape[1])[:, None], l=nn.Linear(16, 8)),
     "attention": lambda: nn.TransformerEncoderLayer(16, 2, 32, batch_first=True),
 }
 
