@@ -174,7 +174,10 @@ def test_a_gradient_that_cancels_is_held_to_the_models_rounding(
     rounding: list[dict[str, float]] = []
     own = gradients._rounding
     monkeypatch.setattr(gradients, "_rounding", lambda *args: (rounding.append(own(*args)), rounding[-1])[1])
-    assert rows(student(model, x, plan=plan)) == [ASKED]
+    result = student(model, x, plan=plan)
+    assert rows(result) == [ASKED]
+    told = [row for row in result.report.checks if row.what == ASKED and row.tolerance > 1e-3]
+    assert all("own rounding" in row.verdict for row in told)
     # Nothing but rounding is left of that gradient, and rounding is all that is allowed.
     assert 0.1 < rounding[0]["k.bias"] < 100
     assert rounding[0]["v.weight"] < 1e4 * torch.finfo(dtype).eps
