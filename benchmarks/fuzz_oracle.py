@@ -57,6 +57,11 @@ def zeroed(model: nn.Module, told: Told) -> nn.Module:
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
+    # Of an exported model the parts of a parametrization have names; what they come to takes the last one's place.
+    for name in [*told.values, *told.removed, *told.masks]:
+        owner, inside, part = name.partition(".parametrizations.")
+        if inside and f"{owner}.{part.partition('.')[0]}" in tensors:
+            tensors[name] = tensors[f"{owner}.{part.partition('.')[0]}"]
     for name, value in told.values.items():
         tensors[name].copy_(value)
     for name, cuts in told.removed.items():

@@ -18,6 +18,7 @@ from fxprune.couple.coupling import Coupling
 
 from .capture import admit
 from .errors import CaptureError
+from .graph.computed import fold_weights
 
 
 def analyze(
@@ -49,4 +50,5 @@ def analyze(
             # Where the model itself refuses the call, the call is at fault and no line of the model.
             admit.run_model(model, *example.copy())
             raise
-        return couple(program)
+        # As in a result for inference, which computes weights once.
+        return couple(fold_weights(program)[0])

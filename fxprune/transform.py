@@ -36,8 +36,9 @@ from fxprune.lower.fold import fold
 from fxprune.lower.layouts.choose import Chooser
 from fxprune.lower.lower import Lowered, batches, lower
 from fxprune.plan.plan import Plan
-from fxprune.select.decide import check_values, choose_selection, couple_if_needed, existing_masks
+from fxprune.select.decide import check_values, choose_selection, couple_if_needed, existing_masks, names_asked_for
 from fxprune.select.selection import Selection
+from fxprune.shrink.computed import compute_proved
 from fxprune.shrink.drop.blocks import choose_blocks
 from fxprune.shrink.proved import drop_proved, shrink_proved
 from fxprune.shrink.subnormal import flush_proved
@@ -205,7 +206,12 @@ def _couple(job: Job) -> Iterable[str]:
     job.tell(checks=dropped.checks)
     job.values = dict(job.replay.values) if job.replay is not None else {}
     check_values(program, job.values)
-    flushed = flush_proved(put_values(dropped.program, job.values), job.proof)
+    job.program = put_values(dropped.program, job.values)
+    if not job.trainable:
+        computed = compute_proved(job.program, names_asked_for(job.plan, job.replay), job.proof)
+        job.program = computed.program
+        job.tell(computed.notes, computed.checks)
+    flushed = flush_proved(job.program, job.proof)
     job.program = flushed.program
     job.tell(flushed.notes, flushed.checks)
     job.coupling = couple_if_needed(job.program, job.plan, job.replay)
@@ -301,7 +307,7 @@ def _emit_trainable(job: Job) -> Iterable[str]:
 CALIBRATE = Stage("calibrate", _calibrate)  # plan, data -> a selection with masks and new values
 SPINE = (
     Stage("capture", _capture),  # model, example -> a program that computes what the model computes
-    Stage("couple", _couple),  # -> without dropped blocks and subnormals, with new values; which axes are one
+    Stage("couple", _couple),  # -> with new values, weights computed, no dropped blocks; which axes are one
     Stage("select", _select),  # plan -> what stays: indices of groups, elements of weights
     Stage("shrink", _shrink),  # -> without what leaves, and without what that left dead
 )

@@ -71,3 +71,26 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def _of_the_process() -> dict[str, object]:
+    """Switches of torch that all tests of a process share."""
+    return {
+        "is_compiling": torch.compiler.is_compiling(),
+        "is_exporting": torch.compiler.is_exporting(),
+        "fast path": torch.backends.mha.get_fastpath_enabled(),
+        "gradients": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "autocast": (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
+        "modes": (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()),
+        "defaults": (torch.get_default_dtype(), torch.get_default_device()),
+        "flush denormal": float(torch.tensor([1e-40]) * 1) == 0,
+    }
+
+
+@pytest.fixture(autouse=True)
+def same_end(settings: None) -> Iterator[None]:
+    """A test leaves the switches of the process as it found them."""
+    before = _of_the_process()
+    yield
+    assert _of_the_process() == before

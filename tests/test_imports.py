@@ -28,7 +28,7 @@ BENEATH = {
     "transform": "calibration emit shrink check lower select capture couple kernels graph plan errors",
     "calibration": "shrink check select capture couple graph plan errors",
     "emit": "shrink check lower select capture couple kernels measure graph plan errors",
-    "analyze": "check capture couple errors",
+    "analyze": "check capture couple graph errors",
     "shrink": "check select couple graph plan errors",
     "check": "select capture couple graph errors",
     "lower": "select capture kernels measure graph errors",

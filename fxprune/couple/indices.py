@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .axis import Axis, Size, whole_size
+from .axis import Axis, Size, atoms, whole_size
 
 
 def kept_indices(axis: Axis, keep: Mapping[Axis, Tensor]) -> Tensor:
@@ -40,7 +40,10 @@ def shrunk_size(axis: Axis, keep: Mapping[Axis, Tensor]) -> Size:
 
 
 def positions(axis: Axis, atom: Axis) -> Tensor:
-    """For each index of an axis, which index of `atom` it belongs to, or -1: int64 [size]."""
+    """For each index of an axis, which index of `atom` it belongs to, or -1: int64 [size].
+
+    Where the atom `is_twice` in the axis, the larger of the two.
+    """
     axis = axis.root()
     if axis is atom:
         return torch.arange(axis.size.number, device="cpu")
@@ -53,3 +56,11 @@ def positions(axis: Axis, atom: Axis) -> Tensor:
     for part in parts[1:]:
         result = torch.maximum(result[:, None], part).flatten()
     return result
+
+
+def is_twice(axis: Axis, atom: Axis) -> bool:
+    """Whether an axis has an atom as two of its factors, so that its indices belong to two of the atom's."""
+    axis = axis.root()
+    if axis.kind == "product" and sum(atom in atoms(part) for part in axis.parts) > 1:
+        return True
+    return any(is_twice(part, atom) for part in axis.parts)

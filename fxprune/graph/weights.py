@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch.fx import Node
 
-from .program import Program, arguments, names_of_parameters
+from .program import Program, arguments, names_of_parameters, same_shape
 
 aten = torch.ops.aten
 
@@ -17,13 +17,27 @@ aten = torch.ops.aten
 _SAME = {aten.detach.default, aten.alias.default, aten.contiguous.default, aten.clone.default}
 _TRANSPOSE = {aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default}
 
-# Ops that keep an element that is zero a zero, wherever they put it.
-_KEEPING_ZEROS = {
+# Ops that hand on all elements of one tensor as they are, in another order or shape.
+_MOVED = {
     *_SAME,
     *_TRANSPOSE,
-    aten.mul.Tensor,
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.squeeze.default,
+    aten.unsqueeze.default,
+    aten.flip.default,
+}
+# Of the operands of these, one that is broadcast scales rows or columns, and its zeros are no pattern of elements.
+_SCALING = {aten.mul.Tensor, aten.div.Tensor, aten._weight_norm.default}
+# Ops that keep an element that is zero a zero, wherever they put it.
+_KEEPING_ZEROS = {
+    *_MOVED,
+    *_SCALING,
     aten.mul.Scalar,
-    aten.div.Tensor,
     aten.div.Scalar,
     aten.neg.default,
     aten.cat.default,
@@ -35,17 +49,8 @@ _KEEPING_ZEROS = {
     aten.select.int,
     aten.index_select.default,
     aten.unbind.int,
-    aten.view.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.squeeze.default,
-    aten.unsqueeze.default,
     aten.expand.default,
     aten.repeat.default,
-    aten.flip.default,
     aten.to.dtype,
     aten._to_copy.default,
 }
@@ -136,8 +141,18 @@ def uses(program: Program) -> dict[str, list[Use]]:
     found: dict[str, list[Use]] = {}
     for node in program.graph.nodes:
         if node.op == "get_attr" and str(node.target) in canonical:
-            found.setdefault(canonical[str(node.target)], []).extend(_follow(node, transposed=False))
+            found.setdefault(canonical[str(node.target)], []).extend(uses_of(node))
     return found
+
+
+def uses_of(weight: Node) -> list[Use]:
+    """Where what this node stands for is used, as it is or transposed."""
+    return _follow(weight, transposed=False)
+
+
+def is_moved(node: Node) -> bool:
+    """Whether the node holds elements of one tensor as they are, in another order or shape."""
+    return node.target in _MOVED
 
 
 def read_by_products(program: Program) -> set[str]:
@@ -152,7 +167,7 @@ def read_by_products(program: Program) -> set[str]:
         if node.op == "get_attr":
             of[node] = {canonical[str(node.target)]} if str(node.target) in canonical else set()
             continue
-        names = {name for read in node.all_input_nodes for name in of.get(read, ())}
+        names = {name for read in node.all_input_nodes if not _is_factor(read, node) for name in of.get(read, ())}
         if not names:
             continue
         is_constant = all(read in of for read in node.all_input_nodes)
@@ -161,6 +176,10 @@ def read_by_products(program: Program) -> set[str]:
         elif any(node.target in ops for ops in (_LINEAR, *_OTHER.values())):
             found |= names
     return found
+
+
+def _is_factor(operand: Node, node: Node) -> bool:
+    return node.target in _SCALING and not same_shape(operand, node)
 
 
 def _follow(node: Node, *, transposed: bool) -> list[Use]:

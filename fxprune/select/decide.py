@@ -35,6 +35,12 @@ def couple_if_needed(program: Program, plan: Plan | None, replay: Selection | No
     return couple(program) if asked or (replay is not None and replay.keep) else None
 
 
+def names_asked_for(plan: Plan | None, replay: Selection | None) -> set[str]:
+    """The parameters that a plan, or a selection, names in full for elements of them to go."""
+    ruled = {rule.pattern for rule in plan.rules if rule.names_one} if plan is not None else set()
+    return ruled | set(replay.mask if replay is not None else ())
+
+
 @dataclasses.dataclass(frozen=True)
 class Decision:
     """A selection, and what was met on the way to it."""

@@ -30,7 +30,7 @@ from fxprune.couple.axis import (
     product,
     tie,
 )
-from fxprune.couple.indices import kept_indices, positions, shrunk_size
+from fxprune.couple.indices import is_twice, kept_indices, positions, shrunk_size
 
 SIZES = st.sampled_from([0, 1, 2, 3, 4, 6, 8, 12, 24])
 
@@ -127,8 +127,8 @@ def test_kept_indices_are_those_whose_atoms_stay(data: st.DataObject) -> None:
             place = positions(axis, atom)
             assert place.shape == (size,) and (place >= -1).all() and (place < atom.size.number).all()
             stays &= (place < 0) | torch.isin(place, kept)
-        # An atom that a product has twice stands at two positions of one index.
-        if all(atoms(axis).count(atom) == 1 for atom in atoms(axis)):
+        # With an atom twice in a product, an index leaves with either, of which there is but one position.
+        if not any(is_twice(axis, atom) for atom in atoms(axis)):
             assert torch.equal(got, stays.nonzero().flatten())
 
 
@@ -260,6 +260,14 @@ def test_the_order_of_ties_does_not_matter(data: st.DataObject) -> None:
     if first is not None and second is not None:
         # A mark on an axis that is split later holds all of it, and one made afterwards holds the same.
         assert first == second
+
+
+def test_an_atom_that_is_twice_in_an_axis() -> None:
+    a, b = Axis(2), Axis(3)
+    square, joined = product([a, a]), concat([a, b, a])
+    assert is_twice(square, a) and is_twice(concat([b, square]), a) and is_twice(product([b, concat([a, b]), a]), a)
+    assert not is_twice(joined, a) and not is_twice(square, b) and not is_twice(a, a)
+    assert kept_indices(square, {a: torch.tensor([1])}).tolist() == [3]
 
 
 # --- by example --------------------------------------------------------------------------------------------------

@@ -410,12 +410,8 @@ def test_a_default_device_does_not_matter():
     first, second = (nn.Linear(6, 5) for _ in range(2))
     second.load_state_dict(first.state_dict())
     theirs.l1_unstructured(first, "weight", amount=0.4)
-    before = torch.get_default_device()
-    torch.set_default_device("meta")
-    try:
+    with torch.device("meta"):
         prune.l1_unstructured(second, "weight", amount=0.4)
-    finally:
-        torch.set_default_device(before)
     assert torch.equal(first.weight_mask, second.weight_mask)
 
 

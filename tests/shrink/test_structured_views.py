@@ -12,7 +12,7 @@ from torch.export import Dim
 import fxprune
 from fxprune import Channels, Plan, Rule
 from fxprune.errors import InputError
-from tests.structured_oracle import channels, kept, net, randomised, right, shrunk, sizes
+from tests.structured_oracle import HALF, channels, kept, net, randomised, right, shrunk, sizes
 
 
 def folded(m: Any, x: Tensor, cut: Any) -> Tensor:
@@ -116,33 +116,52 @@ class Standardised(nn.Conv2d):
         super().__init__(i, o, 3, padding=1, groups=groups)
         self.gain, self.how = nn.Parameter(torch.ones(o, 1, 1, 1)) if gain else None, how
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def effective(self) -> Tensor:
         rows = self.weight.reshape(1, self.out_channels, -1)
         gain = None if self.gain is None else self.gain.mul(0.5).view(-1)
         weight = nn.functional.batch_norm(rows, None, None, weight=gain, training=True)
-        weight = weight.reshape_as(self.weight) if self.how == "reshape_as" else weight.view(self.weight.shape)
-        return nn.functional.conv2d(x, weight, self.bias, padding=1, groups=self.groups)
+        return weight.reshape_as(self.weight) if self.how == "reshape_as" else weight.view(self.weight.shape)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.conv2d(input, self.effective, self.bias, padding=1, groups=self.groups)
 
 
-@pytest.mark.parametrize("gain", [False, True])
-@pytest.mark.parametrize("how", ["reshape_as", "view"])
-@pytest.mark.parametrize("trainable", [False, True])
-def test_standardised_weights_lose_rows_and_keep_their_statistics(gain: bool, how: str, trainable: bool) -> None:
-    """A statistic over a whole weight stays one: what leaves is taken off behind it."""
-
+def standardised(gain: bool, how: str) -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         x = m.b(m.a(x).relu()).relu()
         return m.o((x + m.c(x).relu()).mean((2, 3)))
 
     more: dict[str, Any] = {"gain": gain, "how": how}
     parts = {"a": Standardised(3, 16, **more), "b": Standardised(16, 24, **more), "c": Standardised(24, 24, 2, **more)}
-    model = net(forward, **parts, o=nn.Linear(24, 4))
-    result = right(model, torch.randn(2, 3, 6, 6), other=torch.randn(5, 3, 6, 6), trainable=trainable)
+    return net(forward, **parts, o=nn.Linear(24, 4))
+
+
+@pytest.mark.parametrize("gain", [False, True])
+@pytest.mark.parametrize("how", ["reshape_as", "view"])
+def test_standardised_weights_lose_rows_and_keep_their_statistics(gain: bool, how: str) -> None:
+    """A statistic over a whole weight stays one as it trains: what leaves is taken off behind it."""
+    model = standardised(gain, how)
+    result = right(model, torch.randn(2, 3, 6, 6), other=torch.randn(5, 3, 6, 6), trainable=True)
     # Of two groups of channels one leaves.
     assert kept(result) == {"a.weight[0]": 8, "b.weight[0].0": 1}
-    assert dict(result.report.removed["b.weight"]).keys() == {0} and dict(result.report.removed["o.weight"]).keys() == {
-        1
-    }
+    assert dict(result.report.removed["b.weight"]).keys() == {0}
+    assert dict(result.report.removed["o.weight"]).keys() == {1}
+
+
+@pytest.mark.parametrize("gain", [False, True])
+@pytest.mark.parametrize("how", ["reshape_as", "view"])
+def test_standardised_weights_shrink_as_what_they_come_to(gain: bool, how: str) -> None:
+    model, twin = standardised(gain, how), standardised(gain, how)
+    twin.load_state_dict(model.state_dict())
+    for layer in (twin.a, twin.b, twin.c):
+        layer.weight, layer.forward = nn.Parameter(layer.effective.detach()), super(Standardised, layer).forward
+    result, expected = (shrunk(m, torch.randn(2, 3, 6, 6), plan=HALF) for m in (model, twin))
+    assert kept(result) == kept(expected) and sizes(result) == sizes(expected)
+    x = torch.randn(5, 3, 6, 6)
+    torch.testing.assert_close(result(x), expected(x), rtol=1e-4, atol=1e-4)
+    assert kept(result).keys() == {"a.weight[0]", "b.weight[0].0"}
+    assert dict(result.report.removed["b.weight"]).keys() == {0, 1}
 
 
 def test_a_dropout_that_is_always_on_is_refused_in_words_that_help() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fxprune.couple.axis import Axis, atoms
 from fxprune.couple.coupling import Coupling
-from fxprune.couple.indices import positions
+from fxprune.couple.indices import is_twice, kept_indices, positions
 from fxprune.couple.removal import Removal, removal
 from fxprune.graph.note import Note
 from fxprune.graph.program import Program, fetch, fetch_any, names_of_parameters, node_of
@@ -117,6 +117,10 @@ class _Search:
         propagation = self._propagate()
         propagation.run(self._collect)
         self._failed = propagation.failed
+        for atom in [atom for atom in self._groups if any(is_twice(r.axis, atom) for r in self._of.get(atom, []))]:
+            # What is summed then belongs to two indices, and dies with neither alone.
+            del self._groups[atom]
+            self._why[atom] = ["a sum runs over two factors that are one axis"] * atom.size.number
         # In the order of the groups, so that what stays is the same in every run.
         waiting = dict.fromkeys(self._groups)
         while waiting:
@@ -233,11 +237,8 @@ class _Search:
         gone = [self._gone.get(atom) for atom in parts]
         known = self._lefts.get(id(axis))
         if known is None or any(a is not b for a, b in zip(known[0], gone)):
-            result = torch.zeros(axis.size.number, dtype=torch.bool)
-            for atom, flags in zip(parts, gone):
-                if flags is not None:
-                    place = self._place(axis, atom)
-                    result |= flags[place.clamp(min=0)] & (place >= 0)
+            keep = {a: (~flags).nonzero().flatten() for a, flags in zip(parts, gone) if flags is not None}
+            result = torch.ones(axis.size.number, dtype=torch.bool).index_fill(0, kept_indices(axis, keep), False)
             known = self._lefts[id(axis)] = (gone, result)
         return known[1]
 
