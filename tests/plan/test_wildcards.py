@@ -80,10 +80,10 @@ class Computed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.left, self.right, self.shift = (nn.Parameter(torch.randn(n, 8)) for n in (8, 8, 4))
-        self.scaled, self.cut = (nn.Parameter(torch.randn(n, 8)) for n in (32, 16))
+        self.scaled, self.cut = (nn.Parameter(torch.randn(16, 8)) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = nn.functional.linear(x, self.scaled[8:16] * 0.5) + self.shift
+        y = nn.functional.linear(x, self.scaled[4:12] * 0.5) + self.shift
         y = y @ torch.cat([self.left, self.right.t()], 1)
         return nn.functional.linear(y, torch.cat([self.cut[:8], self.cut[8:]], 1))
 
