@@ -76,15 +76,24 @@ def zeroed(model: nn.Module, told: Told) -> nn.Module:
 
 @torch.no_grad()
 def settle(model: nn.Module) -> None:
-    """Weights that hooks and parametrizations compute become parameters; none that others share is written to."""
+    """Weights that hooks and parametrizations compute become parameters; none that others share is written to.
+
+    One weight that several modules hold under one mask stays one.
+    """
+    found: list[tuple[Tensor, Tensor, nn.Parameter]] = []
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, BasePruningMethod):
                 name = hook._tensor_name
-                value = getattr(module, f"{name}_orig") * getattr(module, f"{name}_mask")
+                own, mask = getattr(module, f"{name}_orig"), getattr(module, f"{name}_mask")
+                tied = (p for other, same, p in found if other is own and torch.equal(same, mask))
+                parameter = next(tied, None)
+                if parameter is None:
+                    parameter = nn.Parameter(own * mask)
+                    found.append((own, mask, parameter))
                 del module._forward_pre_hooks[key], module._parameters[f"{name}_orig"], module._buffers[f"{name}_mask"]
                 delattr(module, name)
-                module.register_parameter(name, nn.Parameter(value))
+                module.register_parameter(name, parameter)
                 if isinstance(module, nn.RNNBase):
                     module._init_flat_weights()
         if parametrize.is_parametrized(module):

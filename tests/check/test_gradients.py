@@ -99,7 +99,8 @@ def wrong(change: Callable[[Tensor], Tensor], place: int) -> Callable[[Any], Non
     """Puts a function of the same values and other gradients behind one of the linear layers of a result."""
 
     def tamper(result: Any) -> None:
-        node = [n for n in result.graph.nodes if n.target is torch.ops.aten.linear.default][place]
+        layers = [n for n in result.graph.nodes if n.op == "call_module"]
+        node = [n for n in layers if isinstance(result.get_submodule(n.target), nn.Linear)][place]
         with result.graph.inserting_after(node):
             changed = result.graph.call_function(change, (node,))
         node.replace_all_uses_with(changed, delete_user_cb=lambda user: user is not changed)

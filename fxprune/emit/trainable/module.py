@@ -31,6 +31,7 @@ from fxprune.graph.program import (
 from fxprune.select.mask import PackedMask
 
 from .masks import mask_weights
+from .parts import Part, make_layers, name_parts
 from .side_by_side import Inserted, ModeArguments
 
 aten = torch.ops.aten
@@ -50,7 +51,7 @@ class TrainableModule(Result):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Nothing calls the parts of a graph, so the pruning hooks that they were given are called here.
         for part in self.modules():
-            if part is not self:
+            if isinstance(part, Part):
                 for hook in mask_hooks(part).values():
                     hook(part, args)
         return super().__call__(*args, **kwargs)
@@ -207,11 +208,13 @@ def emit_trainable(
             continue
         node.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
     draft.meta = {"entry": entry}
+    make_layers(draft)
     result = _module(draft, draft.graph, draft.graph._codegen)
     for path, module in result.named_modules():
         prefix = f"{path}." if path else ""
         module._non_persistent_buffers_set = {n for n in module._buffers if prefix + n not in origin.saved | masked}
     _order(result, origin.names)
+    name_parts(result)
     return result.eval()
 
 
