@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxprune.graph.memory import MAY_COPY, Memory, written
-from fxprune.graph.program import Program, arguments, fetch_any, names_of_parameters
+from fxprune.graph.program import Program, arguments, fetch_any, in_caches, names_of_parameters
 
 from .axis import Axis, Conflict, Size, atoms, freeze
 from .coupling import Coupling, Group, Member, Ruled
@@ -54,8 +54,10 @@ class _Walk:
             self.values[node] = _dims(node.meta.get("val"))
             _freeze_all([self.values[node]], f'graph input "{node.name}"')
         elif node.op == "output":
+            cached = in_caches(self.program)
             for read in node.all_input_nodes:
-                _freeze_all([self.values.get(read)], f'graph output "{read.name}"')
+                which = f"in a {cached[read]}, which use_cache=False leaves out" if read in cached else f'"{read.name}"'
+                _freeze_all([self.values.get(read)], f"graph output {which}")
         elif node.target is operator.getitem and isinstance(self.values.get(_node(node.args[0])), list):
             self.values[node] = self.values[_node(node.args[0])][int(str(node.args[1]))]
         else:

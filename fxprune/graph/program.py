@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from . import compat
 
 Program = torch.fx.GraphModule
 
@@ -122,6 +125,26 @@ def drop_unused(program: Program) -> None:
 def keep_name(weight: str) -> str:
     """The buffer in which a result that trains holds the mask of a weight: a name that torch's pruning leaves free."""
     return f"{weight}_keep"
+
+
+def in_caches(program: Program) -> dict[Node, str]:
+    """The nodes that a program hands out within a cache of transformers, and the name of its class."""
+    info = getattr(program.graph._codegen, "pytree_info", None)
+    leaves = pytree.tree_leaves(program.graph.output_node().args[0])
+    found: dict[Node, str] = {}
+
+    def walk(spec: Any, kind: str, first: int) -> None:
+        name = getattr(spec.type, "__name__", "")
+        kind = name if name.endswith("Cache") else kind
+        if spec.is_leaf() and kind and isinstance(leaves[first], Node):
+            found[leaves[first]] = kind
+        for child in compat.children_of(spec):
+            walk(child, kind, first)
+            first += child.num_leaves
+
+    if info is not None and info.out_spec is not None:
+        walk(info.out_spec, "", 0)
+    return found
 
 
 def names_of_parameters(program: Program) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 import fxprune
 from fxprune import Channels, Plan, Rule, Unstructured
+from fxprune.errors import PlanError
 from tests.oracle import assert_close
 from tests.structured_oracle import zeroed
 
@@ -108,3 +110,21 @@ def test_a_part_that_was_pruned_takes_its_own_place(name: str, plan: Plan) -> No
         setattr(model.get_submodule(above), leaf, result)
         for each, logits in zip(inputs, expected, strict=True):
             assert_close(model(**each).logits, logits)
+
+
+def test_a_cache_that_keeps_channels_whole_is_named() -> None:
+    config = hf.GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=99, n_positions=40, bos_token_id=1, eos_token_id=1
+    )
+    model, ids = hf.GPT2LMHeadModel(config).eval(), torch.randint(99, (2, 7))
+    words = "graph output in a DynamicCache, which use_cache=False leaves out"
+    more: dict[str, Any] = {"progress": False, "options": {"compile": False, "measure": False}}
+    result = fxprune.transform(model, Plan([Rule("*", Channels(0.5))]), kwargs={"input_ids": ids}, **more)
+    notes = [note for note in result.report.notes if re.search(words, note)]
+    assert len(notes) == 1 and "h.0.attn.c_attn.weight" in notes[0] and "lm_head" not in notes[0]
+    plan = Plan([Rule("transformer.h.1.attn.c_attn.weight", Channels(0.5))])
+    with pytest.raises(PlanError, match=words):
+        fxprune.transform(model, plan, kwargs={"input_ids": ids}, **more)
+    given = {"input_ids": ids, "use_cache": False}
+    result = fxprune.transform(model, plan, kwargs=given, **more)
+    assert result.get_parameter("transformer.h.1.attn.c_attn.weight").shape == (32, 48)
