@@ -28,6 +28,7 @@ from .known import (
     size_of,
 )
 from .products import OPERANDS, pads, product
+from .recurrent import RECURRENT, follow_units
 
 _POINTWISE = {
     "relu", "relu6", "gelu", "silu", "tanh", "mish", "elu", "celu", "selu", "leaky_relu", "hardswish",
@@ -81,6 +82,8 @@ def follow(node: Node, states: Mapping[str, Any]) -> State:
         return _attention(node, states)
     if op == "embedding":
         return _embedding(node, states["weight"])
+    if op in RECURRENT:
+        return follow_units(node, states)
     if op in _FILLS:
         return _fill(node, op, states) if not _symbolic(named.values(), sizes=op not in ("arange", "eye")) else None
     if not any(isinstance(s, Known) for s in flat(states.values())) or _lacks(states, named):

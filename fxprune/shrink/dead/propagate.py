@@ -23,12 +23,14 @@ from fxprune.graph.program import Program, arguments, fetch_any
 
 from .known import Known, State, holds_tensors, size_of
 from .known_ops import follow
+from .recurrent import RECURRENT
 
 Visit = Callable[[Node, Callable[[Any], Any]], None]
 
 
 # Random in training only, or where asked to drop something.
 _CALM = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "scaled_dot_product_attention"}
+_CALM |= RECURRENT.keys()
 
 
 class Propagation:

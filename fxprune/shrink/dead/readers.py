@@ -23,6 +23,7 @@ from fxprune.graph.program import arguments, node_of
 
 from .known import ROUNDING, Known, even_along_symbols, is_even
 from .products import CONVS, OPERANDS, pads, product, sizes_show
+from .recurrent import RECURRENT, sums_of_units
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,9 +72,26 @@ def readers(node: Node, call: Ruled, get: Callable[[Any], Any], own: Collection[
         found = [d for d, axis in enumerate(dims.axes) if summed.intersection(atoms(axis))]
         why = f"{op}, where it is not zero"
         return [_plain(node, dims[d], summed, _zero_along(states["self"], d, dims), why) for d in found]
+    if op in RECURRENT and (sums := sums_of_units(node, call.arguments, states, _zero_along)) is not None:
+        why = f"{op}, where it is not zero ({node.name})"
+        return [Reader(node, s.axis, summed, None, s.reads[None], s.zero, s.zero, why) for s in sums]
+    if op == "einsum":
+        return _of_einsum(node, call, summed, states)
     why = f"{op}, which is not followed"
     nowhere = [torch.zeros(axis.root().size.number, dtype=torch.bool) for axis in call.summed]
     return [_plain(node, axis, summed, zero, why) for axis, zero in zip(call.summed, nowhere)]
+
+
+def _of_einsum(node: Node, call: Ruled, summed: frozenset[Axis], states: Mapping[str, Any]) -> list[Reader]:
+    """Sums of products over letters: an index leaves where one factor is zero."""
+    found, operands = [], call.arguments["tensors"]
+    for axis in call.summed:
+        zero = torch.zeros(axis.root().size.number, dtype=torch.bool)
+        for state, dims in zip(states["tensors"], operands):
+            for dim in [d for d, own in enumerate(dims.axes) if own.root() is axis.root()]:
+                zero = zero | _zero_along(state, dim, dims)
+        found.append(_plain(node, axis, summed, zero, "einsum, where no factor is zero"))
+    return found
 
 
 def _of_product(
