@@ -69,7 +69,7 @@ CAPTURE = (
         "tests/capture/test_entry.py::test_a_guard_that_divides_by_zero_is_not_met",
     ),
     Mutant(
-        "fxprune/capture/entry.py",
+        "fxprune/capture/conditions.py",
         'guards.append((f"{code} <= {int(high)}", f"{readable} <= {int(high)}"))',
         'guards.append((f"{code} <= {int(high)} + 1", f"{readable} <= {int(high)}"))',
         "one more than the largest size is let in",

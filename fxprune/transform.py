@@ -210,6 +210,9 @@ def _couple(job: Job) -> Iterable[str]:
     if not job.trainable:
         computed = compute_proved(job.program, names_asked_for(job.plan, job.replay), job.proof)
         job.program = computed.program
+        # What masked a part of such a weight is no mask of what it comes to.
+        existing = job.captured.existing
+        job.captured.existing = {name: mask for name, mask in existing.items() if name not in computed.names}
         job.tell(computed.notes, computed.checks)
     flushed = flush_proved(job.program, job.proof)
     job.program = flushed.program

@@ -26,7 +26,8 @@ from fxprune.graph.memory import writes
 from fxprune.graph.note import Note
 from fxprune.graph.program import Program
 
-from .entry import EntryCheck, ForeignGuard, TensorInput, entry_check
+from .conditions import ForeignGuard, entry_check
+from .entry import EntryCheck, TensorInput
 from .hooks import fold_existing
 from .own_masks import Held, fold_constant_masks
 from .several import Differing

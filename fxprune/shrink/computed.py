@@ -15,9 +15,10 @@ from fxprune.select.selection import Selection
 
 @dataclasses.dataclass(frozen=True)
 class Computed:
-    """A program, with what is told of the weights that it computed, and the check that it passed with them."""
+    """A program, the names of the weights that it computed, what is told of them, and the check that it passed."""
 
     program: Program
+    names: tuple[str, ...] = ()
     notes: tuple[Note, ...] = ()
     checks: tuple[CheckRow, ...] = ()
 
@@ -33,6 +34,7 @@ def compute_proved(program: Program, kept: Collection[str], proof: Proof | None)
     those = f"weights that forward computes from parameters ({some(names)})"
     row = proof and proof.expect(Selection(), program).shrunk(folded, Selection(), "weights computed once = your model")
     if row is not None and not row.ok:
-        return Computed(program, (Note(f"{those} stay computed: once for all they differ by {row.off}", "missed"),))
+        told = f"{those} stay computed: once for all they differ by {row.off}"
+        return Computed(program, notes=(Note(told, "missed"),))
     told = f"{those} were computed once: what is pruned is what they come to"
-    return Computed(folded, (Note(told),), () if row is None else (row,))
+    return Computed(folded, tuple(names), (Note(told),), () if row is None else (row,))

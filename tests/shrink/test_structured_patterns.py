@@ -348,3 +348,17 @@ def test_the_model_is_untouched_when_a_stage_fails(stage: str, monkeypatch: pyte
     assert snapshot(model) == before
     monkeypatch.undo()
     right(model, images(), other=images(5))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_convolutions_without_a_batch(transposed: bool, groups: int) -> None:
+    """One image [3, 9, 9], as a model that is fed by a camera takes it."""
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(m.second(m.first(x).relu()).relu().mean((1, 2)))
+
+    parts = {"first": kind(3, 8, 3), "second": kind(8, 16, 3, groups=groups), "head": nn.Linear(16, 4)}
+    result = right(net(forward, **parts), torch.randn(3, 9, 9))
+    assert sizes(result)["first.bias"] == (4,) and sizes(result)["head.weight"] == (4, 8)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import fxprune
 from fxprune import Channels, Plan, Rule, Unstructured
@@ -220,3 +220,15 @@ def test_in_training_they_stay_computed() -> None:
     # The scales of rows are no weight: zeros among them would take whole rows.
     assert sorted(result.selection.mask) == ["first.weight", "last.weight", "middle.weight"]
     assert any("middle.scale" in note for note in result.report.notes)
+
+
+@pytest.mark.parametrize("exported", [False, True], ids=["", "exported"])
+def test_the_mask_of_a_part_is_no_mask_of_what_it_comes_to(exported: bool) -> None:
+    model, x = Around(LowRank(12, 16)).eval(), torch.randn(5, 8)
+    prune.l1_unstructured(model.middle, "weight", 0.5)
+    given = torch.export.export(model, (x,)) if exported else model
+    expected = model(x)
+    assert_close(transformed(given, None, x)(x), expected)
+    result = transformed(given, Unstructured(0.25), x)
+    name = "middle.weight_orig" if exported else "middle.weight"
+    assert result.selection.mask[name].unpack().double().mean() == 0.75

@@ -101,6 +101,9 @@ def _of_product(
     left, right = states[x_name], states[w_name]
     x_dims, w_dims = call.arguments[x_name], call.arguments[w_name]
     assert isinstance(call.out, Dims)
+    if op in CONVS and len(x_dims) != len(w_dims):
+        channels, nothing = x_dims[0], torch.zeros(x_dims[0].root().size.number, dtype=torch.bool)
+        return _plain(node, channels, summed, nothing, "a convolution without a batch, which is not followed")
     if op in CONVS:
         known, zero = _known_along(left, 1, x_dims, node_of(node, x_name)), _zero_along(left, 1, x_dims)
         if not isinstance(right, Known) or not right.is_whole:
