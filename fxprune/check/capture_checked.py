@@ -93,7 +93,7 @@ def capture_checked(
             _hold_to_one(theirs, captured, example, asked=asked, only_refused=True)
             if not captured.entry.takes(example.args, example.kwargs):
                 captured = capture_as(static=True)
-            _take(captured, others)
+            _take(captured, [example, *others] if others else [])
             notes = [*captured.notes, Note("nothing was checked: check=False", "warning")]
             return Checked(captured, None, notes, [])
         itself = compare("your model = itself, called twice", example, expected, again)
