@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -45,7 +44,7 @@ def silence(layer: nn.RNNBase, units: list[int], gates: int, only: str = "") -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("layers", "both_ways", "bias"), [*itertools.product([1, 2], [False, True], [True, False])])
+@pytest.mark.parametrize(("layers", "both_ways", "bias"), [(1, False, True), (1, True, False), (2, True, True)])
 def test_silent_units_leave(kind: str, layers: int, both_ways: bool, bias: bool) -> None:
     model, x = model_and_input(kind, num_layers=layers, bidirectional=both_ways, bias=bias)
     silence(model.layer, [0, 3, 4], GATES[kind])
