@@ -212,3 +212,23 @@ def test_constant_channels_pass(name: str) -> None:
     for batch in (1, 3):
         x = torch.randn(batch, 3, 12, 12)
         torch.testing.assert_close(result(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+class Turned(nn.Module):
+    """Channels seen as a square and turned: each belongs to two indices of one axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(12, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(torch.where(x > 0, x.unflatten(-1, (2, 2)).transpose(-1, -2).flatten(-2), x))
+
+
+def test_a_channel_that_belongs_to_two_indices_dies_with_neither_alone():
+    model = shuffled(Turned())
+    zero(model.first.weight, out=[0])
+    result = removed(model, torch.randn(3, 12))
+    assert not any("keeps all its indices" in note for note in result.report.notes)
+    assert result.report.dead.slices[0].why == "a sum runs over two factors that are one axis"

@@ -193,7 +193,7 @@ def emit_trainable(
     """A TrainableModule with tensors of its own, in eval mode; the program is left as it is.
 
     `modes` of nodes that the program does not have any more are passed over. Each weight of `masks` is multiplied by a
-    buffer `<name>_mask`, or by the model's own that held its mask, so that what is zero stays zero; it is zero in the
+    buffer `<name>_keep`, or by the model's own that held its mask, so that what is zero stays zero; it is zero in the
     parameter too. With
     `masked_matmul` the weights of linear layers are not multiplied: `masked_linear` has the mask as bits.
     """
