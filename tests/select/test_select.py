@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 from collections.abc import Mapping
 
 import pytest
@@ -22,6 +20,7 @@ from fxprune.select import mask as mask_module
 from fxprune.select.elements import select
 from fxprune.select.mask import PackedMask
 from fxprune.select.selection import Selection
+from tests.own_process import printed
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -339,7 +338,6 @@ print(peak() - before, sum(w.numel() for w in weights.values()))
 
 def test_peak_memory() -> None:
     pytest.importorskip("resource")
-    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
-    extra, size = map(int, done.stdout.split())
+    extra, size = map(int, printed(MEASURE).split())
     assert size == 30_000_000
     assert extra < size / 8 + 64 * 2**20

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
+
+from tests.own_process import printed
 
 SCRIPT = """
 import gc, json, sys
@@ -50,13 +51,6 @@ print(json.dumps({
 """
 
 
-def measure(options: dict[str, object]) -> dict[str, int]:
-    command = [sys.executable, "-c", SCRIPT, json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
@@ -65,7 +59,7 @@ def measure(options: dict[str, object]) -> dict[str, int]:
     ids=["eager", "compiled", "measured"],
 )
 def test_the_peak_stays_below_twice_the_weights(options: dict[str, object]) -> None:
-    seen = measure(options)
+    seen = json.loads(printed(SCRIPT, json.dumps(options)))
     assert seen["weights"] > 200e6
     assert seen["peak"] < 2 * seen["weights"]
     if options:
