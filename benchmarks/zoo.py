@@ -1,9 +1,11 @@
 """Every model of the zoo loses 30% of its channels wherever it may, and is held against itself with zeros in place.
 
     python -m benchmarks.zoo [--only "timm/*vit*"] [--source timm] [--jobs 2] [--again] [--failed]
+    python -m benchmarks.zoo --unlisted 60 [--seed 1]
 
 The models stand in zoo_models.py, with the share of parameters that each must lose. Each runs in a process of its own
-with a time limit; a run that is cut off goes on where it stopped. A run over the whole list writes results/zoo.json.
+with a time limit; a run that is cut off goes on where it stopped. A run over the whole list writes results/zoo.json;
+one over models that the list does not name, drawn by chance (zoo_unlisted.py), results/zoo-unlisted.json.
 
 A model passes when fxprune transforms it, the result equals the zeroed model within 1e-4 on two inputs, at least the
 committed share of all its parameters is gone, and the user's model is as it was. What fails stays in the count. One
@@ -30,6 +32,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.zoo_child import AMOUNT, FAR, TOLERANCE
 from benchmarks.zoo_model import SOURCES, ZooModel
 from benchmarks.zoo_models import all_models, choose
+from benchmarks.zoo_unlisted import draw
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -217,6 +220,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description="Prunes every model of the zoo.")
     parser.add_argument("--only", nargs="+", default=[], metavar="GLOB", help="labels or names, e.g. 'timm/*vit*'")
     parser.add_argument("--source", nargs="+", default=[], choices=SOURCES)
+    parser.add_argument("--unlisted", type=int, metavar="N", help="N models that the list does not name, by chance")
+    parser.add_argument("--seed", type=int, default=1, help="what chance draws them (default: 1)")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time (default: 1)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"limit for a model (default: {SECONDS})")
     parser.add_argument("--again", action="store_true", help="run models that have a row already")
@@ -237,7 +242,7 @@ def format_list(models: Sequence[ZooModel]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, print, and write zoo.json where the whole list was run; 0 where every target is met."""
     given = parse(argv)
-    models = choose(given.only, given.source)
+    models = choose(given.only, given.source) if given.unlisted is None else draw(given.unlisted, given.seed)
     if not models:
         print("no model of the list has such a name", file=sys.stderr)
         return 2
@@ -252,11 +257,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     codes = sorted({row["code"] for row in rows if "code" in row})
     if len(codes) > 1:
         print(f"\nthese rows are from {len(codes)} states of the sources; --again takes them all anew")
-    if len(models) < len(all_models()):
+    if given.unlisted is None and len(models) < len(all_models()):
         print("\nnot the whole list: zoo.json was not written")
     else:
         result = {
-            "benchmark": "zoo",
+            "benchmark": "zoo" if given.unlisted is None else f"zoo, models drawn by seed {given.seed}",
             "plan": f'Plan([Rule("*", Channels({AMOUNT}))])',
             "tolerance": TOLERANCE,
             "least_distance_from_dense": FAR,
@@ -267,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "rows": [{key: value for key, value in row.items() if key != "traceback"} for row in rows],
         }
         given.results.mkdir(parents=True, exist_ok=True)
-        file = given.results / "zoo.json"
+        file = given.results / ("zoo.json" if given.unlisted is None else "zoo-unlisted.json")
         file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(f"\nwritten: {file.name}")
     return 0 if all(good for _, good in met) else 1

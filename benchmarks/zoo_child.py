@@ -9,6 +9,7 @@ enters into it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -22,12 +23,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 import fxprune
 from benchmarks.zoo_model import CallInputs, ZooModel
-from benchmarks.zoo_models import choose
+from benchmarks.zoo_models import named
 from benchmarks.zoo_randomise import randomise
 from fxprune.capture.capture import capture
 from fxprune.errors import FxPruneError
@@ -120,6 +123,55 @@ def is_finite(values: Sequence[Any]) -> bool:
     return bool(tensors) and all(not v.isnan().any() and bool(v.isfinite().any()) for v in tensors)
 
 
+class _Weight(TorchFunctionMode):
+    """Watches what a module hands to convolutions and linears as its weight; `given` takes its place, once there."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.found, self.given = shape, None, None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _PRODUCTS:
+            weight = kwargs["weight"] if "weight" in kwargs else args[1]
+            if weight.shape == self.shape:
+                self.found = weight if self.found is None else self.found
+                if self.given is not None and "weight" in kwargs:
+                    kwargs["weight"] = self.given
+                elif self.given is not None:
+                    args = (args[0], self.given, *args[2:])
+        return func(*args, **kwargs)
+
+
+_PRODUCTS = {functional.conv1d, functional.conv2d, functional.conv3d, functional.linear}
+
+
+def compute_weights(model: nn.Module, call: CallInputs) -> None:
+    """Makes weights that a forward computes from a parameter parameters that hold what they come to, in place.
+
+    A standardised convolution is pruned as what it multiplies by. What is zeroed in the parameter must not be computed
+    anew.
+    """
+    watched: list[tuple[nn.Module, _Weight]] = []
+    for module in model.modules():
+        if isinstance(getattr(module, "_parameters", {}).get("weight"), nn.Parameter):
+            watch, forward = _Weight(module.weight.shape), module.forward
+            module.forward = functools.partial(_under, watch, forward)
+            watched.append((module, watch))
+    outputs(model, call)
+    for module, watch in watched:
+        if watch.found is None or watch.found.data_ptr() == module.weight.data_ptr():
+            module.__dict__.pop("forward")
+            continue
+        module.weight.data = watch.found.detach().clone()
+        watch.given = module.weight
+
+
+def _under(watch: _Weight, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    with watch:
+        return forward(*args, **kwargs)
+
+
 @torch.no_grad()
 def zero(model: nn.Module, removed: Removed) -> None:
     """Makes a model its own oracle: in place, +0.0 at every removed index of every floating parameter and buffer."""
@@ -201,6 +253,7 @@ def run_model(zoo_model: ZooModel) -> Row:
     row["misshapen"] = misshapen(model, outcome)
     got = [outputs(outcome.result, call) for call in calls]
     row["untouched"] = all(difference(outputs(model, call), values) == 0 for call, values in zip(calls, dense))
+    compute_weights(model, calls[0])
     zero(model, outcome.removed)
     expected = [outputs(model, call) for call in calls]
     row["difference"] = max(map(difference, got, expected))
@@ -225,6 +278,7 @@ def difference_float64(zoo_model: ZooModel, calls: Sequence[CallInputs]) -> floa
     try:
         outcome = prune(model, wide[0])
         got = [outputs(outcome.result, call) for call in wide]
+        compute_weights(model, wide[0])
         zero(model, outcome.removed)
         return max(map(difference, got, [outputs(model, call) for call in wide]))
     except Exception:
@@ -276,7 +330,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the model named first and write its row to the file named second."""
     label, file = argv
     torch.set_num_threads(1)
-    (zoo_model,) = [model for model in choose() if model.label == label]
+    zoo_model = named(label)
     row: Row = {"label": label, "code": fingerprint()}
     try:
         row |= run_model(zoo_model)

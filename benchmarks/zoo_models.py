@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 
-from benchmarks import zoo_transformers, zoo_vision
+from benchmarks import zoo_transformers, zoo_unlisted, zoo_vision
 from benchmarks.zoo_model import ZooModel
 
 
@@ -32,3 +32,11 @@ def choose(only: Sequence[str] = (), sources: Sequence[str] = ()) -> list[ZooMod
         if (not sources or model.source in sources)
         and (not only or any(fnmatch.fnmatchcase(text, glob) for glob in only for text in (model.label, model.name)))
     ]
+
+
+def named(label: str) -> ZooModel:
+    """Return the model of the list with this label or, beyond the list, that of the library."""
+    for model in all_models():
+        if model.label == label:
+            return model
+    return zoo_unlisted.find(label)

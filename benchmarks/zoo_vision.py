@@ -183,11 +183,12 @@ def pytorchcv_models() -> list[ZooModel]:
 def _model(source: str, name: str, size: int, build: Any) -> ZooModel:
     share, why = LESS.get(f"{source}/{name}", (SHARE, ""))
     return ZooModel(
-        name, source, functools.partial(build, name, size), functools.partial(_images, size), share=share, why=why
+        name, source, functools.partial(build, name, size), functools.partial(images, size), share=share, why=why
     )
 
 
-def _images(size: int) -> CallInputs:
+def images(size: int) -> CallInputs:
+    """A call with two images of this side."""
     return (torch.randn(2, 3, size, size),), {}
 
 

@@ -342,7 +342,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_child_that_dies_leaves_a_row(tmp_path: Path) -> None:
-    unknown = dataclasses.replace(small_model(), name="no_such_model")
+    unknown = dataclasses.replace(small_model(), source="nowhere")
     row = zoo.run_child(unknown, tmp_path, 600)
     assert row["verdict"] == "crashed" and "exit status 1" in row["error"]
     assert zoo.read_row(zoo.row_file(tmp_path, unknown)) == row
@@ -354,3 +354,24 @@ def test_the_list_prints_with_its_commitments(capsys: pytest.CaptureFixture[str]
     assert zoo.main(["--list", "--source", "torchvision"]) == 0
     assert "torchvision/resnet50" in capsys.readouterr().out
     assert zoo.main(["--only", "nothing at all"]) == 2
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, weight, self.bias, padding=1)
+
+
+def test_a_weight_that_a_forward_computes_is_zeroed_as_what_it_comes_to() -> None:
+    model = nn.Sequential(Standardised(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    before = copy.deepcopy(model)
+    call = ((torch.randn(2, 3, 5, 5),), {})
+    zoo_child.compute_weights(model, call)
+    assert difference(zoo_child.outputs(model, call), zoo_child.outputs(before, call)) < 1e-6
+    zero(model, {"0.weight": [(1, torch.tensor([2]))], "2.weight": [(1, torch.tensor([0]))]})
+    weight = before[0].weight - before[0].weight.mean((1, 2, 3), keepdim=True)
+    weight = torch.cat([weight[:, :2], torch.zeros(4, 1, 3, 3)], 1)
+    hidden = nn.functional.conv2d(call[0][0], weight, before[0].bias, padding=1).relu()
+    hidden[:, 0] = 0
+    assert difference(zoo_child.outputs(model, call), [before[2](hidden).detach()]) < 1e-6
+    assert "forward" not in vars(model[2])
