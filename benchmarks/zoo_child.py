@@ -128,7 +128,9 @@ class _Weight(TorchFunctionMode):
 
     def __init__(self, shape: torch.Size) -> None:
         super().__init__()
-        self.shape, self.found, self.given = shape, None, None
+        self.shape = shape
+        self.found: Tensor | None = None
+        self.given: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -152,19 +154,20 @@ def compute_weights(model: nn.Module, call: CallInputs) -> None:
     A standardised convolution is pruned as what it multiplies by. What is zeroed in the parameter must not be computed
     anew.
     """
-    watched: list[tuple[nn.Module, _Weight]] = []
+    watched: list[tuple[nn.Module, nn.Parameter, _Weight]] = []
     for module in model.modules():
-        if isinstance(getattr(module, "_parameters", {}).get("weight"), nn.Parameter):
-            watch, forward = _Weight(module.weight.shape), module.forward
-            module.forward = functools.partial(_under, watch, forward)
-            watched.append((module, watch))
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            watch = _Weight(weight.shape)
+            module.forward = functools.partial(_under, watch, module.forward)
+            watched.append((module, weight, watch))
     outputs(model, call)
-    for module, watch in watched:
-        if watch.found is None or watch.found.data_ptr() == module.weight.data_ptr():
+    for module, weight, watch in watched:
+        if watch.found is None or watch.found.data_ptr() == weight.data_ptr():
             module.__dict__.pop("forward")
             continue
-        module.weight.data = watch.found.detach().clone()
-        watch.given = module.weight
+        weight.data = watch.found.detach().clone()
+        watch.given = weight
 
 
 def _under(watch: _Weight, forward: Any, *args: Any, **kwargs: Any) -> Any:

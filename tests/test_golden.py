@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import fxprune
+from fxprune.lower.nets import tiles
 from tests.golden_models import ASKED, Asked
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -89,7 +90,11 @@ def text_of(asked: Asked, trace: Path) -> str:
 def test_stages(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FXPRUNE_TRACE", str(tmp_path))
     monkeypatch.delenv("FXPRUNE_CHECK", raising=False)
+    # Blocks and tiles are cut for the CPU at hand.
+    monkeypatch.setattr(tiles, "lanes", lambda: 16)
+    tiles.tile_for.cache_clear()
     text = text_of(ASKED[name](), tmp_path)
+    tiles.tile_for.cache_clear()
     path = GOLDEN / f"stages_{name}.txt"
     if os.environ.get("FXPRUNE_WRITE_GOLDEN"):
         path.write_text(text)

@@ -24,6 +24,7 @@ from fxprune.lower.layouts.choose import Chooser
 from fxprune.lower.layouts.site import Choice, Packed, Site
 
 from .layouts import LAYOUTS
+from .nets import lower_nets
 from .share import Chosen, groups, merge
 
 aten = torch.ops.aten
@@ -55,7 +56,12 @@ def lower(
     found = uses(result)
     lowered: dict[str, Lowered] = {}
     chosen: list[Chosen] = []
+    names = list(names)
+    if chooser.only in (None, "nonzeros"):
+        lowered |= _nets(result, names)
     for name in names:
+        if name in lowered:
+            continue
         lowered[name] = _choose(result, name, found.get(name, []), chooser, batches or {}, chosen)
     waiting = groups(result, chosen)
     chosen.clear()
@@ -65,7 +71,19 @@ def lower(
     result.graph.lint()
     drop_unused(result)
     result.recompile()
-    return result, list(lowered.values())
+    return result, [lowered[name] for name in names]
+
+
+def _nets(program: Program, names: Sequence[str]) -> dict[str, Lowered]:
+    """What became of the weights that went into nets."""
+    sizes = {name: fetch(program, name).nbytes for name in names}
+    lowered = {}
+    for made in lower_nets(program, names):
+        for name in (name for name in names if name in made.nodes):
+            why = f"one of {len(made.nodes)} convolutions that are computed in one call"
+            choice = Choice("nonzeros", why, {}, ())
+            lowered[name] = Lowered(name, (made.nodes[name],), choice, sizes[name], made.bytes[name])
+    return lowered
 
 
 def _choose(

@@ -19,7 +19,7 @@ from torch import Tensor
 from fxprune.errors import BuildError, InputError, warn_once
 from fxprune.graph.environment import variable
 
-from . import build
+from . import build, segments
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,6 @@ ACTIVATIONS = tuple(_ACTIVATIONS)
 
 _library = torch.library.Library("fxprune", "FRAGMENT")
 _PACKED = "Tensor values, Tensor columns, Tensor order, Tensor counts, Tensor blocks, Tensor? bias"
-for _schema in (
-    f"nonzeros_linear(Tensor x, {_PACKED}, int out_features, str activation) -> Tensor",
-    f"nonzeros_linear_split(Tensor x, {_PACKED}, int[] out_features, str activation) -> Tensor[]",
-):
-    _library.define(_schema, tags=(torch.Tag.needs_fixed_stride_order,))
 _lock = threading.Lock()
 _status: Status | None = None
 _object: ctypes.CDLL | None = None
@@ -94,15 +89,8 @@ def _load() -> Status:
 def to_dense(values: Tensor, columns: Tensor, order: Tensor, counts: Tensor, blocks: Tensor) -> Tensor:
     """The weight [o, i] that the tensors of the nonzeros layout store, bit for bit."""
     o, i, row_block, k_block = blocks[:4].tolist()
-    k_blocks = -(-i // k_block)
-    segment = torch.arange(order.numel(), device=order.device)
-    # Segments stand by row block, then K-block, then sorted row; the last row block may have fewer rows.
-    block = segment // (row_block * k_blocks)
-    rows = (o - block * row_block).clamp(max=row_block)
-    k = (segment - block * row_block * k_blocks) // rows
-    base = (block * row_block + order) * i + k * k_block
-    at = base.repeat_interleave(counts.long(), output_size=values.numel()) + columns
-    return values.new_zeros(o * i).index_copy_(0, at, values).view(o, i)
+    packed = segments.Segments(values, columns, order, counts, blocks[4:])
+    return segments.unpack(packed, (o, i), row_block, k_block)
 
 
 def nonzeros_linear_reference(
@@ -132,12 +120,16 @@ def nonzeros_linear_split_reference(
     return [part.clone(memory_format=torch.contiguous_format) for part in y.split(list(out_features), -1)]
 
 
-def _register(name: str, reference: Callable[..., Any], shape: Callable[..., Any]) -> None:
-    def first_call(x: Tensor, *rest: object) -> Any:
+def register(name: str, arguments: str, results: str, reference: Callable[..., Any], shape: Callable[..., Any]) -> None:
+    """Define the op fxprune::`name`: by the C++ kernel where that runs, else by `reference`; `shape` is its fake."""
+    _library.define(f"{name}({arguments}) -> {results}", tags=(torch.Tag.needs_fixed_stride_order,))
+
+    def first_call(*given: Any) -> Any:
         # Registered below the CPU key: once the C++ kernel is loaded, the dispatcher never comes here again.
-        if x.device.type == "cpu" and load().available:
-            return getattr(torch.ops.fxprune, name).default(x, *rest)
-        return reference(x, *rest)
+        first = given[0] if isinstance(given[0], Tensor) else given[0][0]
+        if first.device.type == "cpu" and load().available:
+            return getattr(torch.ops.fxprune, name).default(*given)
+        return reference(*given)
 
     _library.impl(name, first_call, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fxprune::{name}", shape, lib=_library)
@@ -153,5 +145,17 @@ def _shapes(x: Tensor, *packed_and_bias: Any) -> list[Tensor]:
     return [x.new_empty(*x.shape[:-1], rows) for rows in out_features]
 
 
-_register("nonzeros_linear", nonzeros_linear_reference, _shape)
-_register("nonzeros_linear_split", nonzeros_linear_split_reference, _shapes)
+register(
+    "nonzeros_linear",
+    f"Tensor x, {_PACKED}, int out_features, str activation",
+    "Tensor",
+    nonzeros_linear_reference,
+    _shape,
+)
+register(
+    "nonzeros_linear_split",
+    f"Tensor x, {_PACKED}, int[] out_features, str activation",
+    "Tensor[]",
+    nonzeros_linear_split_reference,
+    _shapes,
+)

@@ -8,7 +8,7 @@
 
 namespace fxprune {
 
-enum class Activation { kNone, kRelu, kGelu, kGeluTanh, kSilu };
+enum class Activation { kNone, kRelu, kGelu, kGeluTanh, kSilu, kSigmoid, kHardsigmoid, kHardswish };
 
 // Several vectors that go through the same steps side by side: a polynomial is a chain of dependent
 // multiply-adds, and only independent chains keep the machine busy.
@@ -103,11 +103,19 @@ FXPRUNE_INLINE Group<N> normal_cdf(const Group<N>& x) {
   return if_above(x, 5.2f, 1.0f, if_below(x, -5.2f, 0.0f, x * p + 0.5f));
 }
 
+template <int N>
+FXPRUNE_INLINE Group<N> hard_sigmoid(const Group<N>& x) {
+  return if_above(x, 3.0f, 1.0f, if_below(x, -3.0f, 0.0f, (x + 3.0f) * (1.0f / 6.0f)));
+}
+
 template <Activation kind, int N>
 FXPRUNE_INLINE Group<N> activate(const Group<N>& x) {
   if constexpr (kind == Activation::kRelu) return if_below(x, 0.0f, 0.0f, x);
   if constexpr (kind == Activation::kGelu) return x * normal_cdf(x);
   if constexpr (kind == Activation::kSilu) return x / (exponential(x * -1.0f) + 1.0f);
+  if constexpr (kind == Activation::kSigmoid) return Group<N>::spread(1.0f) / (exponential(x * -1.0f) + 1.0f);
+  if constexpr (kind == Activation::kHardsigmoid) return hard_sigmoid(x);
+  if constexpr (kind == Activation::kHardswish) return x * hard_sigmoid(x);
   if constexpr (kind == Activation::kGeluTanh) {
     // (1 + tanh(u)) / 2 is 1 / (1 + exp(-2u)), here with u = sqrt(2 / pi) (x + 0.044715 x^3).
     return x / (exponential(x * (x * x * -0.0713548163f - 1.5957691216f)) + 1.0f);

@@ -20,7 +20,7 @@ from fxprune.graph.environment import variable
 from .cache import cached
 
 HERE = Path(__file__).parent
-SOURCE = HERE / "nonzeros.cpp"
+SOURCES = tuple(sorted(HERE.glob("*.cpp")))
 # torch 2.11's stable ABI: the object does not depend on the C++ ABI of the torch it was built with.
 FLAGS = (
     "-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-fno-math-errno",
@@ -63,7 +63,7 @@ def key(command: list[str]) -> str:
     ask = [*command, "--version"]
     version = run(ask)
     digest = hashlib.sha256()
-    for source in sorted([SOURCE, *HERE.glob("*.h")]):
+    for source in sorted([*SOURCES, *HERE.glob("*.h")]):
         digest.update(source.read_bytes())
     for part in (*call(command, ""), version.stdout, torch.__version__, cpu()):
         digest.update(b"\0" + part.encode())
@@ -93,15 +93,15 @@ def build() -> Path:
 
 
 def call(command: list[str], target: str) -> list[str]:
-    """The whole command that compiles SOURCE to `target`."""
+    """The whole command that compiles SOURCES to `target`."""
     home = Path(torch.__file__).parent
     include, lib = f"-I{home / 'include'}", f"-L{home / 'lib'}"
     # No rpath: by the time the object is loaded, torch's library is in the process and is found by its name.
-    return [*command, *flags(), include, "-o", target, str(SOURCE), lib, "-ltorch_cpu"]
+    return [*command, *flags(), include, "-o", target, *map(str, SOURCES), lib, "-ltorch_cpu"]
 
 
 def compile_to(command: list[str], target: str) -> None:
-    """Run the compiler on SOURCE; its first error line becomes the BuildError's reason."""
+    """Run the compiler on SOURCES; its first error line becomes the BuildError's reason."""
     done = run(call(command, target))
     if done.returncode != 0:
         errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()

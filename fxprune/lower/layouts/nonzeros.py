@@ -1,14 +1,6 @@
 """The nonzeros layout: a weight stored by its nonzero values and their 16-bit columns, for fp32 on the CPU.
 
-W [o, i] is cut into row blocks of NB rows and nK K-blocks of Kb columns. One row's part of one K-block is a
-segment; the segments of a block are sorted by their number of nonzeros, which makes the kernel's trip counts
-predictable.
-
-    values    float32 [nnz]                  the nonzeros by (row block, K-block, segment)
-    columns   int16   [nnz]                  column within the K-block
-    order     int16   [o * nK]               the row within the row block that a segment belongs to
-    counts    int16   [o * nK]               number of nonzeros of a segment
-    blocks    int64   [4 + blocks + 1]       o, i, NB, Kb; then where each block begins in values and columns
+Its tensors are those of `kernels.native.segments`, where `blocks` holds o, i, NB, Kb before the starts.
 
 Kb is chosen for the number of tokens the site is tuned for; the result is right for any number. Few tensors and fewer
 integers: at a call each costs 0.1 to 0.4 us, which small linears feel.
@@ -23,6 +15,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from fxprune.kernels import native
+from fxprune.kernels.native import segments
 
 from .site import Packed, Site, Verdict
 
@@ -79,25 +72,8 @@ class Nonzeros:
         weight = site.weight.detach().contiguous()
         o, i = weight.shape
         rows, k_block = _row_block(o), _k_block(weight, site.tokens)
-        k_blocks = -(-i // k_block)
-        column = torch.arange(k_block, dtype=torch.int16)
-        parts: dict[str, list[Tensor]] = {"values": [], "columns": [], "order": [], "counts": [], "sizes": []}
-        # Row block by row block, so that temporaries stay small beside the weight.
-        for block in weight.split(rows):
-            padded = torch.nn.functional.pad(block, (0, k_blocks * k_block - i))
-            segments = padded.view(len(block), k_blocks, k_block).transpose(0, 1)
-            counts = (segments.view(torch.int32) != 0).sum(-1)
-            counts, order = counts.sort(dim=1, stable=True)
-            segments = segments.take_along_dim(order.unsqueeze(-1), 1)
-            kept = segments.view(torch.int32) != 0
-            parts["values"].append(segments[kept])
-            parts["columns"].append(column.expand_as(kept)[kept])
-            parts["order"].append(order.to(torch.int16).flatten())
-            parts["counts"].append(counts.to(torch.int16).flatten())
-            parts["sizes"].append(counts.sum(1))
-        tensors = {name: torch.cat(part) for name, part in parts.items()}
-        geometry = torch.tensor([o, i, rows, k_block, 0])
-        tensors["blocks"] = torch.cat([geometry, tensors.pop("sizes").cumsum(0)])
+        tensors = segments.pack(weight, rows, k_block)._asdict()
+        tensors["blocks"] = torch.cat([torch.tensor([o, i, rows, k_block]), tensors.pop("starts")])
         return Packed(self.name, (o, i), tensors)
 
     def unpack(self, packed: Packed) -> Tensor:

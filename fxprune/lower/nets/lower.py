@@ -1,0 +1,263 @@
+"""lower: regions of a folded program become calls of fxprune::conv_net."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from fxprune.graph.compat import symbol_hint
+from fxprune.graph.program import Program, fetch, owner
+from fxprune.kernels.native import net, segments
+from fxprune.kernels.native.net import Finish, Step
+
+from ..layouts.site import LEAST_ZEROS
+from .read import Part
+from .regions import Region, regions
+from .tiles import k_block, row_block, tile_for
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class Net:
+    """A region that became a net: where its tensors are, its weights by name and their bytes as stored."""
+
+    name: str
+    nodes: dict[str, str]
+    bytes: dict[str, int]
+
+
+def lower_nets(program: Program, names: Collection[str]) -> list[Net]:
+    """Puts a call in place of each region in which weights of `names` have zeros enough, in place."""
+    found = []
+    for region in regions(program.graph):
+        if _pays(program, region, names):
+            found.append(_Builder(program, region).build())
+    return found
+
+
+def _pays(program: Program, region: Region, names: Collection[str]) -> bool:
+    """Whether the convolutions have enough zeros, each weighed by its work."""
+    work = kept = 0.0
+    for node, part in region.parts.items():
+        if part.kind == "conv" and part.weight is not None:
+            weight = fetch(program, str(part.weight.target))
+            places = _hint(node.meta["val"].shape[2]) * _hint(node.meta["val"].shape[3])
+            work += weight.numel() * places
+            kept += int(torch.count_nonzero(weight)) * places
+    chosen = any(part.weight is not None and str(part.weight.target) in names for part in region.parts.values())
+    return chosen and 1 - kept / work >= LEAST_ZEROS
+
+
+def _hint(size: Any) -> int:
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression.subs({s: symbol_hint(size.node.shape_env, s) for s in expression.free_symbols}))
+
+
+def _tile(node: Node) -> int:
+    return tile_for(*(_hint(size) for size in node.meta["val"].shape[2:]))
+
+
+class _Builder:
+    """Writes the steps of one region, packs its weights, and puts the call into the graph."""
+
+    def __init__(self, program: Program, region: Region) -> None:
+        self.program, self.region = program, region
+        self.steps: list[Step] = []
+        self.value: dict[Node, int] = {}
+        self.packed: list[segments.Segments] = []
+        self.dense: list[Tensor] = []
+        self.at = {"values": 0, "segments": 0, "starts": 0, "dense": 0}
+        self.where: dict[str, str] = {}
+        self.bytes: dict[str, int] = {}
+        self.ends = self._fusions()
+
+    def _fusions(self) -> dict[Node, list[Node]]:
+        """For the node that a convolution's sums end in: the convolution and what follows it in its epilogue."""
+        parts, ends, taken = self.region.parts, {}, set()
+        order = {node: number for number, node in enumerate(parts)}
+        for node, part in reversed(parts.items()):
+            if part.kind not in ("conv", "depthwise"):
+                continue
+            chain = [node]
+            while True:
+                following = self._next(chain, order, taken)
+                if following is None:
+                    break
+                chain.append(following)
+            taken.update(chain)
+            ends[chain[-1]] = chain
+        return ends
+
+    def _next(self, chain: list[Node], order: dict[Node, int], taken: set[Node]) -> Node | None:
+        """What alone reads the end of the chain and can be computed with it: an activation, a residual, or both."""
+        last, parts = chain[-1], self.region.parts
+        user = next(iter(last.users), None)
+        if len(last.users) != 1 or user not in parts or user in taken:
+            return None
+        kinds = [parts[node].kind for node in chain[1:]]
+        if parts[user].kind == "activate" and kinds in ([], ["add"]):
+            return user
+        if parts[user].kind != "add" or kinds not in ([], ["activate"]) or len(set(parts[user].maps)) < 2:
+            return None
+        (other,) = [source for source in parts[user].maps if source is not last]
+        whole = [source.meta["val"].shape[2:] for source in parts[user].maps]
+        # What is added must be there; of two convolutions that are added the later one adds.
+        if whole[0] != whole[1] or (other in order and order[other] > order[chain[0]] and _is_conv(parts[other])):
+            return None
+        return user
+
+    def build(self) -> Net:
+        """The region as a net."""
+        inside = {node for chain in self.ends.values() for node in chain}
+        for number, node in enumerate(self.region.inputs):
+            self.value[node] = self._add(net.Enter(number, _tile(node)))
+        for node, part in self.region.parts.items():
+            if node in self.ends:
+                self.value[node] = self._convolve(self.ends[node])
+            elif node not in inside:
+                self.value[node] = self._add(self._step(node, part))
+        last = [_is_channels_last(node.meta["val"]) for node in self.region.outputs]
+        for node, as_last in zip(self.region.outputs, last, strict=True):
+            self._add(net.Exit(self.value[node], as_last))
+        return self._store(last)
+
+    def _add(self, step: Step) -> int:
+        self.steps.append(step)
+        return len(self.steps) - 1
+
+    def _step(self, node: Node, part: Part) -> Step:
+        x, *others = (self.value[source] for source in part.maps)
+        match part.kind:
+            case "add":
+                return net.Add(x, others[0])
+            case "multiply":
+                return net.Multiply(x, others[0])
+            case "activate":
+                return net.Activate(x, part.finish)
+            case "concat":
+                return net.Concat((x, *others))
+            case "global mean":
+                return net.Mean(x)
+            case kind:
+                return net.Pool(kind, x, part.taps, _tile(node))
+
+    def _convolve(self, chain: list[Node]) -> int:
+        conv, *rest = chain
+        parts = self.region.parts
+        finish, residual, seen = Finish(), -1, conv
+        for node in rest:
+            if parts[node].kind == "activate":
+                finish = parts[node].finish
+            else:
+                (other,) = [source for source in parts[node].maps if source is not seen]
+                residual = self.value[other]
+            seen = node
+        kinds = [parts[node].kind for node in rest]
+        finish = dataclasses.replace(finish, adds_last=kinds == ["activate", "add"])
+        part, tile = parts[conv], _tile(conv)
+        weight = self._weight(part)
+        bias = -1 if part.bias is None else self._put_dense(fetch(self.program, str(part.bias.target)))
+        x = self.value[part.maps[0]]
+        if part.kind == "depthwise":
+            at = self._put_dense(weight.flatten())
+            return self._add(net.Depthwise(x, len(weight), part.taps, residual, at, bias, finish, tile))
+        rows, channels = weight.shape[:2]
+        blocks = row_block(rows), k_block(part.taps, tile, channels)
+        where = self._put(net.pack(weight, part.taps, tile, *blocks), conv, part)
+        return self._add(net.Conv(x, rows, channels, part.taps, *blocks, residual, *where, bias, finish, tile))
+
+    def _weight(self, part: Part) -> Tensor:
+        """The weight [o, i, kh, kw]; of a convolution by groups with the zeros between its groups."""
+        assert part.weight is not None
+        weight = fetch(self.program, str(part.weight.target))
+        channels = part.maps[0].meta["val"].shape[1]
+        groups = channels // weight.shape[1]
+        if part.kind == "depthwise" or groups == 1:
+            return weight
+        blocks = weight.reshape(groups, -1, *weight.shape[1:])
+        whole = weight.new_zeros(groups, blocks.shape[1], groups, *weight.shape[1:])
+        each = torch.arange(groups)
+        whole[each, :, each] = blocks
+        return whole.reshape(len(weight), channels, *weight.shape[2:])
+
+    def _put(self, packed: segments.Segments, conv: Node, part: Part) -> tuple[int, int, int]:
+        place = self.at["values"], self.at["segments"], self.at["starts"]
+        self.packed.append(packed)
+        self.at["values"] += packed.values.numel()
+        self.at["segments"] += packed.order.numel()
+        self.at["starts"] += packed.starts.numel()
+        name = str(part.weight.target)  # pyright: ignore[reportOptionalMemberAccess]
+        self.where[name] = conv.name
+        self.bytes[name] = sum(t.numel() * t.element_size() for t in packed)
+        return place
+
+    def _put_dense(self, values: Tensor) -> int:
+        at = self.at["dense"]
+        self.dense.append(values.contiguous())
+        self.at["dense"] += values.numel()
+        return at
+
+    def _store(self, last: list[bool]) -> Net:
+        tensors = {key: torch.cat(parts) for key, parts in zip(segments.Segments._fields, zip(*self.packed))}
+        tensors["dense"] = torch.cat(self.dense) if self.dense else torch.zeros(0)
+        name = next(iter(self.where))
+        holder = _hold(self.program, f"{name.rpartition('.')[0]}.in_lanes".lstrip("."), tensors)
+        graph, region = self.program.graph, self.region
+        first, *_ = [node for node in graph.nodes if node in region.parts]
+        place = {node: number for number, node in enumerate(graph.nodes)}
+        before = max([*region.inputs, first.prev], key=place.__getitem__).next
+        while before.op == "placeholder":
+            before = before.next
+        with graph.inserting_before(before):
+            operands = [graph.get_attr(f"{holder}.{key}") for key in tensors]
+            call = graph.call_function(
+                torch.ops.fxprune.conv_net.default, (list(region.inputs), *operands, net.encode(self.steps))
+            )
+            results = []
+            for number, (node, as_last) in enumerate(zip(region.outputs, last, strict=True)):
+                result = graph.call_function(operator.getitem, (call, number))
+                if as_last:
+                    result = graph.call_function(aten.permute.default, (result, [0, 3, 1, 2]))
+                result.meta = {**node.meta}
+                results.append(result)
+        call.meta = {**region.outputs[0].meta, "val": [node.meta["val"] for node in region.outputs]}
+        for node, result in zip(region.outputs, results, strict=True):
+            node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in region.parts)
+        for node in reversed(region.parts):
+            graph.erase_node(node)
+        return Net(holder, self.where, self.bytes)
+
+
+def _is_conv(part: Part) -> bool:
+    return part.kind in ("conv", "depthwise")
+
+
+def _is_channels_last(value: Tensor) -> bool:
+    """Whether the channels of each place stand side by side, and not because there is one place only."""
+    is_one = all(isinstance(size, int) and size == 1 for size in value.shape[2:])
+    stride = value.stride()
+    return not is_one and isinstance(stride[1], int) and stride[1] == 1 and value.shape[1] > 1
+
+
+def _hold(program: Program, name: str, tensors: dict[str, Tensor]) -> str:
+    """Registers tensors as buffers of a new module of the program; returns the module's name."""
+    module, leaf = owner(program, name)
+    taken, number = {*module._modules, *module._parameters, *module._buffers}, 0
+    free = leaf
+    while free in taken:
+        number += 1
+        free = f"{leaf}_{number}"
+    holder = nn.Module()
+    for key, tensor in tensors.items():
+        holder.register_buffer(key, tensor)
+    module.add_module(free, holder)
+    return f"{name.rpartition('.')[0]}.{free}".lstrip(".")

@@ -1,0 +1,335 @@
+"""conv_net: every step against plain torch, for odd sizes, batches and kernels; and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fxprune.errors import InputError
+from fxprune.kernels import native
+from fxprune.kernels.native import net
+from fxprune.kernels.native.net import Finish, Step, Taps
+from fxprune.kernels.native.segments import Segments
+
+needs_kernel = pytest.mark.skipif(not native.status().available, reason="needs a C++ compiler")
+op = torch.ops.fxprune.conv_net.default
+FINISHES = [
+    Finish(),
+    Finish("relu"),
+    Finish("relu", -1.0, 0.5),
+    *(Finish(name) for name in net.ACTIVATIONS if name not in ("", "relu")),
+]
+
+
+@dataclasses.dataclass
+class Made:
+    """A net with its weights, and the shape [c, h, w] of each of its values."""
+
+    generator: torch.Generator
+    steps: list[Step] = dataclasses.field(default_factory=list)
+    shapes: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
+    packed: list[Segments] = dataclasses.field(default_factory=list)
+    dense: list[Tensor] = dataclasses.field(default_factory=list)
+
+    def random(self, *size: int) -> Tensor:
+        return torch.randn(size, generator=self.generator)
+
+    def add(self, step: Step, shape: tuple[int, int, int]) -> int:
+        self.steps.append(step)
+        self.shapes.append(shape)
+        return len(self.steps) - 1
+
+    def put_dense(self, values: Tensor) -> int:
+        self.dense.append(values.flatten())
+        return sum(each.numel() for each in self.dense[:-1])
+
+    def conv(
+        self, x: int, rows: int, taps: Taps, *, zeros: float = 0.6, blocks: tuple[int, int] = (4, 3), bias: bool = True,
+        **more: Any,
+    ) -> int:  # fmt: skip
+        channels, *size = self.shapes[x]
+        weight = self.random(rows, channels, *taps.kernel)
+        weight[torch.rand(weight.shape, generator=self.generator) < zeros] = 0.0
+        tile = more.setdefault("tile", 4)
+        packed = net.pack(weight, taps, tile, *blocks)
+        where = [sum(field(p).numel() for p in self.packed) for field in (_values, _order, _starts)]
+        self.packed.append(packed)
+        at = self.put_dense(self.random(rows)) if bias else -1
+        step = net.Conv(
+            x, rows, channels, taps, *blocks, first_value=where[0], first_segment=where[1], first_start=where[2],
+            bias=at, **more,
+        )  # fmt: skip
+        return self.add(step, (rows, *taps.out(size)))
+
+    def depthwise(self, x: int, taps: Taps, **more: Any) -> int:
+        channels, *size = self.shapes[x]
+        at, bias = self.put_dense(self.random(channels, *taps.kernel)), self.put_dense(self.random(channels))
+        step = net.Depthwise(x, channels, taps, weight=at, bias=bias, **more)
+        return self.add(step, (channels, *taps.out(size)))
+
+    def arguments(self, inputs: list[Tensor]) -> tuple[Any, ...]:
+        empty = Segments(torch.zeros(0), *(torch.zeros(0, dtype=torch.int16),) * 3, torch.zeros(0, dtype=torch.int64))
+        tensors = [torch.cat(parts) for parts in zip(*(self.packed or [empty]))]
+        dense = torch.cat(self.dense) if self.dense else torch.zeros(0)
+        return inputs, *tensors, dense, net.encode(self.steps)
+
+
+def _values(packed: Segments) -> Tensor:
+    return packed.values
+
+
+def _order(packed: Segments) -> Tensor:
+    return packed.order
+
+
+def _starts(packed: Segments) -> Tensor:
+    return packed.starts
+
+
+def started(channels: int, height: int, width: int, tile: int = 4, seed: int = 0) -> Made:
+    made = Made(torch.Generator().manual_seed(seed))
+    made.add(net.Enter(0, tile), (channels, height, width))
+    return made
+
+
+def agrees(made: Made, inputs: list[Tensor]) -> None:
+    arguments = made.arguments(inputs)
+    got, wanted = op(*arguments), net.conv_net_reference(*arguments)
+    assert len(got) == len(wanted)
+    for a, b in zip(got, wanted):
+        assert a.shape == b.shape and a.stride() == b.stride()
+        # Sums of a few hundred products, through a few steps.
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5 * max(1.0, float(b.abs().max()) if b.numel() else 1.0))
+
+
+small = st.integers(1, 4)
+
+
+@st.composite
+def any_taps(draw: st.DrawFn, height: int, width: int) -> Taps:
+    kernel = draw(small), draw(small)
+    dilation = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    padding = tuple(draw(st.integers(0, 3)) for _ in range(4))
+    reach = [step * (k - 1) + 1 for step, k in zip(dilation, kernel)]
+    fits = height + padding[0] + padding[1] >= reach[0] and width + padding[2] + padding[3] >= reach[1]
+    if not fits:
+        return Taps(stride=(draw(small), draw(small)))
+    return Taps(kernel, (draw(small), draw(small)), padding, dilation)  # pyright: ignore[reportArgumentType]
+
+
+@needs_kernel
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_nets_compute_what_plain_torch_does(data: st.DataObject) -> None:
+    draw = data.draw
+    tile = st.sampled_from(net.TILES)
+    size = draw(st.integers(1, 20)), draw(st.integers(1, 20))
+    made = started(draw(small), *size, draw(tile), draw(st.integers(0, 1000)))
+    kinds = ["conv", "conv", "depthwise", "pool", "add", "multiply", "activate", "concat", "mean"]
+    for _ in range(draw(st.integers(1, 7))):
+        x = draw(st.integers(0, len(made.steps) - 1))
+        shape = made.shapes[x]
+        alike = [v for v, other in enumerate(made.shapes) if other == shape]
+        finish = draw(st.sampled_from(FINISHES))
+        match draw(st.sampled_from(kinds)):
+            case "conv" | "depthwise" as kind:
+                taps = draw(any_taps(*shape[1:]))
+                rows = draw(st.integers(1, 9)) if kind == "conv" else shape[0]
+                out = (rows, *taps.out(shape[1:]))
+                others = [-1, *(v for v, other in enumerate(made.shapes) if other == out)]
+                residual, last = draw(st.sampled_from(others)), draw(st.booleans())
+                more: dict[str, Any] = {"residual": residual, "tile": draw(tile)}
+                more["finish"] = dataclasses.replace(finish, adds_last=last)
+                if kind == "conv":
+                    blocks = draw(st.integers(1, 9)), draw(st.integers(1, 5))
+                    zeros = draw(st.sampled_from([0.0, 0.7, 1.0]))
+                    made.conv(x, rows, taps, zeros=zeros, blocks=blocks, bias=draw(st.booleans()), **more)
+                else:
+                    made.depthwise(x, taps, **more)
+            case "pool":
+                kind, taps = draw(st.sampled_from(net.POOLS)), draw(any_taps(*shape[1:]))
+                if kind != "max":
+                    taps = dataclasses.replace(taps, dilation=(1, 1))
+                around = max(taps.padding) < min(taps.kernel)  # else a window may hold no pixel
+                if around and min(taps.out(shape[1:])) >= 1:
+                    made.add(net.Pool(kind, x, taps, draw(tile)), (shape[0], *taps.out(shape[1:])))
+            case "add":
+                made.add(net.Add(x, draw(st.sampled_from(alike)), finish), shape)
+            case "multiply":
+                ones = [v for v, other in enumerate(made.shapes) if other == (shape[0], 1, 1)]
+                made.add(net.Multiply(x, draw(st.sampled_from([*alike, *ones])), finish), shape)
+            case "activate":
+                made.add(net.Activate(x, finish), shape)
+            case "concat":
+                same = [v for v, other in enumerate(made.shapes) if other[1:] == shape[1:]]
+                parts = [x, *draw(st.lists(st.sampled_from(same), max_size=3))]
+                made.add(net.Concat(tuple(parts)), (sum(made.shapes[v][0] for v in parts), *shape[1:]))
+            case _:
+                made.add(net.Mean(x), (shape[0], 1, 1))
+    last = len(made.steps) - 1
+    for x in {last, draw(st.integers(0, last))}:
+        made.steps.append(net.Exit(x, draw(st.booleans())))
+    images = draw(st.sampled_from([1, 1, 2, 3, 5, 17]))
+    x = made.random(images, *made.shapes[0])
+    if draw(st.booleans()):
+        x = x.to(memory_format=torch.channels_last)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(draw(st.sampled_from([1, 2, 3])))
+        agrees(made, [x])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_packing_is_undone_bit_for_bit(data: st.DataObject) -> None:
+    draw = data.draw
+    taps = draw(any_taps(9, 9))
+    rows, channels, blocks = draw(st.integers(1, 20)), draw(st.integers(1, 9)), (draw(small), draw(small))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    weight = torch.randn(rows, channels, *taps.kernel, generator=generator)
+    weight[torch.rand(weight.shape, generator=generator) < 0.5] = 0.0
+    weight[0, 0, 0, 0] = -0.0
+    tile = draw(st.sampled_from(net.TILES))
+    back = net.unpack(net.pack(weight, taps, tile, *blocks), (rows, channels), taps, tile, *blocks)
+    assert torch.equal(back.view(torch.int32), weight.view(torch.int32))
+
+
+def small_net(seed: int = 0) -> Made:
+    made = started(3, 11, 13, seed=seed)
+    x = made.conv(0, 8, Taps((3, 3), padding=(1, 1, 1, 1)), finish=Finish("relu"))
+    made.conv(x, 8, Taps((3, 3), padding=(1, 1, 1, 1)), residual=x)
+    made.steps.append(net.Exit(2))
+    return made
+
+
+def test_a_program_is_read_as_it_was_written() -> None:
+    made = small_net()
+    made.steps += [
+        net.Depthwise(
+            1, 8, Taps((1, 3), (2, 1), (0, 0, 1, 1), (1, 2)), 2, 5, -1, Finish("hardswish", adds_last=True), 8
+        ),
+        net.Pool("mean inside", 1, Taps((2, 2), (2, 2)), 1),
+        net.Add(1, 2, Finish("relu", -math.inf, 6.0)),
+        net.Multiply(1, 2),
+        net.Activate(1, Finish("silu")),
+        net.Concat((1, 2)),
+        net.Mean(1),
+        net.Exit(1, True),
+    ]
+    assert net.decode(net.encode(made.steps)) == made.steps
+
+
+@needs_kernel
+def test_strided_inputs_no_images_and_other_shapes() -> None:
+    made = small_net()
+    x = made.random(2, 3, 11, 26)[..., ::2]
+    assert not x.is_contiguous()
+    agrees(made, [x])
+    agrees(made, [made.random(0, 3, 11, 13)])
+    for size in ((1, 3, 30, 2), (4, 3, 1, 1), (16, 3, 3, 5)):
+        agrees(made, [made.random(*size)])
+
+
+@needs_kernel
+@pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
+def test_a_pixel_that_is_no_number_reaches_what_reads_it(special: float) -> None:
+    """A pruned weight is not multiplied: 0 * inf is left out, where dense arithmetic has nan."""
+    made = started(2, 9, 9)
+    made.conv(0, 4, Taps((3, 3), padding=(1, 1, 1, 1)), zeros=0.0)
+    made.add(net.Pool("max", 1, Taps((3, 3), (2, 2), (1, 1, 1, 1))), (4, 5, 5))
+    made.steps += [net.Exit(1), net.Exit(2)]
+    x = made.random(1, 2, 9, 9)
+    x[0, 0, 4, 4] = special
+    arguments = made.arguments([x])
+    for got, wanted in zip(op(*arguments), net.conv_net_reference(*arguments)):
+        torch.testing.assert_close(got, wanted, equal_nan=True)
+    clean = op(*made.arguments([made.random(1, 2, 9, 9)]))
+    assert all(bool(result.isfinite().all()) for result in clean), "what one call left is in the next"
+
+
+@needs_kernel
+def test_two_threads_call_at_once() -> None:
+    nets = [small_net(seed) for seed in range(2)]
+    inputs = [[made.random(size, 3, 11, 13) for size in (1, 2, 1, 3)] for made in nets]
+    failed: list[BaseException] = []
+
+    def work(made: Made, mine: list[Tensor]) -> None:
+        try:
+            for x in mine * 5:
+                agrees(made, [x])
+        except BaseException as error:
+            failed.append(error)
+
+    workers = [threading.Thread(target=work, args=pair) for pair in zip(nets, inputs)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failed, failed
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda p: [2, *p[1:]], "another version"),
+        (lambda p: p[:-1], "ends too early"),
+        (lambda p: [*p, 1], "goes on after"),
+        (lambda p: [*p[:2], 0, 5, *p[4:]], "no kernel has such tiles"),
+        (lambda p: [*p[:6], 77, *p[7:]], "unknown step|out of range"),
+        (lambda p: [*p[:9], 3, *p[10:]], "out of range"),
+        (lambda p: [*p[:11], 9, *p[12:]], "other channels"),
+        (lambda p: [*p[:12], 4, *p[13:]], "other channels"),
+    ],
+)
+def test_a_program_that_is_wrong_is_refused(change: Any, words: str) -> None:
+    made = small_net()
+    *operands, program = made.arguments([made.random(1, 3, 11, 13)])
+    with pytest.raises(RuntimeError, match=words):
+        op(*operands, change(program))
+
+
+@needs_kernel
+def test_operands_that_are_wrong_are_refused() -> None:
+    made = small_net()
+    x = made.random(1, 3, 11, 13)
+    inputs, *packed, program = made.arguments([x])
+    for wrong in ([x.double()], [x[0]], []):
+        with pytest.raises((RuntimeError, IndexError)):
+            op(wrong, *packed, program)
+    with pytest.raises(RuntimeError, match="nonzeros are not there"):
+        op(inputs, packed[0][:-1], packed[1][:-1], *packed[2:], program)
+    with pytest.raises(RuntimeError, match="bias is not there"):
+        op(inputs, *packed[:-1], packed[-1][:-1], program)
+    with pytest.raises(RuntimeError, match="larger than its input"):
+        large = started(3, 2, 2)
+        large.conv(0, 2, Taps((3, 3)))
+        large.steps.append(net.Exit(1))
+        op(*large.arguments([made.random(1, 3, 2, 2)]))
+
+
+def test_the_reference_refuses_what_is_no_program() -> None:
+    for program in ([], [2, 0], [1, 1, 99, 1, 0], [1, 1, 0, 1, 3, 0], [1, 1, 0, 1, 1, 0, 5]):
+        with pytest.raises(InputError, match="cannot read"):
+            net.decode(program)
+
+
+def test_shapes_are_those_of_the_results() -> None:
+    made = small_net()
+    made.steps.append(net.Exit(1, True))
+    x = made.random(2, 3, 11, 13)
+    arguments = made.arguments([x])
+    results = net.conv_net_reference(*arguments)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = op([mode.from_tensor(x)], *arguments[1:])
+    assert [(f.shape, f.stride()) for f in fake] == [(r.shape, r.stride()) for r in results]

@@ -1,0 +1,284 @@
+"""Convolutions that are computed in one call: which parts of a graph become a net, and that the net is right."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxprune
+from fxprune import Plan, Rule, Unstructured
+from fxprune.kernels import native
+
+op = torch.ops.fxprune.conv_net.default
+needs_kernel = pytest.mark.skipif(not native.status().available, reason="needs a C++ compiler")
+
+
+def conv(i: int, o: int, k: int = 3, **more: object) -> nn.Conv2d:
+    return nn.Conv2d(i, o, k, padding=more.pop("padding", k // 2), **more)  # pyright: ignore
+
+
+class Model(nn.Module):
+    """Layers by name and a function of them and the input."""
+
+    def __init__(self, run: Callable[..., Tensor], **layers: nn.Module) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(
+        conv(3, 16, stride=2), nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1), conv(16, 24),
+        nn.SiLU(), nn.AvgPool2d(2), conv(24, 8, 1), nn.ReLU6(),
+    )  # fmt: skip
+
+
+def residual() -> nn.Module:
+    def run(m: Model, x: Tensor) -> Tensor:
+        x = F.relu(m.a(x))
+        y = m.c(F.relu_(m.b(x)))
+        y += m.d(x)
+        y = F.relu_(y)
+        return F.hardswish(m.e(y)) + y
+
+    return Model(
+        run, a=conv(3, 16), b=conv(16, 16, stride=2), c=conv(16, 24), d=conv(16, 24, 1, stride=2), e=conv(24, 24)
+    )
+
+
+def inverted() -> nn.Module:
+    def run(m: Model, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        y = F.hardtanh(m.wide(x), 0.0, 6.0)
+        return x + m.narrow(F.hardtanh(m.depth(y), 0.0, 6.0))
+
+    wide = {"wide": conv(8, 24, 1), "depth": conv(24, 24, groups=24), "narrow": conv(24, 8, 1)}
+    return Model(run, stem=conv(3, 8, stride=2), **wide)
+
+
+def squeezed() -> nn.Module:
+    def run(m: Model, x: Tensor) -> Tensor:
+        y = F.silu(m.a(x))
+        s = F.relu(m.down(F.adaptive_avg_pool2d(y, 1)))
+        return m.b(y * torch.sigmoid(m.up(s)))
+
+    return Model(run, a=conv(3, 16), down=conv(16, 8, 1), up=conv(8, 16, 1), b=conv(16, 8, 5))
+
+
+def dense() -> nn.Module:
+    def run(m: Model, x: Tensor) -> Tensor:
+        a = m.a(x)
+        b = torch.cat([a, F.relu(m.b(a))], 1)
+        c = torch.cat([b, F.gelu(m.c(b)), a], 1)
+        return m.d(F.max_pool2d(c, 2, 2, ceil_mode=True)).mean((2, 3))
+
+    return Model(run, a=conv(3, 8), b=conv(8, 4), c=conv(12, 4, 1), d=conv(24, 8, dilation=2, padding=2))
+
+
+def grouped() -> nn.Module:
+    return nn.Sequential(conv(4, 16), nn.ReLU(), conv(16, 24, groups=4, bias=False), nn.Hardswish(), conv(24, 6, 1))
+
+
+def same() -> nn.Module:
+    strips = nn.Conv2d(8, 8, (1, 4), padding="same"), nn.Conv2d(8, 8, (3, 1), padding="valid", stride=(2, 3))
+    return nn.Sequential(conv(3, 8), *strips)
+
+
+MODELS = [plain, residual, inverted, squeezed, dense, grouped, same]
+
+
+def pruned(model: nn.Module, amount: float = 0.8) -> nn.Module:
+    """The model with the zeros that the plan of `result_of` makes."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            torch.nn.utils.prune.l1_unstructured(module, "weight", amount)
+            torch.nn.utils.prune.remove(module, "weight")
+    return model
+
+
+def result_of(model: nn.Module, x: Tensor, amount: float = 0.8, layout: str | None = "nonzeros") -> nn.Module:
+    torch._dynamo.reset()
+    plan = Plan([Rule("*", Unstructured(amount))])
+    options = {"layout": layout, "compile": False, "measure": False}
+    return fxprune.transform(model, plan, (x,), options=options, progress=False)
+
+
+def nets(result: nn.Module) -> list[torch.fx.Node]:
+    return [node for node in result.graph.nodes if node.target is op]  # pyright: ignore
+
+
+def left(result: nn.Module) -> list[str]:
+    return [str(n.target) for n in result.graph.nodes if n.op == "call_function" and "aten" in str(n.target)]  # pyright: ignore
+
+
+@needs_kernel
+@pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
+def test_a_model_becomes_one_net(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    x = torch.randn(2, channels, 17, 21)
+    result = result_of(model, x)
+    assert len(nets(result)) == 1 and not any("conv" in name or "relu" in name for name in left(result))
+    wanted = pruned(model)
+    for images in (1, 2, 5, 19):
+        again = torch.randn(images, channels, 17, 21)
+        for each in (again, again.to(memory_format=torch.channels_last)):
+            got, want = result(each), wanted(each)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+            assert got.shape == want.shape
+    assert {row.layout for row in result.report.weights} <= {"nonzeros", "dense"}
+
+
+def two_parts() -> nn.Module:
+    def run(m: Model, x: Tensor) -> Tensor:
+        y = m.b(F.relu(m.a(x))).softmax(1)
+        return m.c(y)
+
+    return Model(run, a=conv(3, 8), b=conv(8, 8), c=conv(8, 8))
+
+
+def around() -> nn.Module:
+    """What the second convolution adds hangs on the first through an op that no net has."""
+
+    def run(m: Model, x: Tensor) -> Tensor:
+        y = m.a(x)
+        return m.b(y) + y.cumsum(2)
+
+    return Model(run, a=conv(3, 8), b=conv(8, 8))
+
+
+def read_before_it_is_written() -> nn.Module:
+    def run(m: Model, x: Tensor) -> Tensor:
+        y = m.a(x)
+        flat = y.flatten(1)
+        z = F.relu_(y)
+        return m.b(z).flatten(1) + flat
+
+    return Model(run, a=conv(8, 8), b=conv(8, 8))
+
+
+def written_outside() -> nn.Module:
+    def run(m: Model, x: Tensor) -> Tensor:
+        x = x * 1.0
+        y = m.a(x)
+        x.cumsum_(2)
+        return m.b(y) + x
+
+    return Model(run, a=conv(8, 8), b=conv(8, 8))
+
+
+def writes_its_input() -> nn.Module:
+    def run(m: Model, x: Tensor) -> Tensor:
+        y = m.a(x)
+        x += 1.0
+        return F.relu_(x * 1.0) + m.b(y)
+
+    return Model(run, a=conv(8, 8), b=conv(8, 8))
+
+
+def twice() -> nn.Module:
+    """One layer for two inputs of a sum, and a map joined with itself."""
+
+    def run(m: Model, x: Tensor) -> Tensor:
+        y = m.a(x)
+        z = m.b(y) + m.b(y)
+        return m.c(torch.cat([z, z, y], 1)) + y + y
+
+    return Model(run, a=conv(3, 8), b=conv(8, 8), c=conv(24, 8))
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("make", "many"),
+    [
+        (two_parts, 2),
+        (around, 1),
+        (read_before_it_is_written, 2),
+        (written_outside, 0),
+        (writes_its_input, 0),
+        (twice, 1),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_what_lies_between_stays_where_it_is(make: Callable[[], nn.Module], many: int) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    x = torch.randn(2, model.a.in_channels, 9, 10)  # pyright: ignore
+    result = result_of(model, x)
+    assert len(nets(result)) == many
+    wanted = pruned(model)
+    for images in (1, 3):
+        again = torch.randn(images, *x.shape[1:])
+        torch.testing.assert_close(result(again.clone()), wanted(again.clone()), rtol=1e-4, atol=1e-5)
+
+
+@needs_kernel
+def test_few_zeros_and_another_layout_make_no_net() -> None:
+    model, x = plain().eval(), torch.randn(1, 3, 32, 32)
+    assert not nets(result_of(model, x, 0.1, "dense")) and not nets(result_of(model, x, 0.1))
+    assert not nets(result_of(model, x, 0.8, "dense"))
+
+
+@needs_kernel
+def test_other_dtypes_and_convolutions_stay() -> None:
+    x = torch.randn(1, 3, 8, 8)
+    assert not nets(result_of(plain().eval().double(), torch.randn(1, 3, 32, 32).double()))
+    up = nn.Sequential(nn.ConvTranspose2d(3, 8, 2, 2), nn.ReLU(), nn.Conv3d(8, 8, 1)).eval()
+    assert not nets(result_of(up[:2].eval(), x))
+
+
+@needs_kernel
+def test_sizes_that_are_not_known_until_the_call() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 8), nn.ReLU(), nn.MaxPool2d(2), conv(8, 8), nn.ReLU6()).eval()
+    height, width = torch.export.Dim("height", min=2), torch.export.Dim("width", min=2)
+    result = fxprune.transform(
+        model, Plan([Rule("*", Unstructured(0.8))]), (torch.randn(2, 3, 16, 24),),
+        dynamic_shapes=({0: torch.export.Dim("batch"), 2: height, 3: width},),
+        options={"layout": "nonzeros", "compile": False, "measure": False}, progress=False,
+    )  # fmt: skip
+    assert len(nets(result)) == 1
+    wanted = pruned(model)
+    for size in ((1, 3, 16, 24), (3, 3, 7, 9), (2, 3, 40, 2), (1, 3, 90, 61)):
+        x = torch.randn(size)
+        torch.testing.assert_close(result(x), wanted(x), rtol=1e-4, atol=1e-5)
+
+
+@needs_kernel
+def test_a_net_is_copied_and_pickled() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 32, 32)
+    result = result_of(plain().eval(), x)
+    want = result(x)
+    assert torch.equal(copy.deepcopy(result)(x), want)
+    file = io.BytesIO()
+    torch.save(result, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), want)
+
+
+@needs_kernel
+def test_compiled_the_result_is_the_same() -> None:
+    torch.manual_seed(0)
+    model, x = residual().eval(), torch.randn(2, 3, 12, 12)
+    torch._dynamo.reset()
+    plan = Plan([Rule("*", Unstructured(0.8))])
+    options = {"layout": "nonzeros", "measure": False}
+    result = fxprune.transform(model, plan, (x,), options=options, progress=False)
+    assert "Inductor" in result.report.compiled
+    wanted = pruned(model)
+    for images in (1, 2, 6):
+        again = torch.randn(images, 3, 12, 12)
+        torch.testing.assert_close(result(again), wanted(again), rtol=1e-4, atol=1e-5)
