@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 ZOO := .venv-zoo
+PEERS := .venv-peers
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALLED_FROM := pyproject.toml constraints.txt Makefile
@@ -11,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # Without bytecode every worker, and every process that a test starts, compiles all of it anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-all lint zoo fuzz mutants accuracy aot clean
+.PHONY: help demo test test-all lint zoo cpu fuzz mutants accuracy aot clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +21,7 @@ help:
 	@echo "make test-all  the same with all tests"
 	@echo "make lint   lint and type check"
 	@echo "make zoo    prune 334 models of four libraries and check each, in about an hour (ARGS='--only timm/*vit*')"
+	@echo "make cpu    pruned models by every CPU runtime that can be had, in hours (ARGS='--models resnet50 --sparsities 0.9')"
 	@echo "make fuzz   prune 20000 random models and check each, in about two hours (ARGS='--cases 500' for minutes)"
 	@echo "make mutants  put small faults into the package, each of which a test must see, in a quarter of an hour (ARGS='--only check/')"
 	@echo "make accuracy  what pruning costs in accuracy, in hours (ARGS='--cases mnist' for minutes)"
@@ -43,6 +45,9 @@ lint: $(VENV)/.test
 zoo: $(ZOO)/.zoo
 	$(ZOO)/bin/python -m benchmarks.zoo $(ARGS)
 
+cpu: $(PEERS)/.peers
+	$(PEERS)/bin/python -m benchmarks.cpu --peers $(ARGS)
+
 # So do these two.
 fuzz: $(VENV)/.test
 	$(BIN)/python -m benchmarks.fuzz $(ARGS)
@@ -57,7 +62,7 @@ aot: $(VENV)/.test
 	$(BIN)/python -m benchmarks.aot $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(ZOO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ZOO) $(PEERS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find fxprune triton_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:
@@ -89,4 +94,13 @@ $(ZOO)/.zoo: $(INSTALLED_FROM)
 		--editable . transformers huggingface_hub pyyaml pillow requests
 	$(ZOO)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps \
 		torchvision timm pytorchcv
+	@touch $@
+
+# The zoo's models and the runtimes that fxprune is measured against. DeepSparse wants an environment of its own.
+$(PEERS)/.peers: $(INSTALLED_FROM)
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable . transformers huggingface_hub pyyaml pillow requests matplotlib onnxruntime onnx onnxscript openvino
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps \
+		torchvision timm
 	@touch $@

@@ -57,12 +57,16 @@ def lower(
     lowered: dict[str, Lowered] = {}
     chosen: list[Chosen] = []
     names = list(names)
+    refused: dict[str, str] = {}
     if chooser.only in (None, "nonzeros"):
-        lowered |= _nets(result, names)
+        lowered |= _nets(result, names, refused, forced=chooser.only is not None)
     for name in names:
         if name in lowered:
             continue
         lowered[name] = _choose(result, name, found.get(name, []), chooser, batches or {}, chosen)
+        if name in refused:
+            choice = dataclasses.replace(lowered[name].choice, why=refused[name], refused={"nonzeros": refused[name]})
+            lowered[name] = dataclasses.replace(lowered[name], choice=choice)
     waiting = groups(result, chosen)
     chosen.clear()
     while waiting:
@@ -74,14 +78,16 @@ def lower(
     return result, [lowered[name] for name in names]
 
 
-def _nets(program: Program, names: Sequence[str]) -> dict[str, Lowered]:
-    """What became of the weights that went into nets."""
+def _nets(program: Program, names: Sequence[str], refused: dict[str, str], *, forced: bool) -> dict[str, Lowered]:
+    """What became of the weights that went into nets; `refused` gets what did not, and why."""
     sizes = {name: fetch(program, name).nbytes for name in names}
     lowered = {}
-    for made in lower_nets(program, names):
+    for made in lower_nets(program, names, forced=forced):
         for name in (name for name in names if name in made.nodes):
-            why = f"one of {len(made.nodes)} convolutions that are computed in one call"
-            choice = Choice("nonzeros", why, {}, ())
+            if not made.is_net:
+                refused[name] = made.why
+                continue
+            choice = Choice("nonzeros", made.why, {}, ())
             lowered[name] = Lowered(name, (made.nodes[name],), choice, sizes[name], made.bytes[name])
     return lowered
 

@@ -290,6 +290,8 @@ def test_two_threads_call_at_once() -> None:
         (lambda p: [*p[:9], 3, *p[10:]], "out of range"),
         (lambda p: [*p[:11], 9, *p[12:]], "other channels"),
         (lambda p: [*p[:12], 4, *p[13:]], "other channels"),
+        (lambda p: [*p[:13], 2**30, *p[14:]], "out of range"),
+        (lambda p: [*p[:24], 40000, *p[25:]], "too large for 16-bit"),
     ],
 )
 def test_a_program_that_is_wrong_is_refused(change: Any, words: str) -> None:
@@ -316,6 +318,40 @@ def test_operands_that_are_wrong_are_refused() -> None:
         large.conv(0, 2, Taps((3, 3)))
         large.steps.append(net.Exit(1))
         op(*large.arguments([made.random(1, 3, 2, 2)]))
+
+
+@needs_kernel
+def test_a_residual_that_is_an_output_and_a_mean_with_steps_are_refused() -> None:
+    made = small_net()
+    made.steps[2], made.steps[3] = net.Exit(1), dataclasses.replace(made.steps[2], residual=2)
+    with pytest.raises(RuntimeError, match="a residual is not there"):
+        op(*made.arguments([made.random(1, 3, 11, 13)]))
+    made = small_net()
+    made.steps[3:] = [net.Pool("mean", 2, Taps((2, 2), dilation=(2, 2))), net.Exit(3)]
+    with pytest.raises(RuntimeError, match="a mean has steps"):
+        op(*made.arguments([made.random(1, 3, 11, 13)]))
+
+
+def test_a_block_of_too_many_columns_is_refused() -> None:
+    with pytest.raises(InputError, match="K-block is too large"):
+        net.pack(torch.ones(2, 40000, 1, 1), Taps(), 1, 2, 40000)
+
+
+@needs_kernel
+def test_a_map_of_two_names_is_joined_read_and_written_over() -> None:
+    """What is joined lies in one place, which an activation may take over only if no part of it is read later."""
+    for later in ("part", "residual", "nothing"):
+        made = started(3, 9, 9)
+        a = made.conv(0, 4, Taps((3, 3), padding=(1, 1, 1, 1)))
+        whole = made.add(net.Concat((a, 0)), (7, 9, 9))
+        made.add(net.Concat((whole, a)), (11, 9, 9))
+        above = made.add(net.Activate(whole, Finish("relu")), (7, 9, 9))
+        if later == "part":
+            above = made.conv(a, 7, Taps(), residual=above)
+        elif later == "residual":
+            above = made.conv(a, 7, Taps((3, 3), padding=(1, 1, 1, 1)), residual=whole)
+        made.steps += [net.Exit(above), net.Exit(3)]
+        agrees(made, [made.random(2, 3, 9, 9)])
 
 
 def test_the_reference_refuses_what_is_no_program() -> None:

@@ -66,9 +66,11 @@ struct Reader {
     return value;
   }
   Taps taps() {
+    constexpr int64_t kMost = INT16_MAX;
     Taps t;
-    t.kh = size(), t.kw = size(), t.sh = size(), t.sw = size();
-    t.ph = size(0), t.ph_end = size(0), t.pw = size(0), t.pw_end = size(0), t.dh = size(), t.dw = size();
+    t.kh = size(1, kMost), t.kw = size(1, kMost), t.sh = size(1, kMost), t.sw = size(1, kMost);
+    t.ph = size(0, kMost), t.ph_end = size(0, kMost), t.pw = size(0, kMost), t.pw_end = size(0, kMost);
+    t.dh = size(1, kMost), t.dw = size(1, kMost);
     return t;
   }
   // An activation and its bounds.
@@ -488,12 +490,21 @@ struct Planner {
     require_net(h >= 1 && w >= 1, "a map is empty");
     Map map;
     map.channels = map.all_channels = channels, map.height = h, map.width = w, map.tile = tile, map.grid = grid;
+    fits(map.floats());
     map.storage = storages.size();
     storages.push_back({0, -1, -1, 0});
     plan.maps.push_back(map);
     return plan.maps.size() - 1;
   }
   const Map& at(int64_t map) const { return plan.maps[map]; }
+
+  // Places in a map and in an input are 32-bit numbers. More images at once than one are only tried.
+  struct TooLarge {};
+  void fits(int64_t floats) const {
+    if (floats < INT32_MAX) return;
+    require_net(plan.nb > 1, "a map is too large");
+    throw TooLarge();
+  }
 
   void add_step(std::unique_ptr<Step> step, std::initializer_list<int64_t> reads_of, int64_t writes) {
     const int64_t now = plan.steps.size();
@@ -510,8 +521,8 @@ struct Planner {
     return value_map[value];
   }
 
-  // The map itself, or a copy in this grid and, where `tile` is not 0, this width of tiles.
-  int64_t in_grid(int64_t map, const Grid& grid, int64_t tile) {
+  // By value, for what a grid is part of may move. The map itself, or a copy in this grid and, where `tile` is not 0, this width of tiles.
+  int64_t in_grid(int64_t map, Grid grid, int64_t tile) {
     const Map& m = at(map);
     if (m.grid == grid && (tile == 0 || m.tile == tile)) return map;
     const auto value = std::find(value_map.begin(), value_map.end(), map);
@@ -519,7 +530,7 @@ struct Planner {
     return relay(map, m.height, m.width, tile ? tile : m.tile, grid, 1, 1);
   }
 
-  int64_t relay(int64_t map, int64_t h, int64_t w, int64_t tile, const Grid& grid, int64_t sh, int64_t sw) {
+  int64_t relay(int64_t map, int64_t h, int64_t w, int64_t tile, Grid grid, int64_t sh, int64_t sw) {
     auto step = std::make_unique<Relay>();
     const int64_t to = add_map(at(map).channels, h, w, tile, grid);
     step->from = map, step->to = to, step->channels = at(map).channels, step->sh = sh, step->sw = sw;
@@ -592,7 +603,7 @@ struct Planner {
     auto step = std::make_unique<Enter>();
     step->input = r.size(0, static_cast<int64_t>(inputs.size()) - 1);
     const InputSize& size = step->from = inputs[step->input];
-    require_net(plan.nb * size.channels * size.height * size.width < INT32_MAX, "an input is too large");
+    fits(plan.nb * size.channels * size.height * size.width);
     const Grid grid = grid_of(size.height, size.width, tile, 1, 1, 0, 0, nullptr);
     step->value = add_map(size.channels, size.height, size.width, tile, grid);
     step->tiles = at(step->value).tiles();
@@ -605,7 +616,8 @@ struct Planner {
     auto step = std::make_unique<Conv>();
     const int64_t x = named(r);
     const int64_t residual = r.next();
-    require_net(residual < static_cast<int64_t>(value_map.size()), "a residual is not there yet");
+    require_net(residual < static_cast<int64_t>(value_map.size()) && (residual < 0 || value_map[residual] >= 0),
+                "a residual is not there");
     step->rows = r.size(), step->channels = r.size();
     step->taps = r.taps();
     step->row_block = r.size(1, INT16_MAX), step->k_block = r.size();
@@ -614,7 +626,8 @@ struct Planner {
     step->finish.adds_last = r.size(0, 1);
     require_net(at(x).channels == step->channels, "a convolution has other channels than its input");
     const int64_t places = step->taps.kh * static_cast<int64_t>(step->taps.columns(tile).size());
-    require_net(step->k_block * places <= UINT16_MAX + 1, "a block is too large for 16-bit offsets");
+    require_net(step->k_block <= (UINT16_MAX + 1) / places && step->k_block * step->taps.kh * step->taps.kw <= INT16_MAX,
+                "a block is too large for 16-bit numbers");
     const auto [from, to] = through(x, step->taps, step->rows, tile);
     step->x = from, step->value = to;
     step->residual = residual_for(residual < 0 ? -1 : value_map[residual], to);
@@ -628,7 +641,8 @@ struct Planner {
     auto step = std::make_unique<Depthwise>();
     const int64_t x = named(r);
     const int64_t residual = r.next();
-    require_net(residual < static_cast<int64_t>(value_map.size()), "a residual is not there yet");
+    require_net(residual < static_cast<int64_t>(value_map.size()) && (residual < 0 || value_map[residual] >= 0),
+                "a residual is not there");
     step->channels = r.size();
     step->taps = r.taps();
     step->weight = r.size(0), step->bias = r.size(-1);
@@ -653,6 +667,7 @@ struct Planner {
     const int64_t x = named(r);
     step->taps = r.taps();
     step->channels = at(x).channels;
+    require_net(step->kind == Pool::kMax || (step->taps.dh == 1 && step->taps.dw == 1), "a mean has steps between its taps");
     const auto [from, to] = through(x, step->taps, step->channels, tile);
     step->x = from, step->value = to;
     plan.work += 2.0 * computed(at(to).grid, tile) * step->channels * step->taps.kh * step->taps.kw;
@@ -794,7 +809,11 @@ std::shared_ptr<const Plan> make_plan(const std::vector<int64_t>& program, const
     for (int round = 0; round < kRounds; ++round) {
       auto planner = std::make_unique<Planner>(inputs, images, nb, wishes);
       Reader reader{program};
-      planner->read(reader);
+      try {
+        planner->read(reader);
+      } catch (const Planner::TooLarge&) {
+        break;
+      }
       std::map<int64_t, Grid> wanted = planner->wanted;
       const auto cost = [](const Planner& p) { return p.plan.work * p.plan.passes(); };
       if (!best || cost(*planner) < cost(*best)) best = std::move(planner);

@@ -355,8 +355,9 @@ def _table(taps: Taps, tile: int, k_block: int) -> Tensor:
     """The vector of each (channel, tap) of a K-block, as the bits of a 16-bit integer without sign."""
     offsets, places = torch.tensor(taps.offsets(tile)), taps.places(tile)
     table = torch.arange(k_block).unsqueeze(1) * places + offsets
-    if int(table.max()) > 0xFFFF:
-        raise InputError("a K-block is too large", why=f"{k_block} channels of {places} vectors are over 65536")
+    if int(table.max()) > 0xFFFF or table.numel() > 0x7FFF:
+        why = f"{k_block} channels of {places} vectors and {len(offsets)} taps do not fit 16-bit numbers"
+        raise InputError("a K-block is too large", why=why)
     return table.flatten().to(torch.int16)
 
 

@@ -3,67 +3,68 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from fxprune.graph.compat import symbol_hint
 from fxprune.graph.program import Program, fetch, owner
 from fxprune.kernels.native import net, segments
 from fxprune.kernels.native.net import Finish, Step
 
 from ..layouts.site import LEAST_ZEROS
+from .gain import gain_of, sizes_of
 from .read import Part
 from .regions import Region, regions
 from .tiles import k_block, row_block, tile_for
 
 aten = torch.ops.aten
 
+# A net must beat its ops by this, which compiled are faster than they are one by one.
+MARGIN = 1.3
+
 
 @dataclasses.dataclass(frozen=True)
 class Net:
-    """A region that became a net: where its tensors are, its weights by name and their bytes as stored."""
+    """What became of a region: why, whether it is a net, its weights by name and their bytes as stored."""
 
-    name: str
+    is_net: bool
+    why: str
     nodes: dict[str, str]
     bytes: dict[str, int]
 
 
-def lower_nets(program: Program, names: Collection[str]) -> list[Net]:
-    """Puts a call in place of each region in which weights of `names` have zeros enough, in place."""
+def lower_nets(program: Program, names: Collection[str], *, forced: bool = False) -> list[Net]:
+    """Puts a call in place of each region where it measures faster, in place; `forced` measures nothing.
+
+    Tried are regions in which weights of `names` have zeros enough.
+    """
     found = []
     for region in regions(program.graph):
-        if _pays(program, region, names):
-            found.append(_Builder(program, region).build())
+        if any(part.weight is not None and str(part.weight.target) in names for part in region.parts.values()):
+            zeros = _zeros(program, region)
+            if zeros >= LEAST_ZEROS:
+                found.append(_Builder(program, region).build(forced=forced))
     return found
 
 
-def _pays(program: Program, region: Region, names: Collection[str]) -> bool:
-    """Whether the convolutions have enough zeros, each weighed by its work."""
+def _zeros(program: Program, region: Region) -> float:
+    """The share of zeros in the convolutions' weights, each weighed by its work."""
     work = kept = 0.0
     for node, part in region.parts.items():
         if part.kind == "conv" and part.weight is not None:
             weight = fetch(program, str(part.weight.target))
-            places = _hint(node.meta["val"].shape[2]) * _hint(node.meta["val"].shape[3])
+            places = math.prod(sizes_of(node)[2:])
             work += weight.numel() * places
             kept += int(torch.count_nonzero(weight)) * places
-    chosen = any(part.weight is not None and str(part.weight.target) in names for part in region.parts.values())
-    return chosen and 1 - kept / work >= LEAST_ZEROS
-
-
-def _hint(size: Any) -> int:
-    if isinstance(size, int):
-        return size
-    expression = size.node.expr
-    return int(expression.subs({s: symbol_hint(size.node.shape_env, s) for s in expression.free_symbols}))
+    return 1 - kept / max(work, 1.0)
 
 
 def _tile(node: Node) -> int:
-    return tile_for(*(_hint(size) for size in node.meta["val"].shape[2:]))
+    return tile_for(*sizes_of(node)[2:])
 
 
 class _Builder:
@@ -115,8 +116,8 @@ class _Builder:
             return None
         return user
 
-    def build(self) -> Net:
-        """The region as a net."""
+    def build(self, *, forced: bool) -> Net:
+        """The region as a net, where that is faster than its ops one by one."""
         inside = {node for chain in self.ends.values() for node in chain}
         for number, node in enumerate(self.region.inputs):
             self.value[node] = self._add(net.Enter(number, _tile(node)))
@@ -128,7 +129,18 @@ class _Builder:
         last = [_is_channels_last(node.meta["val"]) for node in self.region.outputs]
         for node, as_last in zip(self.region.outputs, last, strict=True):
             self._add(net.Exit(self.value[node], as_last))
-        return self._store(last)
+        tensors = {key: torch.cat(parts) for key, parts in zip(segments.Segments._fields, zip(*self.packed))}
+        tensors["dense"] = torch.cat(self.dense) if self.dense else torch.zeros(0)
+        together = f"one of {len(self.where)} convolutions in one call" if len(self.where) > 1 else "a call of its own"
+        if forced:
+            self._store(tensors, last)
+            return Net(True, together, self.where, self.bytes)
+        gain = gain_of(self.program, self.region, (*tensors.values(), net.encode(self.steps)))
+        if gain < MARGIN:
+            why = f"{gain:.2f}x its ops one by one, {together}; {MARGIN:.2f}x is asked"
+            return Net(False, why, self.where, self.bytes)
+        self._store(tensors, last)
+        return Net(True, f"{together}, {gain:.2f}x its ops one by one", self.where, self.bytes)
 
     def _add(self, step: Step) -> int:
         self.steps.append(step)
@@ -206,9 +218,7 @@ class _Builder:
         self.at["dense"] += values.numel()
         return at
 
-    def _store(self, last: list[bool]) -> Net:
-        tensors = {key: torch.cat(parts) for key, parts in zip(segments.Segments._fields, zip(*self.packed))}
-        tensors["dense"] = torch.cat(self.dense) if self.dense else torch.zeros(0)
+    def _store(self, tensors: dict[str, Tensor], last: list[bool]) -> None:
         name = next(iter(self.where))
         holder = _hold(self.program, f"{name.rpartition('.')[0]}.in_lanes".lstrip("."), tensors)
         graph, region = self.program.graph, self.region
@@ -234,7 +244,6 @@ class _Builder:
             node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in region.parts)
         for node in reversed(region.parts):
             graph.erase_node(node)
-        return Net(holder, self.where, self.bytes)
 
 
 def _is_conv(part: Part) -> bool:

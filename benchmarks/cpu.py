@@ -1,0 +1,276 @@
+"""Pruned models on this CPU, by every runtime that a user could take instead, in processes that take turns.
+
+    python -m benchmarks.cpu [--models resnet50 minilm-128] [--sparsities 0 0.5 0.9] [--threads 1 2] [--peers]
+                             [--deepsparse .venv-deepsparse/bin/python]
+
+Every runtime has the same weights, zeros included, and one process for each model, sparsity and number of threads.
+None is timed before its output equals the eager model's. Round by round each calls its model for a quarter of a second
+while the others wait; a figure is the median of the rounds' medians, and the ratio has the interval of half the rounds.
+Figures go to results/cpu-<cpu>.json and .png, model by model: rows that are there and are not measured stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import IO, Any
+
+import numpy as np
+from tabulate import tabulate
+from tqdm import tqdm
+
+from benchmarks.cpu_child import RUNTIMES
+from benchmarks.cpu_models import models
+from benchmarks.machine import describe_machine, slug
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
+OURS = "fxprune"
+DENSE = ("eager", "torch.compile", "onnxruntime", "OpenVINO")
+HALF = ("torch bf16", "OpenVINO bf16")
+PEERS = ("onnxruntime", "OpenVINO", "OpenVINO bf16")
+PLAIN = ("eager", "torch.compile", "torch bf16", "sparse CSR", OURS)
+TOLERANCE = {True: 5e-2, False: 2e-4}  # of bfloat16, and of float32
+ROUNDS = 9
+# model -> sparsity -> how many times faster than the best dense runtime in float32
+TARGETS: dict[str, dict[float, float]] = {
+    "minilm-128": {0.5: 1.2, 0.8: 2.4, 0.9: 3.5},
+    "resnet50": {0.5: 1.3, 0.8: 2.3, 0.9: 3.8},
+    **{key: {0.5: 1.2, 0.8: 2.2, 0.9: 3.5} for key in ("resnet18", "vgg16", "unet")},
+    **{key: {0.5: 1.0, 0.8: 1.3, 0.9: 1.6} for key in ("mobilenet_v2", "efficientnet_lite0")},
+}
+
+Row = dict[str, Any]
+
+
+class Runner:
+    """A process that has one runtime; it waits until it is its turn."""
+
+    def __init__(self, command: Sequence[str], threads: int) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        self.answer: dict[str, Any] = self._read()
+
+    def _read(self) -> Any:
+        # A library may print lines of its own before an answer.
+        for line in _pipe(self.process.stdout):
+            if line.startswith(("{", "[")):
+                try:
+                    return json.loads(line)
+                except ValueError:
+                    continue
+        return {"failed": f"its process ended with {self.process.wait()}"}
+
+    def turn(self) -> float:
+        """The median seconds of a call, in one turn."""
+        pipe = _pipe(self.process.stdin)
+        pipe.write("go\n")
+        pipe.flush()
+        return median(self._read())
+
+    def close(self) -> None:
+        """End the process."""
+        _pipe(self.process.stdin).close()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+def _pipe(pipe: IO[str] | None) -> IO[str]:
+    assert pipe is not None
+    return pipe
+
+
+def measure(name: str, sparsity: float, threads: int, given: argparse.Namespace) -> Row:
+    """All runtimes with one model."""
+    row: Row = {"model": name, "sparsity": sparsity, "threads": threads, "seconds": {}, "failed": {}}
+    runners: dict[str, Runner] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for runtime in [*PLAIN, *(PEERS if given.peers else ())]:
+                if given.only and runtime not in (*given.only, OURS, "eager"):
+                    continue
+                command = [sys.executable, "-W", "ignore", "-m", "benchmarks.cpu_child"]
+                _start(runners, row, runtime, [*command, runtime, name, str(sparsity), str(threads), folder], threads)
+            if given.deepsparse and (Path(folder) / "deepsparse.onnx").exists():
+                script = str(ROOT / "benchmarks" / "cpu_deepsparse.py")
+                _start(runners, row, "DeepSparse", [str(given.deepsparse), script, str(threads), folder], threads)
+            _compare(Path(folder), runners, row)
+            rounds: dict[str, list[float]] = {runtime: [] for runtime in runners}
+            for _ in range(given.rounds):
+                for runtime, runner in runners.items():
+                    rounds[runtime].append(runner.turn())
+        finally:
+            for runner in runners.values():
+                runner.close()
+    row["seconds"] = {runtime: median(times) for runtime, times in rounds.items()}
+    row["rounds"] = rounds
+    return row
+
+
+def _start(runners: dict[str, Runner], row: Row, runtime: str, command: Sequence[str], threads: int) -> None:
+    runner = Runner(command, threads)
+    if "failed" in runner.answer:
+        row["failed"][runtime] = runner.answer["failed"]
+        runner.close()
+        return
+    runners[runtime] = runner
+    if runner.answer.get("report"):
+        row["report"] = runner.answer["report"]
+
+
+def _compare(folder: Path, runners: dict[str, Runner], row: Row) -> None:
+    """Drops the runtimes whose outputs are not the eager model's."""
+    wanted = np.load(folder / "eager.npy")
+    row["difference"] = {}
+    for runtime in list(runners):
+        got = np.load(folder / f"{runtime}.npy")
+        same = got.shape == wanted.shape
+        difference = float(np.abs(got - wanted).max() / np.abs(wanted).max()) if same else float("inf")
+        row["difference"][runtime] = difference
+        if not difference <= TOLERANCE[runtime in HALF]:
+            row["failed"][runtime] = f"its output is off by {difference:.1e}"
+            runners.pop(runtime).close()
+
+
+def best(row: Row, kinds: Sequence[str]) -> str | None:
+    """The fastest of these runtimes in a row."""
+    there = [runtime for runtime in kinds if runtime in row["seconds"]]
+    return min(there, key=lambda runtime: row["seconds"][runtime], default=None)
+
+
+def ratio(row: Row, other: str) -> tuple[float, float, float]:
+    """How many times faster fxprune is than another runtime, with the quartiles over the rounds."""
+    rounds = row["rounds"]
+    each = [a / b for a, b in zip(rounds[other], rounds[OURS])]
+    low, _, high = quantiles(each, n=4) if len(each) > 1 else (each[0],) * 3
+    return row["seconds"][other] / row["seconds"][OURS], low, high
+
+
+def format_rows(rows: Sequence[Row]) -> str:
+    """One line a row: milliseconds of each runtime, and how fxprune stands to the best dense one and to DeepSparse."""
+    columns = [name for name in (*RUNTIMES, "DeepSparse") if any(name in row["seconds"] for row in rows)]
+    cells = []
+    for row in rows:
+        times = [f"{1e3 * row['seconds'][name]:.2f}" if name in row["seconds"] else "" for name in columns]
+        dense, half = best(row, DENSE), best(row, HALF)
+        cells.append(
+            [
+                row["model"],
+                row["threads"],
+                f"{row['sparsity']:.0%}",
+                *times,
+                *(_times(row, other) for other in (dense, half, "DeepSparse")),
+            ]
+        )
+    headers = ["model", "threads", "zeros", *columns, "over best dense", "over dense bf16", "over DeepSparse"]
+    return tabulate(cells, headers=headers, disable_numparse=True, stralign="right")
+
+
+def _times(row: Row, other: str | None) -> str:
+    if other is None or other not in row["seconds"] or OURS not in row["seconds"]:
+        return ""
+    return "{:.2f}x [{:.2f}, {:.2f}]".format(*ratio(row, other))
+
+
+def judge(rows: Sequence[Row]) -> list[tuple[str, bool]]:
+    """Each target in words, and whether it was met."""
+    found = []
+    for row in rows:
+        target, dense = TARGETS.get(row["model"], {}).get(row["sparsity"]), best(row, DENSE)
+        if target is not None and dense is not None and OURS in row["seconds"]:
+            reached = ratio(row, dense)[0]
+            label = f"{row['model']}, {row['sparsity']:.0%}, threads {row['threads']}"
+            found.append((f"{label}: {reached:.2f}x of {dense}, wanted {target}x", reached >= target))
+    return found
+
+
+def plot(rows: Sequence[Row], file: Path, title: str) -> bool:
+    """Speed-up over the best dense runtime by sparsity, a panel a model; False where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    importlib.import_module("matplotlib").use("Agg")
+    pyplot = importlib.import_module("matplotlib.pyplot")
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    across = min(3, len(names))
+    size = {"figsize": (4 * across, 3 * -(-len(names) // across)), "dpi": 120, "layout": "constrained"}
+    figure, panels = pyplot.subplots(-(-len(names) // across), across, squeeze=False, **size)
+    for axes, name in zip(panels.flat, names):
+        for threads in sorted({row["threads"] for row in rows}):
+            line = [row for row in rows if row["model"] == name and row["threads"] == threads and best(row, DENSE)]
+            line = sorted((row for row in line if OURS in row["seconds"]), key=lambda row: row["sparsity"])
+            found = [ratio(row, str(best(row, DENSE))) for row in line]
+            x = [100 * row["sparsity"] for row in line]
+            axes.plot(x, [middle for middle, _, _ in found], marker="o", label=f"threads: {threads}")
+            axes.fill_between(x, [low for _, low, _ in found], [high for _, _, high in found], alpha=0.2)
+        axes.axhline(1, color="grey", linewidth=1)
+        axes.set(title=name, xlabel="zeros (%)", ylabel="times faster than the best dense")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(file)
+    return True
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description="Times pruned models on this CPU.")
+    parser.add_argument("--models", nargs="+", default=list(models()), choices=list(models()))
+    parser.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES))
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--peers", action="store_true", help="onnxruntime and OpenVINO, where they are installed")
+    parser.add_argument("--deepsparse", type=Path, help="a Python that has DeepSparse; needs --peers")
+    parser.add_argument("--only", nargs="+", default=[], metavar="RUNTIME", help="these beside fxprune and eager")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
+    parser.add_argument("--no-progress", action="store_true")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, and write the figures; 0 where every target that was measured is met."""
+    given = parse(argv)
+    machine = describe_machine()
+    file = given.results / f"cpu-{slug(machine['cpu'])}.json"
+    kept = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    cases = [(name, s, t) for name in given.models for s in given.sparsities for t in given.threads]
+    rows = []
+    for case in tqdm(cases, desc="cpu", disable=True if given.no_progress else None):
+        rows.append(measure(*case, given))
+        print(format_rows(rows[-1:]), flush=True)
+        for runtime, why in rows[-1]["failed"].items():
+            print(f"{runtime} is left out: {why}", flush=True)
+        kept = [row for row in kept if _case(row) != _case(rows[-1])] + rows[-1:]
+        kept.sort(key=lambda row: (list(models()).index(row["model"]), row["sparsity"], row["threads"]))
+        result = {"benchmark": "cpu", "machine": machine, "rounds": given.rounds, "rows": kept}
+        given.results.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{format_rows(kept)}\n")
+    found = judge(kept)
+    for text, met in found:
+        print(f"{'met   ' if met else 'MISSED'} {text}")
+    if plot(kept, file.with_suffix(".png"), f"batch 1, float32, {machine['cpu']}, torch {machine['torch']}"):
+        print(f"\nwritten: {file.name}, {file.with_suffix('.png').name}")
+    return 0 if all(met for _, met in found) else 1
+
+
+def _case(row: Row) -> tuple[str, float, int]:
+    return row["model"], row["sparsity"], row["threads"]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
