@@ -88,7 +88,9 @@ def aliased(node: Node) -> Node | None:
     if node.target is operator.getitem:
         whole = node.all_input_nodes[0]
         if whole.target not in _ONE_BY_ONE:
-            return whole
+            # The results of an op that makes them anew lie apart.
+            is_new = isinstance(whole.target, torch._ops.OpOverload) and aliased(whole) is None
+            return None if is_new else whole
         return next(iter(_nodes(whole.args[0])[node.args[1] :]), None)  # pyright: ignore
     permutes = node.target is aten.einsum.default and len(node.all_input_nodes) == 1
     if node.target in _HANDED_ON or permutes:

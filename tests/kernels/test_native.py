@@ -114,7 +114,7 @@ def test_the_key_follows_flags_sources_and_cpu(monkeypatch: pytest.MonkeyPatch) 
     keys.add(build.key(command))
     monkeypatch.setattr(build, "cpu", lambda: "another machine")
     keys.add(build.key(command))
-    monkeypatch.setattr(build, "SOURCE", Path(__file__))
+    monkeypatch.setattr(build, "SOURCES", (Path(__file__),))
     keys.add(build.key(command))
     assert len(keys) == 4
 

@@ -282,3 +282,22 @@ def test_compiled_the_result_is_the_same() -> None:
     for images in (1, 2, 6):
         again = torch.randn(images, 3, 12, 12)
         torch.testing.assert_close(result(again), wanted(again), rtol=1e-4, atol=1e-5)
+
+
+@needs_kernel
+def test_nets_that_follow_one_another_and_hand_out_what_they_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second net reads what the first one made, in the memory format of images; both are outputs."""
+    monkeypatch.setenv("FXPRUNE_CHECK", "2")
+
+    def run(m: Model, x: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore
+        y = F.relu(m.a(x))
+        z = m.b(y.permute(0, 2, 3, 1).softmax(-1).permute(0, 3, 1, 2))
+        return y, m.c(y), F.relu(m.d(z + y)), z
+
+    torch.manual_seed(0)
+    model = Model(run, a=conv(3, 8), b=conv(8, 8), c=conv(8, 8), d=conv(8, 8)).eval()  # pyright: ignore
+    for x in (torch.randn(2, 3, 9, 7), torch.randn(2, 3, 9, 7).to(memory_format=torch.channels_last)):
+        result = result_of(model, x)
+        assert len(nets(result)) == 3
+        for got, want in zip(result(x), pruned(model)(x), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

@@ -42,12 +42,13 @@ def lower_nets(program: Program, names: Collection[str], *, forced: bool = False
 
     Tried are regions in which weights of `names` have zeros enough.
     """
-    found = []
-    for region in regions(program.graph):
-        if any(part.weight is not None and str(part.weight.target) in names for part in region.parts.values()):
-            zeros = _zeros(program, region)
-            if zeros >= LEAST_ZEROS:
-                found.append(_Builder(program, region).build(forced=forced))
+    found: list[Net] = []
+    tried: set[Node] = set()
+    while (region := next((r for r in regions(program.graph) if tried.isdisjoint(r.parts)), None)) is not None:
+        tried.update(region.parts)
+        asked = any(part.weight is not None and str(part.weight.target) in names for part in region.parts.values())
+        if asked and _zeros(program, region) >= LEAST_ZEROS:
+            found.append(_Builder(program, region).build(forced=forced))
     return found
 
 
@@ -233,13 +234,16 @@ class _Builder:
                 torch.ops.fxprune.conv_net.default, (list(region.inputs), *operands, net.encode(self.steps))
             )
             results = []
+            made = []
             for number, (node, as_last) in enumerate(zip(region.outputs, last, strict=True)):
                 result = graph.call_function(operator.getitem, (call, number))
+                made.append(node.meta["val"].permute(0, 2, 3, 1) if as_last else node.meta["val"])
+                result.meta = {**node.meta, "val": made[-1]}
                 if as_last:
                     result = graph.call_function(aten.permute.default, (result, [0, 3, 1, 2]))
-                result.meta = {**node.meta}
+                    result.meta = {**node.meta}
                 results.append(result)
-        call.meta = {**region.outputs[0].meta, "val": [node.meta["val"] for node in region.outputs]}
+        call.meta = {**region.outputs[0].meta, "val": made}
         for node, result in zip(region.outputs, results, strict=True):
             node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in region.parts)
         for node in reversed(region.parts):
