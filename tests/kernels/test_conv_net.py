@@ -133,7 +133,7 @@ def test_nets_compute_what_plain_torch_does(data: st.DataObject) -> None:
     tile = st.sampled_from(net.TILES)
     size = draw(st.integers(1, 20)), draw(st.integers(1, 20))
     made = started(draw(small), *size, draw(tile), draw(st.integers(0, 1000)))
-    kinds = ["conv", "conv", "depthwise", "pool", "add", "multiply", "activate", "concat", "mean"]
+    kinds = ["conv", "conv", "depthwise", "pool", "add", "multiply", "activate", "concat", "mean", "repeat"]
     for _ in range(draw(st.integers(1, 7))):
         x = draw(st.integers(0, len(made.steps) - 1))
         shape = made.shapes[x]
@@ -172,6 +172,10 @@ def test_nets_compute_what_plain_torch_does(data: st.DataObject) -> None:
                 same = [v for v, other in enumerate(made.shapes) if other[1:] == shape[1:]]
                 parts = [x, *draw(st.lists(st.sampled_from(same), max_size=3))]
                 made.add(net.Concat(tuple(parts)), (sum(made.shapes[v][0] for v in parts), *shape[1:]))
+            case "repeat":
+                times = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+                if shape[1] * shape[2] < 500:
+                    made.add(net.Repeat(x, times, draw(tile)), (shape[0], shape[1] * times[0], shape[2] * times[1]))
             case _:
                 made.add(net.Mean(x), (shape[0], 1, 1))
     last = len(made.steps) - 1
@@ -225,6 +229,7 @@ def test_a_program_is_read_as_it_was_written() -> None:
         net.Concat((1, 2)),
         net.Mean(1),
         net.Exit(1, True),
+        net.Repeat(1, (2, 3), 4),
     ]
     assert net.decode(net.encode(made.steps)) == made.steps
 

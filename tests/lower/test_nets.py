@@ -94,7 +94,18 @@ def same() -> nn.Module:
     return nn.Sequential(conv(3, 8), *strips)
 
 
-MODELS = [plain, residual, inverted, squeezed, dense, grouped, same]
+def unet() -> nn.Module:
+    def run(m: Model, x: Tensor) -> Tensor:
+        a = F.relu(m.a(x))
+        b = F.relu(m.b(F.max_pool2d(a, 2, ceil_mode=True)))
+        b = F.interpolate(b, scale_factor=2.0, mode="nearest")
+        b = F.interpolate(b, (36, 66), mode="nearest")
+        return m.c(torch.cat([F.interpolate(a, (34, 63)), F.interpolate(a, (34, 63))], 1)).mean((2, 3), True) + m.d(b)
+
+    return Model(run, a=conv(3, 8), b=conv(8, 8), c=conv(16, 4), d=conv(8, 4))
+
+
+MODELS = [plain, residual, inverted, squeezed, dense, grouped, same, unet]
 
 
 def pruned(model: nn.Module, amount: float = 0.8) -> nn.Module:

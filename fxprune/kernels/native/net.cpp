@@ -124,9 +124,10 @@ struct Enter : Step {
   int64_t tiles;
 };
 
-// A map with other sub-blocks, or another width of tiles; of each `sh` rows and `sw` columns the first.
+// A map with other sub-blocks, or another width of tiles; of each `sh` rows and `sw` columns the first, and each row
+// `again_h` times and each column `again_w` times.
 struct Relay : Step {
-  int64_t from, to, sh = 1, sw = 1;
+  int64_t from, to, sh = 1, sw = 1, again_h = 1, again_w = 1;
   std::vector<int32_t> index;
 
   void prepare(Plan& plan) override {
@@ -136,7 +137,7 @@ struct Relay : Step {
     for (int32_t& i : index) {
       if (i < 0) continue;
       const int64_t n = i / (b.height * b.width), y = i / b.width % b.height, x = i % b.width;
-      i = source[(n * a.height + y * sh) * a.width + x * sw];
+      i = source[(n * a.height + y * sh / again_h) * a.width + x * sw / again_w];
     }
   }
   int64_t channels;
@@ -530,8 +531,10 @@ struct Planner {
     return relay(map, m.height, m.width, tile ? tile : m.tile, grid, 1, 1);
   }
 
-  int64_t relay(int64_t map, int64_t h, int64_t w, int64_t tile, Grid grid, int64_t sh, int64_t sw) {
+  int64_t relay(int64_t map, int64_t h, int64_t w, int64_t tile, Grid grid, int64_t sh, int64_t sw,
+                int64_t again_h = 1, int64_t again_w = 1) {
     auto step = std::make_unique<Relay>();
+    step->again_h = again_h, step->again_w = again_w;
     const int64_t to = add_map(at(map).channels, h, w, tile, grid);
     step->from = map, step->to = to, step->channels = at(map).channels, step->sh = sh, step->sw = sw;
     plan.work += kRelayWork * computed(grid, tile) * step->channels;
@@ -573,7 +576,7 @@ struct Planner {
     require_net(r.next() == kVersion, "the program is of another version");
     const int64_t count = r.size(1, 1 << 20);
     for (int64_t s = 0; s < count; ++s) {
-      const int64_t op = r.size(0, static_cast<int64_t>(Op::kExit)), tile = r.size();
+      const int64_t op = r.size(0, static_cast<int64_t>(Op::kRepeat)), tile = r.size();
       require_net(std::find(std::begin(kTiles), std::end(kTiles), tile) != std::end(kTiles), "no kernel has such tiles");
       const size_t arguments = r.size(0), end = r.at + arguments;
       require_net(end <= r.program.size(), "the program ends too early");
@@ -595,6 +598,7 @@ struct Planner {
       case Op::kConcat: return concat(r, end);
       case Op::kMean: return mean(r);
       case Op::kExit: return exit(r);
+      case Op::kRepeat: return repeat(tile, r);
     }
     throw std::runtime_error("conv_net: unknown step");
   }
@@ -734,6 +738,12 @@ struct Planner {
     const int64_t x = step->x, value = step->value;
     add_step(std::move(step), {x}, value);
     return value;
+  }
+
+  int64_t repeat(int64_t tile, Reader& r) {
+    const int64_t x = named(r), again_h = r.size(1, INT16_MAX), again_w = r.size(1, INT16_MAX);
+    const int64_t h = at(x).height * again_h, w = at(x).width * again_w;
+    return relay(x, h, w, tile, grid_of(h, w, tile, 1, 1, 0, 0, nullptr), 1, 1, again_h, again_w);
   }
 
   int64_t exit(Reader& r) {

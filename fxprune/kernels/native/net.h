@@ -17,7 +17,7 @@
 
 namespace fxprune {
 
-enum class Op : int64_t { kEnter, kConv, kDepthwise, kPool, kAdd, kMultiply, kActivate, kConcat, kMean, kExit };
+enum class Op : int64_t { kEnter, kConv, kDepthwise, kPool, kAdd, kMultiply, kActivate, kConcat, kMean, kExit, kRepeat };
 enum class Pool : int64_t { kMax, kMean, kMeanInside };
 
 struct InputSize {

@@ -242,7 +242,17 @@ class Exit:
     code: ClassVar[int] = 9
 
 
-Step = Enter | Conv | Depthwise | Pool | Add | Multiply | Activate | Concat | Mean | Exit
+@dataclasses.dataclass(frozen=True)
+class Repeat:
+    """Each row and each column of a map that many times: what torch calls upsampling to the nearest."""
+
+    x: int
+    times: tuple[int, int]
+    tile: int = 7
+    code: ClassVar[int] = 10
+
+
+Step = Enter | Conv | Depthwise | Pool | Add | Multiply | Activate | Concat | Mean | Exit | Repeat
 
 
 def _arguments(step: Step) -> list[int]:
@@ -268,6 +278,8 @@ def _arguments(step: Step) -> list[int]:
             return [step.x]
         case Exit():
             return [step.x, int(step.channels_last)]
+        case Repeat():
+            return [step.x, *step.times]
 
 
 def encode(steps: Sequence[Step]) -> list[int]:
@@ -329,6 +341,9 @@ def _step(code: int, tile: int, a: list[int]) -> Step:
         case Exit.code:
             x, last = a
             return Exit(x, bool(last), tile)
+        case Repeat.code:
+            x, down, right = a
+            return Repeat(x, (down, right), tile)
     raise ValueError(f"there is no step {code}")
 
 
@@ -415,6 +430,8 @@ def conv_net_reference(
                 y = torch.cat([made[part] for part in step.parts], 1)
             case Mean():
                 y = made[step.x].mean((2, 3), keepdim=True)
+            case Repeat():
+                y = made[step.x].repeat_interleave(step.times[0], 2).repeat_interleave(step.times[1], 3)
             case Exit():
                 y = made[step.x]
                 results.append(
@@ -461,6 +478,9 @@ def _shapes(inputs: Sequence[Tensor], *packed_and_program: Any) -> list[Tensor]:
                 shape = (sum(shapes[part][0] for part in step.parts), *shapes[step.parts[0]][1:])
             case Mean():
                 shape = (shapes[step.x][0], 1, 1)
+            case Repeat():
+                channels, height, width = shapes[step.x]
+                shape = (channels, height * step.times[0], width * step.times[1])
             case Exit():
                 shape = channels, height, width = shapes[step.x]
                 size = (height, width, channels) if step.channels_last else shape

@@ -160,6 +160,8 @@ class _Builder:
                 return net.Concat((x, *others))
             case "global mean":
                 return net.Mean(x)
+            case "repeat":
+                return net.Repeat(x, part.times, _tile(node))
             case kind:
                 return net.Pool(kind, x, part.taps, _tile(node))
 

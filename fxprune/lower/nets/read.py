@@ -24,12 +24,13 @@ _ONE, _AS_IT_IS = Taps(), Finish()
 class Part:
     """An op as a step of a net: its kind, the maps that it reads, and how a kernel lies or what is applied."""
 
-    kind: str  # conv, depthwise, max, mean, mean inside, add, multiply, activate, concat, global mean
+    kind: str  # conv, depthwise, max, mean, mean inside, add, multiply, activate, concat, global mean, repeat
     maps: tuple[Node, ...]
     taps: Taps = _ONE
     finish: Finish = _AS_IT_IS
     weight: Node | None = None
     bias: Node | None = None
+    times: tuple[int, int] = (1, 1)
 
 
 def read(node: Node) -> Part | None:
@@ -133,6 +134,25 @@ def _global_mean(node: Node) -> Part | None:
     return Part("global mean", (x,)) if wanted and is_map(x) else None
 
 
+def _nearest(node: Node) -> Part | None:
+    given = arguments(node)
+    x = given.get("input", given.get("self"))
+    if not is_map(x):
+        return None
+    size, out = x.meta["val"].shape[2:], node.meta["val"].shape[2:]
+    known = all(type(number) is int for number in (*size, *out))
+    # With other factors some rows are there more often than others.
+    if not known or any(b % a for a, b in zip(size, out)) or not _says(given, size, out):
+        return None
+    return Part("repeat", (x,), times=(out[0] // size[0], out[1] // size[1]))
+
+
+def _says(given: dict[str, Any], size: Any, out: Any) -> bool:
+    """Whether the factors that a call names, which decide where pixels come from, are those of the sizes."""
+    factors = given.get("scale_factors") or [given.get("scales_h"), given.get("scales_w")]
+    return all(f is None or f == b / a for f, a, b in zip(factors, size, out))
+
+
 def _binary(kind: str) -> Callable[[Node], Part | None]:
     def reader(node: Node) -> Part | None:
         given = arguments(node)
@@ -212,6 +232,8 @@ _READERS: dict[Any, Callable[[Node], Part | None]] = {
     aten.mul.Tensor: _binary("multiply"),
     aten.mul_.Tensor: _binary("multiply"),
     aten.cat.default: _concat,
+    aten.upsample_nearest2d.vec: _nearest,
+    aten.upsample_nearest2d.default: _nearest,
 }
 for _name, _finish in _FINISHES.items():
     for _op in (_name, f"{_name}_"):
