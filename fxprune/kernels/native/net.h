@@ -1,6 +1,6 @@
 // A part of a graph that is computed on maps in lanes: its program, and the plan made of it for given sizes.
 //
-// A program is a list of integers (fxprune/kernels/native/net.py writes it): a version, the number of steps, and each
+// A program is a list of integers (fxprune/kernels/native/net/program.py writes it): a version, the number of steps, and each
 // step as its op, the width of its map's tiles, the number of its arguments, and these. A step makes one value, which
 // later steps name by the step's number.
 #pragma once

@@ -137,7 +137,7 @@ def _global_mean(node: Node) -> Part | None:
 def _nearest(node: Node) -> Part | None:
     given = arguments(node)
     x = given.get("input", given.get("self"))
-    if not is_map(x):
+    if not isinstance(x, Node) or not is_map(x):
         return None
     size, out = x.meta["val"].shape[2:], node.meta["val"].shape[2:]
     known = all(type(number) is int for number in (*size, *out))

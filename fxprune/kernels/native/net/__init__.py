@@ -1,0 +1,141 @@
+"""fxprune::conv_net: a part of a graph around convolutions, computed in one call on maps whose pixels lie in lanes.
+
+A net is a list of steps. `encode` writes it as the integers that the op takes, and the kernel (net.cpp) plans it for
+the sizes of each call. `conv_net_reference` says in plain torch what a net computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import register
+from ..segments import Segments
+from .program import VERSION, decode, encode
+from .steps import POOLS, TILES, Activate, Add, Concat, Conv, Depthwise, Enter, Exit, Mean, Multiply, Pool, Repeat, Step
+from .taps import ACTIVATIONS, Finish, Taps
+from .weights import pack, unpack, weight_of
+
+__all__ = [
+    "ACTIVATIONS", "POOLS", "TILES", "VERSION", "Activate", "Add", "Concat", "Conv", "Depthwise", "Enter", "Exit",
+    "Finish", "Mean", "Multiply", "Pool", "Repeat", "Step", "Taps", "conv_net_reference", "decode", "encode", "pack",
+    "unpack", "weight_of",
+]  # fmt: skip
+
+
+def conv_net_reference(
+    inputs: Sequence[Tensor], values: Tensor, columns: Tensor, order: Tensor, counts: Tensor, starts: Tensor,
+    dense: Tensor, program: Sequence[int],
+) -> list[Tensor]:  # fmt: skip
+    """What a net computes, in plain torch: the definition, and the fallback."""
+    packed = Segments(values, columns, order, counts, starts)
+    made: list[Tensor] = []
+    results: list[Tensor] = []
+
+    def vector(at: int, size: int) -> Tensor | None:
+        return None if at < 0 else dense[at : at + size]
+
+    for step in decode(program):
+        match step:
+            case Enter():
+                y = inputs[step.input]
+            case Conv():
+                y = F.conv2d(
+                    F.pad(made[step.x], _around(step.taps)),
+                    weight_of(step, packed),
+                    vector(step.bias, step.rows),
+                    step.taps.stride,
+                    0,
+                    step.taps.dilation,
+                )
+                y = step.finish.apply(y, made[step.residual] if step.residual >= 0 else None)
+            case Depthwise():
+                per = math.prod(step.taps.kernel)
+                weight = dense[step.weight : step.weight + step.channels * per].view(-1, 1, *step.taps.kernel)
+                x, bias = F.pad(made[step.x], _around(step.taps)), vector(step.bias, step.channels)
+                y = F.conv2d(x, weight, bias, step.taps.stride, 0, step.taps.dilation, step.channels)
+                y = step.finish.apply(y, made[step.residual] if step.residual >= 0 else None)
+            case Pool():
+                y = _pool(step, made[step.x])
+            case Add():
+                y = step.finish.apply(made[step.x] + made[step.other])
+            case Multiply():
+                y = step.finish.apply(made[step.x] * made[step.other])
+            case Activate():
+                y = step.finish.apply(made[step.x])
+            case Concat():
+                y = torch.cat([made[part] for part in step.parts], 1)
+            case Mean():
+                y = made[step.x].mean((2, 3), keepdim=True)
+            case Repeat():
+                y = made[step.x].repeat_interleave(step.times[0], 2).repeat_interleave(step.times[1], 3)
+            case Exit():
+                y = made[step.x]
+                results.append(
+                    (y.permute(0, 2, 3, 1) if step.channels_last else y).clone(memory_format=torch.contiguous_format)
+                )
+        made.append(y)
+    return results
+
+
+def _around(taps: Taps) -> tuple[int, int, int, int]:
+    above, below, left, right = taps.padding
+    return left, right, above, below
+
+
+def _pool(step: Pool, x: Tensor) -> Tensor:
+    taps = step.taps
+    if step.kind == "max":
+        x = F.pad(x, _around(taps), value=-math.inf)
+        return F.max_pool2d(x, taps.kernel, taps.stride, 0, taps.dilation)
+    total = F.avg_pool2d(F.pad(x, _around(taps)), taps.kernel, taps.stride)
+    if step.kind == "mean":
+        return total
+    inside = F.pad(torch.ones_like(x[:1, :1]), _around(taps))
+    return total / F.avg_pool2d(inside, taps.kernel, taps.stride)
+
+
+def _shapes(inputs: Sequence[Tensor], *packed_and_program: Any) -> list[Tensor]:
+    """The outputs' shapes, for sizes that may be symbols."""
+    shapes: list[tuple[Any, ...]] = []
+    results: list[Tensor] = []
+    images = inputs[0].shape[0]
+    for step in decode(packed_and_program[-1]):
+        match step:
+            case Enter():
+                shape = tuple(inputs[step.input].shape[1:])
+            case Conv():
+                shape = (step.rows, *step.taps.out(shapes[step.x][1:]))
+            case Depthwise() | Pool():
+                channels, *size = shapes[step.x]
+                shape = (channels, *step.taps.out(size))
+            case Add() | Multiply() | Activate():
+                shape = shapes[step.x]
+            case Concat():
+                shape = (sum(shapes[part][0] for part in step.parts), *shapes[step.parts[0]][1:])
+            case Mean():
+                shape = (shapes[step.x][0], 1, 1)
+            case Repeat():
+                channels, height, width = shapes[step.x]
+                shape = (channels, height * step.times[0], width * step.times[1])
+            case Exit():
+                shape = channels, height, width = shapes[step.x]
+                size = (height, width, channels) if step.channels_last else shape
+                results.append(inputs[0].new_empty(images, *size))
+        shapes.append(shape)
+    return results
+
+
+register(
+    "conv_net",
+    "Tensor[] inputs, Tensor values, Tensor columns, Tensor order, Tensor counts, Tensor starts, Tensor dense, "
+    "int[] program",
+    "Tensor[]",
+    conv_net_reference,
+    _shapes,
+)

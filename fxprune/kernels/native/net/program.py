@@ -1,0 +1,106 @@
+"""program: a net as the integers that the op takes."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Sequence
+
+from fxprune.errors import InputError
+
+from .steps import POOLS, Activate, Add, Concat, Conv, Depthwise, Enter, Exit, Mean, Multiply, Pool, Repeat, Step
+from .taps import Finish, Taps
+
+VERSION = 1
+
+
+def _arguments(step: Step) -> list[int]:
+    match step:
+        case Enter():
+            return [step.input]
+        case Conv():
+            where = [step.row_block, step.k_block, step.first_value, step.first_segment, step.first_start, step.bias]
+            finish = [*step.finish.integers(), int(step.finish.adds_last)]
+            return [step.x, step.residual, step.rows, step.channels, *step.taps.integers(), *where, *finish]
+        case Depthwise():
+            finish = [*step.finish.integers(), int(step.finish.adds_last)]
+            return [step.x, step.residual, step.channels, *step.taps.integers(), step.weight, step.bias, *finish]
+        case Pool():
+            return [POOLS.index(step.kind), step.x, *step.taps.integers()]
+        case Add() | Multiply():
+            return [step.x, step.other, *step.finish.integers()]
+        case Activate():
+            return [step.x, *step.finish.integers()]
+        case Concat():
+            return list(step.parts)
+        case Mean():
+            return [step.x]
+        case Exit():
+            return [step.x, int(step.channels_last)]
+        case Repeat():
+            return [step.x, *step.times]
+
+
+def encode(steps: Sequence[Step]) -> list[int]:
+    """The program of these steps."""
+    program = [VERSION, len(steps)]
+    for step in steps:
+        arguments = _arguments(step)
+        program += [step.code, step.tile, len(arguments), *arguments]
+    return program
+
+
+def decode(program: Sequence[int]) -> list[Step]:
+    """The steps of a program. Raises InputError where it is none."""
+    steps: list[Step] = []
+    try:
+        version, count, *rest = program
+        if version != VERSION:
+            raise ValueError(f"version {version}")
+        numbers = iter(rest)
+        for _ in range(count):
+            code, tile, many = itertools.islice(numbers, 3)
+            arguments = list(itertools.islice(numbers, many))
+            if len(arguments) < many:
+                raise ValueError("it ends too early")
+            steps.append(_step(code, tile, arguments))
+        if next(numbers, None) is not None:
+            raise ValueError("it goes on after its last step")
+    except (ValueError, LookupError, TypeError, struct.error) as error:
+        raise InputError("conv_net got a program that it cannot read", why=str(error)) from error
+    return steps
+
+
+def _step(code: int, tile: int, a: list[int]) -> Step:
+    match code:
+        case Enter.code:
+            (source,) = a
+            return Enter(source, tile)
+        case Conv.code:
+            taps, where, finish = Taps.of(a[4:14]), a[14:20], Finish.of(a[20:23], adds_last=a[23])
+            rows, channels, value, segment, start, bias = where
+            blocks = (rows, channels, a[1], value, segment, start, bias)
+            return Conv(a[0], a[2], a[3], taps, *blocks, finish, tile)
+        case Depthwise.code:
+            finish = Finish.of(a[15:18], adds_last=a[18])
+            return Depthwise(a[0], a[2], Taps.of(a[3:13]), a[1], a[13], a[14], finish, tile)
+        case Pool.code:
+            return Pool(POOLS[a[0]], a[1], Taps.of(a[2:]), tile)
+        case Add.code:
+            return Add(a[0], a[1], Finish.of(a[2:]), tile)
+        case Multiply.code:
+            return Multiply(a[0], a[1], Finish.of(a[2:]), tile)
+        case Activate.code:
+            return Activate(a[0], Finish.of(a[1:]), tile)
+        case Concat.code:
+            return Concat(tuple(a), tile)
+        case Mean.code:
+            (x,) = a
+            return Mean(x, tile)
+        case Exit.code:
+            x, last = a
+            return Exit(x, bool(last), tile)
+        case Repeat.code:
+            x, down, right = a
+            return Repeat(x, (down, right), tile)
+    raise ValueError(f"there is no step {code}")

@@ -1,0 +1,147 @@
+"""steps: what a net is made of. Each step makes one value, and names those it reads by their steps' numbers.
+
+A step's `tile` is the width of the tiles of its map.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from .taps import Finish, Taps
+
+# Widths of tiles that there are kernels for (conv_rows.h).
+TILES = (1, 2, 4, 7, 8)
+AS_IT_IS = Finish()
+POOLS = ("max", "mean", "mean inside")
+
+
+@dataclasses.dataclass(frozen=True)
+class Enter:
+    """Input number `input` [n, c, h, w] becomes a map."""
+
+    input: int
+    tile: int = 7
+    code: ClassVar[int] = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv:
+    """A convolution by nonzeros; `rows` and `channels` are those of its weight, the rest says where it is stored.
+
+    `k_block` counts channels. `bias` is -1 where there is none, and so is `residual`.
+    """
+
+    x: int
+    rows: int
+    channels: int
+    taps: Taps
+    row_block: int
+    k_block: int
+    residual: int = -1
+    first_value: int = 0
+    first_segment: int = 0
+    first_start: int = 0
+    bias: int = -1
+    finish: Finish = AS_IT_IS
+    tile: int = 7
+    code: ClassVar[int] = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Depthwise:
+    """A convolution of each channel by its own taps, which stand densely at `weight`."""
+
+    x: int
+    channels: int
+    taps: Taps
+    residual: int = -1
+    weight: int = 0
+    bias: int = -1
+    finish: Finish = AS_IT_IS
+    tile: int = 7
+    code: ClassVar[int] = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """The greatest or the mean; "mean inside" counts no zeros around the map."""
+
+    kind: str
+    x: int
+    taps: Taps
+    tile: int = 7
+    code: ClassVar[int] = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Add:
+    """x + other; `other` may be a map of one place."""
+
+    x: int
+    other: int
+    finish: Finish = AS_IT_IS
+    tile: int = 1
+    code: ClassVar[int] = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiply:
+    """x * other; `other` may be a map of one place."""
+
+    x: int
+    other: int
+    finish: Finish = AS_IT_IS
+    tile: int = 1
+    code: ClassVar[int] = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Activate:
+    """An activation alone."""
+
+    x: int
+    finish: Finish
+    tile: int = 1
+    code: ClassVar[int] = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Concat:
+    """Maps joined along their channels."""
+
+    parts: tuple[int, ...]
+    tile: int = 1
+    code: ClassVar[int] = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """The mean over all places, as a map of one."""
+
+    x: int
+    tile: int = 1
+    code: ClassVar[int] = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Exit:
+    """A map becomes the next output: [n, c, h, w], or [n, h, w, c] where `channels_last`."""
+
+    x: int
+    channels_last: bool = False
+    tile: int = 1
+    code: ClassVar[int] = 9
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeat:
+    """Each row and each column of a map that many times: what torch calls upsampling to the nearest."""
+
+    x: int
+    times: tuple[int, int]
+    tile: int = 7
+    code: ClassVar[int] = 10
+
+
+Step = Enter | Conv | Depthwise | Pool | Add | Multiply | Activate | Concat | Mean | Exit | Repeat

@@ -1,0 +1,397 @@
+// The steps of a net: what each does for a task, on maps that the planner has placed.
+#pragma once
+
+#include "net.h"
+
+namespace fxprune {
+
+// Bytes of sums that wait in L2 between K-blocks.
+constexpr int64_t kSumBytes = 256 << 10;
+// Tasks of a step for each thread, where there are that many: enough that none waits long for the last.
+constexpr int64_t kTasksPerThread = 4;
+
+// Channels or tiles, dealt out to tasks.
+struct Share {
+  int64_t size, tasks;
+
+  Share(int64_t size, int64_t threads)
+      : size(size), tasks(threads == 1 ? 1 : std::min(size, threads * kTasksPerThread)) {}
+  int64_t begin(int64_t task) const { return size * task / tasks; }
+  int64_t end(int64_t task) const { return size * (task + 1) / tasks; }
+};
+
+struct Enter : Step {
+  int64_t input, value;
+  InputSize from;
+  std::vector<int32_t> index;
+
+  void prepare(Plan& plan) override {
+    const Map& map = plan.maps[value];
+    index = pixels(map);
+    const int64_t plane = from.height * from.width;
+    if (from.channels_last) {
+      for (int32_t& i : index) i = i < 0 ? i : i * from.channels;
+    } else {
+      for (int32_t& i : index) i = i < 0 ? i : i / plane * plane * from.channels + i % plane;
+    }
+  }
+  // Some rows of tiles, all channels: neighbours in the input are neighbours in time.
+  int64_t tasks(int64_t threads) const override { return Share(tiles, threads).tasks; }
+  void run(const Plan& plan, const Frame& f, int64_t task, int64_t threads, float*) const override {
+    const Map& map = plan.maps[value];
+    const int64_t channel = from.channels_last ? 1 : from.height * from.width;
+    const float* x = f.inputs[input] + f.image * from.channels * from.height * from.width;
+    const int64_t absent = f.images < plan.nb ? f.images * from.channels * from.height * from.width : INT32_MAX;
+    const Share share(tiles, threads);
+    for (int64_t t = share.begin(task); t < share.end(task); ++t) {
+      float* out = f.arena + map.storage + map.tile_at(t);
+      for (int64_t c = 0; c < map.channels; ++c)
+        for (int64_t v = 0; v < map.tile; ++v, out += kLanes) {
+          const int32_t* from_here = index.data() + (t * map.tile + v) * kLanes;
+          if (absent == INT32_MAX) {
+            store(out, gathered(x + c * channel, from_here, 0.0f));
+          } else {
+            for (int64_t l = 0; l < kLanes; ++l)
+              out[l] = from_here[l] >= 0 && from_here[l] < absent ? x[c * channel + from_here[l]] : 0.0f;
+          }
+        }
+    }
+  }
+  int64_t tiles;
+};
+
+// A map with other sub-blocks, or another width of tiles; of each `sh` rows and `sw` columns the first, and each row
+// `again_h` times and each column `again_w` times.
+struct Relay : Step {
+  int64_t from, to, sh = 1, sw = 1, again_h = 1, again_w = 1;
+  std::vector<int32_t> index;
+
+  void prepare(Plan& plan) override {
+    const std::vector<int32_t> source = floats_of(plan.maps[from]);
+    const Map &a = plan.maps[from], &b = plan.maps[to];
+    index = pixels(b);
+    for (int32_t& i : index) {
+      if (i < 0) continue;
+      const int64_t n = i / (b.height * b.width), y = i / b.width % b.height, x = i % b.width;
+      i = source[(n * a.height + y * sh / again_h) * a.width + x * sw / again_w];
+    }
+  }
+  int64_t channels;
+  int64_t tasks(int64_t threads) const override { return Share(channels, threads).tasks; }
+  void run(const Plan& plan, const Frame& f, int64_t task, int64_t threads, float*) const override {
+    const Map &a = plan.maps[from], &b = plan.maps[to];
+    const Share share(channels, threads);
+    for (int64_t c = share.begin(task); c < share.end(task); ++c) {
+      const float* x = f.arena + a.storage + c * a.channel_stride();
+      for (int64_t t = 0; t < b.tiles(); ++t) {
+        float* out = f.arena + b.storage + b.tile_at(t) + c * b.channel_stride();
+        for (int64_t v = 0; v < b.tile; ++v)
+          store(out + v * kLanes, gathered(x, index.data() + (t * b.tile + v) * kLanes, 0.0f));
+      }
+    }
+  }
+};
+
+struct Conv : Step {
+  int64_t x, residual, value;
+  int64_t rows, channels, row_block, k_block;  // a K-block has k_block channels
+  int64_t first_value, first_segment, first_start, bias;
+  Taps taps;
+  Finish finish;
+  // From the maps.
+  bool direct = false;
+  int64_t tiles = 0, tile = 0, places = 0;
+  std::vector<Window> reads;
+  RowKernels kernels;
+
+  void check(const Weights& w) const override {
+    const int64_t blocks = row_blocks() * k_blocks();
+    require_net(first_start + blocks < w.start_count, "a weight's blocks are not there");
+    const int64_t* starts = w.starts + first_start;
+    const bool rises = starts[0] == 0 && std::is_sorted(starts, starts + blocks + 1);
+    require_net(rises && first_value + starts[blocks] <= w.value_count, "a weight's nonzeros are not there");
+    require_net(first_segment + rows * k_blocks() <= w.segment_count, "a weight's segments are not there");
+    require_net(bias < 0 || bias + rows <= w.dense_count, "a bias is not there");
+  }
+  std::pair<int64_t, int64_t> takes_over() const override {
+    return {value, finish.apply && finish.adds_last ? -1 : residual};
+  }
+  int64_t row_blocks() const { return ceil_div(rows, row_block); }
+  int64_t k_blocks() const { return ceil_div(channels, k_block); }
+
+  void prepare(Plan& plan) override {
+    const Map &in = plan.maps[x], &out = plan.maps[value];
+    tile = out.tile, tiles = out.tiles();
+    direct = taps.is_pointwise() && in.tile == tile;
+    places = taps.kh * static_cast<int64_t>(taps.columns(tile).size());
+    if (!direct) reads = windows(in, out, taps, plan.lanes);
+    kernels = row_kernels(tile);
+  }
+  // Blocks of rows whose sums wait together.
+  int64_t together() const { return std::max<int64_t>(1, kSumBytes / (row_block * tile * kLanes * 4)); }
+  int64_t scratch() const override {
+    const int64_t sums = k_blocks() > 1 ? std::min(together(), row_blocks()) * row_block * tile * kLanes : 0;
+    return sums + (direct ? 0 : k_block * places * kLanes);
+  }
+  // Where a step has few tiles its rows are shared as well.
+  int64_t parts(int64_t threads) const {
+    return threads == 1 || tiles >= threads * kTasksPerThread ? 1 : std::min(row_blocks(), threads * kTasksPerThread);
+  }
+  int64_t tasks(int64_t threads) const override { return Share(tiles, threads).tasks * parts(threads); }
+  void run(const Plan& plan, const Frame& f, int64_t task, int64_t threads, float* scratch) const override {
+    const int64_t n = parts(threads), part = task % n;
+    const Share share(tiles, threads);
+    const int64_t low = row_blocks() * part / n, high = row_blocks() * (part + 1) / n;
+    for (int64_t t = share.begin(task / n); t < share.end(task / n); ++t)
+      for (int64_t block = low; block < high; block += together())
+        run_tile(plan, f, t, block, std::min(high, block + together()), scratch);
+  }
+  void run_tile(const Plan& plan, const Frame& f, int64_t t, int64_t low, int64_t high, float* scratch) const {
+    const Map &in = plan.maps[x], &out = plan.maps[value];
+    const Weights& w = f.weights;
+    const int64_t stride = in.channel_stride(), last = k_blocks() - 1;
+    float* const block = scratch;
+    float* const sums = scratch + (direct ? 0 : k_block * places * kLanes);
+    const float* const from = f.arena + in.storage;
+    float* const to = f.arena + out.storage + out.tile_at(t);
+    const Map* const other = residual >= 0 ? &plan.maps[residual] : nullptr;
+    const float* const add = other ? f.arena + other->storage + other->tile_at(t) : nullptr;
+    for (int64_t k = 0; k <= last; ++k) {
+      const int64_t first = k * k_block, many = std::min(k_block, channels - first);
+      const float* read = block;
+      if (direct) {
+        read = from + in.tile_at(t) + first * stride;
+      } else {
+        fill_block(reads[t], plan.lanes.data(), from + first * stride, stride, many, 0.0f, block);
+      }
+      const MultiplyRows multiply = kernels.of[k == 0][k == last];
+      for (int64_t b = low; b < high; ++b) {
+        const int64_t row = b * row_block, here = std::min(row_block, rows - row);
+        const int64_t start = first_value + w.starts[first_start + b * (last + 1) + k];
+        const int64_t segment = first_segment + row * (last + 1) + k * here;
+        const Segments s = {w.values + start, w.columns + start, w.order + segment, w.counts + segment, here};
+        const Rows e = {
+            bias >= 0 ? w.dense + bias + row : nullptr,
+            sums + (row - low * row_block) * tile * kLanes,
+            to + row * out.channel_stride(),
+            add ? add + row * out.channel_stride() : nullptr,
+            out.channel_stride(),
+            out.channel_stride(),
+            finish,
+        };
+        multiply(s, read, e);
+      }
+    }
+  }
+};
+
+struct Depthwise : Step {
+  int64_t x, residual, value, channels, weight, bias;
+  Taps taps;
+  Finish finish;
+  std::vector<Window> reads;
+  std::vector<uint16_t> offsets;
+  RowKernels kernels;
+  int64_t tiles = 0, places = 0;
+
+  void check(const Weights& w) const override {
+    require_net(weight + channels * taps.kh * taps.kw <= w.dense_count, "a weight is not there");
+    require_net(bias < 0 || bias + channels <= w.dense_count, "a bias is not there");
+  }
+  void prepare(Plan& plan) override {
+    const Map &in = plan.maps[x], &out = plan.maps[value];
+    tiles = out.tiles();
+    reads = windows(in, out, taps, plan.lanes);
+    places = reads[0].entries.size();
+    for (const int64_t offset : taps.offsets(out.tile)) offsets.push_back(offset);
+    kernels = row_kernels(out.tile);
+  }
+  int64_t scratch() const override { return places * kLanes; }
+  int64_t parts(int64_t threads) const { return threads == 1 || tiles >= threads * kTasksPerThread ? 1 : threads * 2; }
+  int64_t tasks(int64_t threads) const override { return Share(tiles, threads).tasks * parts(threads); }
+  void run(const Plan& plan, const Frame& f, int64_t task, int64_t threads, float* scratch) const override {
+    const Map &in = plan.maps[x], &out = plan.maps[value];
+    const Share share(tiles, threads);
+    const int64_t n = parts(threads), part = task % n, stride = in.channel_stride(), step = out.channel_stride();
+    const int16_t row = 0, count = taps.kh * taps.kw;
+    const Map* const other = residual >= 0 ? &plan.maps[residual] : nullptr;
+    for (int64_t t = share.begin(task / n); t < share.end(task / n); ++t)
+      for (int64_t c = channels * part / n; c < channels * (part + 1) / n; ++c) {
+        fill_block(reads[t], plan.lanes.data(), f.arena + in.storage + c * stride, stride, 1, 0.0f, scratch);
+        const Segments s = {f.weights.dense + weight + c * count, offsets.data(), &row, &count, 1};
+        const float* add = other ? f.arena + other->storage + other->tile_at(t) + c * step : nullptr;
+        float* y = f.arena + out.storage + out.tile_at(t) + c * step;
+        const float* b = bias >= 0 ? f.weights.dense + bias + c : nullptr;
+        kernels.of[1][1](s, scratch, {b, nullptr, y, add, step, step, finish});
+      }
+  }
+};
+
+struct Pooling : Step {
+  Pool kind;
+  int64_t x, value, channels;
+  Taps taps;
+  std::vector<Window> reads;
+  std::vector<int64_t> offsets;
+  std::vector<float> shares;  // by tile, place and lane
+  int64_t tiles = 0, places = 0;
+
+  void prepare(Plan& plan) override {
+    const Map &in = plan.maps[x], &out = plan.maps[value];
+    tiles = out.tiles();
+    reads = windows(in, out, taps, plan.lanes);
+    places = reads[0].entries.size();
+    offsets = taps.offsets(out.tile);
+    if (kind == Pool::kMax) return;
+    for (const int32_t pixel : pixels(out)) {
+      float count = taps.kh * taps.kw;
+      if (kind == Pool::kMeanInside && pixel >= 0) {
+        const int64_t y = pixel / out.width % out.height * taps.sh - taps.ph, z = pixel % out.width * taps.sw - taps.pw;
+        count = 0;
+        for (int64_t a = 0; a < taps.kh; ++a)
+          for (int64_t b = 0; b < taps.kw; ++b)
+            count += y + a >= 0 && y + a < in.height && z + b >= 0 && z + b < in.width;
+      }
+      shares.push_back(1.0f / count);
+    }
+  }
+  int64_t scratch() const override { return places * kLanes; }
+  int64_t parts(int64_t threads) const { return threads == 1 || tiles >= threads * kTasksPerThread ? 1 : threads * 2; }
+  int64_t tasks(int64_t threads) const override { return Share(tiles, threads).tasks * parts(threads); }
+  void run(const Plan& plan, const Frame& f, int64_t task, int64_t threads, float* scratch) const override {
+    const Map &in = plan.maps[x], &out = plan.maps[value];
+    const Share share(tiles, threads);
+    const int64_t n = parts(threads), part = task % n, stride = in.channel_stride(), step = out.channel_stride();
+    const float filling = kind == Pool::kMax ? -std::numeric_limits<float>::infinity() : 0.0f;
+    for (int64_t t = share.begin(task / n); t < share.end(task / n); ++t)
+      for (int64_t c = channels * part / n; c < channels * (part + 1) / n; ++c) {
+        fill_block(reads[t], plan.lanes.data(), f.arena + in.storage + c * stride, stride, 1, filling, scratch);
+        float* y = f.arena + out.storage + out.tile_at(t) + c * step;
+        for (int64_t v = 0; v < out.tile; ++v) {
+          Lane best = load<Lane>(scratch + (offsets[0] + v) * kLanes);
+          for (size_t k = 1; k < offsets.size(); ++k) {
+            const Lane next = load<Lane>(scratch + (offsets[k] + v) * kLanes);
+            if (kind == Pool::kMax) {
+              // As torch has it, nan is the greatest.
+              best = (next > best) | (next != next) ? next : best;
+            } else {
+              best += next;
+            }
+          }
+          if (kind != Pool::kMax) best *= load<Lane>(shares.data() + (t * out.tile + v) * kLanes);
+          store(y + v * kLanes, best);
+        }
+      }
+  }
+};
+
+inline void finish_floats(float* y, int64_t floats, const Finish& finish) {
+  if (finish.clamps) {
+    for (int64_t n = 0; n < floats; n += kLanes) {
+      Lane v = load<Lane>(y + n);
+      v = v < finish.low ? Lane{} + finish.low : v;
+      store(y + n, v > finish.high ? Lane{} + finish.high : v);
+    }
+  }
+  if (finish.apply) finish.apply(y, floats);
+}
+
+// Addition, multiplication, an activation alone, and a copy: place by place.
+struct Pointwise : Step {
+  Op op;
+  int64_t x, other, value;
+  Finish finish;
+  std::pair<int64_t, int64_t> takes_over() const override { return {value, x}; }
+  bool spreads = false;  // `other` has one place, which all of its image's take
+  Lanes image_of;
+  int64_t tiles = 0;
+
+  void prepare(Plan& plan) override {
+    tiles = plan.maps[x].tiles();
+    if (!spreads) return;
+    const Grid& g = plan.maps[x].grid;
+    for (int64_t l = 0; l < kLanes; ++l) image_of.from[l] = l / (g.ly * g.lx) < g.nb ? l / (g.ly * g.lx) : -1;
+  }
+  int64_t tasks(int64_t threads) const override { return Share(tiles, threads).tasks; }
+  void run(const Plan& plan, const Frame& f, int64_t task, int64_t threads, float*) const override {
+    const Map &a = plan.maps[x], &out = plan.maps[value];
+    const Map* b = other >= 0 ? &plan.maps[other] : nullptr;
+    const Share share(tiles, threads);
+    const int64_t floats = a.channels * a.channel_stride();
+    for (int64_t t = share.begin(task); t < share.end(task); ++t) {
+      const float* p = f.arena + a.storage + a.tile_at(t);
+      const float* q = !b ? nullptr : f.arena + b->storage + b->tile_at(spreads ? 0 : t);
+      float* y = f.arena + out.storage + out.tile_at(t);
+      for (int64_t n = 0; n < floats; n += kLanes) {
+        Lane v = load<Lane>(p + n);
+        if (spreads) {
+          const Lane one = permuted(load<Lane>(q + n / a.channel_stride() * b->channel_stride()), image_of, 0.0f);
+          v = op == Op::kMultiply ? v * one : v + one;
+        } else if (q) {
+          v = op == Op::kMultiply ? v * load<Lane>(q + n) : v + load<Lane>(q + n);
+        }
+        store(y + n, v);
+      }
+      finish_floats(y, floats, finish);
+    }
+  }
+};
+
+// The mean of each channel of each image, as a map of one place whose lanes are images.
+struct Mean : Step {
+  int64_t x, value, channels;
+  std::vector<int32_t> index;
+
+  void prepare(Plan& plan) override { index = pixels(plan.maps[x]); }
+  int64_t tasks(int64_t threads) const override { return Share(channels, threads).tasks; }
+  void run(const Plan& plan, const Frame& f, int64_t task, int64_t threads, float*) const override {
+    const Map &in = plan.maps[x], &out = plan.maps[value];
+    const Share share(channels, threads);
+    const int64_t group = in.grid.ly * in.grid.lx;
+    for (int64_t c = share.begin(task); c < share.end(task); ++c) {
+      Lane sum = {};
+      for (int64_t t = 0; t < in.tiles(); ++t) {
+        const float* p = f.arena + in.storage + in.tile_at(t) + c * in.channel_stride();
+        for (int64_t v = 0; v < in.tile; ++v) {
+          const LaneIndex at = load<LaneIndex>(reinterpret_cast<const float*>(index.data() + (t * in.tile + v) * kLanes));
+          const Lane here = load<Lane>(p + v * kLanes);
+          sum += at < 0 ? Lane{} : here;
+        }
+      }
+      float* y = f.arena + out.storage + out.tile_at(0) + c * out.channel_stride();
+      for (int64_t n = 0; n < in.grid.nb; ++n) {
+        float all = 0;
+        for (int64_t l = 0; l < group; ++l) all += sum[n * group + l];
+        y[n] = all / static_cast<float>(in.height * in.width);
+      }
+    }
+  }
+};
+
+struct Exit : Step {
+  int64_t x, output;
+  Plan::Output as;
+  std::vector<int32_t> index;
+
+  void prepare(Plan& plan) override { index = floats_of(plan.maps[x]); }
+  int64_t tasks(int64_t threads) const override { return Share(as.channels, threads).tasks; }
+  void run(const Plan& plan, const Frame& f, int64_t task, int64_t threads, float*) const override {
+    const Map& in = plan.maps[x];
+    const Share share(as.channels, threads);
+    const int64_t plane = as.height * as.width, begin = share.begin(task), end = share.end(task);
+    const float* from = f.arena + in.storage;
+    float* to = f.outputs[output] + f.image * as.channels * plane;
+    for (int64_t n = 0; n < f.images; ++n, to += as.channels * plane) {
+      const int32_t* at = index.data() + n * plane;
+      if (as.channels_last) {
+        for (int64_t p = 0; p < plane; ++p)
+          for (int64_t c = begin; c < end; ++c) to[p * as.channels + c] = from[at[p] + c * in.channel_stride()];
+      } else {
+        for (int64_t c = begin; c < end; ++c)
+          for (int64_t p = 0; p < plane; ++p) to[c * plane + p] = from[at[p] + c * in.channel_stride()];
+      }
+    }
+  }
+};
+
+}  // namespace fxprune
