@@ -65,7 +65,8 @@ def lower(
             continue
         lowered[name] = _choose(result, name, found.get(name, []), chooser, batches or {}, chosen)
         if name in refused:
-            choice = dataclasses.replace(lowered[name].choice, why=refused[name], refused={"nonzeros": refused[name]})
+            known = {**lowered[name].choice.refused, "nonzeros": refused[name]}
+            choice = dataclasses.replace(lowered[name].choice, why=refused[name], refused=known)
             lowered[name] = dataclasses.replace(lowered[name], choice=choice)
     waiting = groups(result, chosen)
     chosen.clear()
@@ -82,13 +83,17 @@ def _nets(program: Program, names: Sequence[str], refused: dict[str, str], *, fo
     """What became of the weights that went into nets; `refused` gets what did not, and why."""
     sizes = {name: fetch(program, name).nbytes for name in names}
     lowered = {}
-    for made in lower_nets(program, names, forced=forced):
+    made_nets = lower_nets(program, names, forced=forced)
+    # What something else reads as well is there twice.
+    kept = uses(program)
+    for made in made_nets:
         for name in (name for name in names if name in made.nodes):
             if not made.is_net:
                 refused[name] = made.why
                 continue
             choice = Choice("nonzeros", made.why, {}, ())
-            lowered[name] = Lowered(name, (made.nodes[name],), choice, sizes[name], made.bytes[name])
+            stored = made.bytes[name] + (sizes[name] if kept.get(name) else 0)
+            lowered[name] = Lowered(name, (made.nodes[name],), choice, sizes[name], stored)
     return lowered
 
 

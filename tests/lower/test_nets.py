@@ -243,6 +243,29 @@ def test_few_zeros_and_another_layout_make_no_net() -> None:
 
 
 @needs_kernel
+def test_few_zeros_are_told() -> None:
+    row = result_of(plain().eval(), torch.randn(1, 3, 32, 32), 0.1).report["0.weight"]
+    assert row.layout == "dense" and "10.0% zeros are too few" in row.refused["nonzeros"]
+
+
+@needs_kernel
+def test_a_weight_that_two_read_is_counted_for_each() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = conv(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(self.a(self.a(x)), self.a.weight, padding=1).relu() * self.a.weight.sum()
+
+    model, x = Tied().eval(), torch.randn(1, 8, 9, 9)
+    result = result_of(model, x)
+    row = result.report["a.weight"]
+    held = sum(t.nbytes for name, t in result.state_dict().items() if not name.endswith("dense"))
+    assert row.layout == "nonzeros" and result.report.bytes == held - model.a.bias.nbytes * ("a.bias" in result.state_dict())  # pyright: ignore
+
+
+@needs_kernel
 def test_other_dtypes_and_convolutions_stay() -> None:
     x = torch.randn(1, 3, 8, 8)
     assert not nets(result_of(plain().eval().double(), torch.randn(1, 3, 32, 32).double()))

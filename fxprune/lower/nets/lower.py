@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from fxprune.graph.program import Program, fetch, owner
+from fxprune.kernels import native
 from fxprune.kernels.native import net, segments
 from fxprune.kernels.native.net import Finish, Step
 
@@ -47,9 +48,19 @@ def lower_nets(program: Program, names: Collection[str], *, forced: bool = False
     while (region := next((r for r in regions(program.graph) if tried.isdisjoint(r.parts)), None)) is not None:
         tried.update(region.parts)
         asked = any(part.weight is not None and str(part.weight.target) in names for part in region.parts.values())
-        if asked and _zeros(program, region) >= LEAST_ZEROS:
+        zeros = _zeros(program, region) if asked else 0.0
+        if asked and zeros < LEAST_ZEROS:
+            few = f"{zeros:.1%} zeros are too few; {LEAST_ZEROS:.0%} is the least that is tried"
+            found.append(Net(False, few, _convolutions(region), {}))
+        elif asked:
             found.append(_Builder(program, region).build(forced=forced))
     return found
+
+
+def _convolutions(region: Region) -> dict[str, str]:
+    """The weights of a region's convolutions by name, and the node of each."""
+    parts = {node: part for node, part in region.parts.items() if part.kind == "conv"}
+    return {str(part.weight.target): node.name for node, part in parts.items() if part.weight is not None}
 
 
 def _zeros(program: Program, region: Region) -> float:
@@ -78,7 +89,7 @@ class _Builder:
         self.packed: list[segments.Segments] = []
         self.dense: list[Tensor] = []
         self.at = {"values": 0, "segments": 0, "starts": 0, "dense": 0}
-        self.where: dict[str, str] = {}
+        self.where = _convolutions(region)
         self.bytes: dict[str, int] = {}
         self.ends = self._fusions()
 
@@ -135,7 +146,8 @@ class _Builder:
         together = f"one of {len(self.where)} convolutions in one call" if len(self.where) > 1 else "a call of its own"
         if forced:
             self._store(tensors, last)
-            return Net(True, together, self.where, self.bytes)
+            slow = "" if native.status().available else ", only by slow plain torch"
+            return Net(True, f"{together}{slow}", self.where, self.bytes)
         gain = gain_of(self.program, self.region, (*tensors.values(), net.encode(self.steps)))
         if gain < MARGIN:
             why = f"{gain:.2f}x its ops one by one, {together}; {MARGIN:.2f}x is asked"
@@ -187,7 +199,7 @@ class _Builder:
             return self._add(net.Depthwise(x, len(weight), part.taps, residual, at, bias, finish, tile))
         rows, channels = weight.shape[:2]
         blocks = row_block(rows), k_block(part.taps, tile, channels)
-        where = self._put(net.pack(weight, part.taps, tile, *blocks), conv, part)
+        where = self._put(net.pack(weight, part.taps, tile, *blocks), part)
         return self._add(net.Conv(x, rows, channels, part.taps, *blocks, residual, *where, bias, finish, tile))
 
     def _weight(self, part: Part) -> Tensor:
@@ -204,15 +216,14 @@ class _Builder:
         whole[each, :, each] = blocks
         return whole.reshape(len(weight), channels, *weight.shape[2:])
 
-    def _put(self, packed: segments.Segments, conv: Node, part: Part) -> tuple[int, int, int]:
+    def _put(self, packed: segments.Segments, part: Part) -> tuple[int, int, int]:
         place = self.at["values"], self.at["segments"], self.at["starts"]
         self.packed.append(packed)
         self.at["values"] += packed.values.numel()
         self.at["segments"] += packed.order.numel()
         self.at["starts"] += packed.starts.numel()
         name = str(part.weight.target)  # pyright: ignore[reportOptionalMemberAccess]
-        self.where[name] = conv.name
-        self.bytes[name] = sum(t.numel() * t.element_size() for t in packed)
+        self.bytes[name] = self.bytes.get(name, 0) + sum(t.numel() * t.element_size() for t in packed)
         return place
 
     def _put_dense(self, values: Tensor) -> int:
