@@ -15,7 +15,7 @@ import fxprune
 from fxprune import Plan, Rule, Unstructured
 from fxprune.kernels import native
 
-op = torch.ops.fxprune.conv_net.default
+op = torch.ops.fxprune.net.default
 needs_kernel = pytest.mark.skipif(not native.status().available, reason="needs a C++ compiler")
 
 

@@ -1,4 +1,4 @@
-// fxprune::conv_net for the CPU: a part of a graph of convolutions, computed on maps in lanes (maps.h, net.h).
+// fxprune::net for the CPU: a part of a graph of convolutions, computed on maps in lanes (maps.h, net.h).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -75,7 +75,7 @@ bool is_channels_last(const Tensor& x) {
   return true;
 }
 
-std::vector<Tensor> conv_net(
+std::vector<Tensor> run_net(
     const std::vector<Tensor>& inputs, const Tensor& values, const Tensor& columns, const Tensor& order,
     const Tensor& counts, const Tensor& starts, const Tensor& dense, const std::vector<int64_t>& program) {
   Weights w = {};
@@ -123,4 +123,4 @@ std::vector<Tensor> conv_net(
 }  // namespace
 }  // namespace fxprune
 
-STABLE_TORCH_LIBRARY_IMPL(fxprune, CPU, m) { m.impl("conv_net", TORCH_BOX(&fxprune::conv_net)); }
+STABLE_TORCH_LIBRARY_IMPL(fxprune, CPU, m) { m.impl("net", TORCH_BOX(&fxprune::run_net)); }

@@ -29,7 +29,7 @@ struct InputSize {
 };
 
 inline void require_net(bool condition, const char* what) {
-  if (!condition) throw std::runtime_error(std::string("conv_net: ") + what);
+  if (!condition) throw std::runtime_error(std::string("net: ") + what);
 }
 
 // The packed weights of all convolutions of a net, one after another, and the dense ones of depthwise convolutions.

@@ -27,7 +27,7 @@ inline void (*apply_of(int64_t activation))(float*, int64_t) {
     case Activation::kHardsigmoid: return apply_in_place<Activation::kHardsigmoid>;
     case Activation::kHardswish: return apply_in_place<Activation::kHardswish>;
   }
-  throw std::runtime_error("conv_net: unknown activation");
+  throw std::runtime_error("net: unknown activation");
 }
 
 // The integers of a program, in order.
@@ -220,7 +220,7 @@ struct Planner {
       case Op::kExit: return exit(r);
       case Op::kRepeat: return repeat(tile, r);
     }
-    throw std::runtime_error("conv_net: unknown step");
+    throw std::runtime_error("net: unknown step");
   }
 
   int64_t enter(int64_t tile, Reader& r) {

@@ -42,7 +42,7 @@ def gain_of(program: Program, region: Region, operands: Sequence[Any]) -> float:
     ways = [
         _ops(program, region, inputs, torch.contiguous_format),
         _ops(program, region, last, torch.channels_last),
-        lambda: torch.ops.fxprune.conv_net(inputs, *operands),
+        lambda: torch.ops.fxprune.net(inputs, *operands),
     ]
     plain, images, ours = (samples.typical for samples in interleave(ways, seconds=SECONDS))
     return min(plain, images) / ours

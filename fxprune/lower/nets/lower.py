@@ -1,4 +1,4 @@
-"""lower: regions of a folded program become calls of fxprune::conv_net."""
+"""lower: regions of a folded program become calls of fxprune::net."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ class _Builder:
         with graph.inserting_before(before):
             operands = [graph.get_attr(f"{holder}.{key}") for key in tensors]
             call = graph.call_function(
-                torch.ops.fxprune.conv_net.default, (list(region.inputs), *operands, net.encode(self.steps))
+                torch.ops.fxprune.net.default, (list(region.inputs), *operands, net.encode(self.steps))
             )
             results = []
             made = []

@@ -1,7 +1,7 @@
-"""fxprune::conv_net: a part of a graph around convolutions, computed in one call on maps whose pixels lie in lanes.
+"""fxprune::net: a part of a graph around convolutions, computed in one call on maps whose pixels lie in lanes.
 
 A net is a list of steps. `encode` writes it as the integers that the op takes, and the kernel (net.cpp) plans it for
-the sizes of each call. `conv_net_reference` says in plain torch what a net computes.
+the sizes of each call. `net_reference` says in plain torch what a net computes.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .weights import pack, unpack, weight_of
 
 __all__ = [
     "ACTIVATIONS", "POOLS", "TILES", "VERSION", "Activate", "Add", "Concat", "Conv", "Depthwise", "Enter", "Exit",
-    "Finish", "Mean", "Multiply", "Pool", "Repeat", "Step", "Taps", "conv_net_reference", "decode", "encode", "pack",
+    "Finish", "Mean", "Multiply", "Pool", "Repeat", "Step", "Taps", "net_reference", "decode", "encode", "pack",
     "unpack", "weight_of",
 ]  # fmt: skip
 
 
-def conv_net_reference(
+def net_reference(
     inputs: Sequence[Tensor], values: Tensor, columns: Tensor, order: Tensor, counts: Tensor, starts: Tensor,
     dense: Tensor, program: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
@@ -132,10 +132,10 @@ def _shapes(inputs: Sequence[Tensor], *packed_and_program: Any) -> list[Tensor]:
 
 
 register(
-    "conv_net",
+    "net",
     "Tensor[] inputs, Tensor values, Tensor columns, Tensor order, Tensor counts, Tensor starts, Tensor dense, "
     "int[] program",
     "Tensor[]",
-    conv_net_reference,
+    net_reference,
     _shapes,
 )

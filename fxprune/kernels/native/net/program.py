@@ -67,7 +67,7 @@ def decode(program: Sequence[int]) -> list[Step]:
         if next(numbers, None) is not None:
             raise ValueError("it goes on after its last step")
     except (ValueError, LookupError, TypeError, struct.error) as error:
-        raise InputError("conv_net got a program that it cannot read", why=str(error)) from error
+        raise InputError("net got a program that it cannot read", why=str(error)) from error
     return steps
 
 

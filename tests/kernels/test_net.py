@@ -1,4 +1,4 @@
-"""conv_net: every step against plain torch, for odd sizes, batches and kernels; and what it refuses."""
+"""net: every step against plain torch, for odd sizes, batches and kernels; and what it refuses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fxprune.kernels.native.net import Finish, Step, Taps
 from fxprune.kernels.native.segments import Segments
 
 needs_kernel = pytest.mark.skipif(not native.status().available, reason="needs a C++ compiler")
-op = torch.ops.fxprune.conv_net.default
+op = torch.ops.fxprune.net.default
 FINISHES = [
     Finish(),
     Finish("relu"),
@@ -102,7 +102,7 @@ def started(channels: int, height: int, width: int, tile: int = 4, seed: int = 0
 
 def agrees(made: Made, inputs: list[Tensor]) -> None:
     arguments = made.arguments(inputs)
-    got, wanted = op(*arguments), net.conv_net_reference(*arguments)
+    got, wanted = op(*arguments), net.net_reference(*arguments)
     assert len(got) == len(wanted)
     for a, b in zip(got, wanted):
         assert a.shape == b.shape and a.stride() == b.stride()
@@ -256,7 +256,7 @@ def test_a_pixel_that_is_no_number_reaches_what_reads_it(special: float) -> None
     x = made.random(1, 2, 9, 9)
     x[0, 0, 4, 4] = special
     arguments = made.arguments([x])
-    for got, wanted in zip(op(*arguments), net.conv_net_reference(*arguments)):
+    for got, wanted in zip(op(*arguments), net.net_reference(*arguments)):
         torch.testing.assert_close(got, wanted, equal_nan=True)
     clean = op(*made.arguments([made.random(1, 2, 9, 9)]))
     assert all(bool(result.isfinite().all()) for result in clean), "what one call left is in the next"
@@ -370,7 +370,7 @@ def test_shapes_are_those_of_the_results() -> None:
     made.steps.append(net.Exit(1, True))
     x = made.random(2, 3, 11, 13)
     arguments = made.arguments([x])
-    results = net.conv_net_reference(*arguments)
+    results = net.net_reference(*arguments)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = op([mode.from_tensor(x)], *arguments[1:])
     assert [(f.shape, f.stride()) for f in fake] == [(r.shape, r.stride()) for r in results]
