@@ -65,8 +65,10 @@ def lower(
             continue
         lowered[name] = _choose(result, name, found.get(name, []), chooser, batches or {}, chosen)
         if name in refused:
-            known = {**lowered[name].choice.refused, "nonzeros": refused[name]}
-            choice = dataclasses.replace(lowered[name].choice, why=refused[name], refused=known)
+            # A convolution has no other kernel; a linear was chosen one for by itself.
+            choice, is_linear = lowered[name].choice, all(use.kind == "linear" for use in found.get(name, []))
+            known = {**choice.refused, "net" if is_linear else "nonzeros": refused[name]}
+            choice = dataclasses.replace(choice, why=choice.why if is_linear else refused[name], refused=known)
             lowered[name] = dataclasses.replace(lowered[name], choice=choice)
     waiting = groups(result, chosen)
     chosen.clear()

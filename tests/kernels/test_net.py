@@ -180,7 +180,7 @@ def test_nets_compute_what_plain_torch_does(data: st.DataObject) -> None:
                 made.add(net.Mean(x), (shape[0], 1, 1))
     last = len(made.steps) - 1
     for x in {last, draw(st.integers(0, last))}:
-        made.steps.append(net.Exit(x, draw(st.booleans())))
+        made.steps.append(net.Exit(x, draw(st.sampled_from(net.FORMS[:2]))))
     images = draw(st.sampled_from([1, 1, 2, 3, 5, 17]))
     x = made.random(images, *made.shapes[0])
     if draw(st.booleans()):
@@ -228,7 +228,7 @@ def test_a_program_is_read_as_it_was_written() -> None:
         net.Activate(1, Finish("silu")),
         net.Concat((1, 2)),
         net.Mean(1),
-        net.Exit(1, True),
+        net.Exit(1, "channels last"),
         net.Repeat(1, (2, 3), 4),
     ]
     assert net.decode(net.encode(made.steps)) == made.steps
@@ -367,7 +367,7 @@ def test_the_reference_refuses_what_is_no_program() -> None:
 
 def test_shapes_are_those_of_the_results() -> None:
     made = small_net()
-    made.steps.append(net.Exit(1, True))
+    made.steps.append(net.Exit(1, "channels last"))
     x = made.random(2, 3, 11, 13)
     arguments = made.arguments([x])
     results = net.net_reference(*arguments)

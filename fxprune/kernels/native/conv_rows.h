@@ -133,14 +133,8 @@ inline RowKernels row_kernels(int64_t tile) {
 
 template <Activation kind>
 void apply_in_place(float* y, int64_t floats) {
-  constexpr int kTogether = kLanes >= 16 ? 2 : 1;
-  for (int64_t n = 0; n < floats; n += kTogether * kBlock) {
-    Group<kTogether> g;
-    FXPRUNE_UNROLL
-    for (int j = 0; j < kTogether; ++j) g.part[j] = load<Block>(y + n + j * kBlock);
-    g = activate<kind>(g);
-    FXPRUNE_UNROLL
-    for (int j = 0; j < kTogether; ++j) store(y + n + j * kBlock, g.part[j]);
+  for (int64_t n = 0; n < floats; n += kLanes) {
+    store(y + n, activate<kind>(Group<1, Lane>{{load<Lane>(y + n)}}).part[0]);
   }
 }
 

@@ -93,13 +93,13 @@ std::vector<Tensor> run_net(
   std::vector<InputSize> sizes;
   std::vector<const float*> pointers;
   for (const Tensor& input : inputs) {
-    require_net(input.is_cpu() && input.scalar_type() == ScalarType::Float && input.dim() == 4,
-                "inputs must be float32 [n, c, h, w] on the CPU");
-    const bool last = !input.is_contiguous() && is_channels_last(input);
-    held.push_back(last || input.is_contiguous() ? input : torch::stable::contiguous(input));
+    require_net(input.is_cpu() && input.scalar_type() == ScalarType::Float && (input.dim() == 4 || input.dim() == 3),
+                "inputs must be float32 [n, c, h, w] or [n, w, c] on the CPU");
+    const bool tokens = input.dim() == 3, last = tokens || (!input.is_contiguous() && is_channels_last(input));
+    held.push_back((last && !tokens) || input.is_contiguous() ? input : torch::stable::contiguous(input));
     const Tensor& x = held.back();
-    sizes.push_back({x.size(0), x.size(1), x.size(2), x.size(3), last});
-    require_net(sizes.back().images == sizes[0].images, "inputs have not the same number of images");
+    sizes.push_back(tokens ? InputSize{x.size(0), x.size(2), 1, x.size(1), true}
+                           : InputSize{x.size(0), x.size(1), x.size(2), x.size(3), last});
     pointers.push_back(static_cast<const float*>(x.const_data_ptr()));
   }
   // A net of no images has the plan of one, for its sizes.
@@ -110,9 +110,10 @@ std::vector<Tensor> run_net(
   std::vector<Tensor> results;
   std::vector<float*> written;
   for (const Plan::Output& o : plan->outputs) {
-    const std::vector<int64_t> shape = o.channels_last
-        ? std::vector<int64_t>{sizes[0].images, o.height, o.width, o.channels}
-        : std::vector<int64_t>{sizes[0].images, o.channels, o.height, o.width};
+    const int64_t n = sizes[0].images;
+    const std::vector<int64_t> shape = o.form == Form::kTokens ? std::vector<int64_t>{n, o.width, o.channels}
+        : o.form == Form::kChannelsLast ? std::vector<int64_t>{n, o.height, o.width, o.channels}
+                                        : std::vector<int64_t>{n, o.channels, o.height, o.width};
     results.push_back(torch::stable::new_empty(held[0], shape));
     written.push_back(static_cast<float*>(results.back().mutable_data_ptr()));
   }

@@ -17,9 +17,13 @@
 
 namespace fxprune {
 
-enum class Op : int64_t { kEnter, kConv, kDepthwise, kPool, kAdd, kMultiply, kActivate, kConcat, kMean, kExit, kRepeat };
+enum class Op : int64_t { kEnter, kConv, kDepthwise, kPool, kAdd, kMultiply, kActivate, kConcat, kMean, kExit, kRepeat,
+                         kLayerNorm, kAttention };
 enum class Pool : int64_t { kMax, kMean, kMeanInside };
+// How an output stands in memory: [n, c, h, w], [n, h, w, c], or, where there is one row, [n, w, c].
+enum class Form : int64_t { kChannelsFirst, kChannelsLast, kTokens };
 
+// Of a mask: images, heads, queries and keys.
 struct InputSize {
   int64_t images, channels, height, width;
   bool channels_last;
@@ -74,13 +78,26 @@ struct Plan {
   std::vector<Lanes> lanes;
   struct Output {
     int64_t channels, height, width;
-    bool channels_last;
+    Form form;
   };
   std::vector<Output> outputs;
   int64_t images = 0, nb = 1, arena = 0, scratch = 0;
   double work = 0;  // in vectors multiplied and added, for the choice of grids
 
   int64_t passes() const { return ceil_div(images, nb); }
+};
+
+// Tasks of a step for each thread, where there are that many: enough that none waits long for the last.
+constexpr int64_t kTasksPerThread = 4;
+
+// Channels or tiles, dealt out to tasks.
+struct Share {
+  int64_t size, tasks;
+
+  Share(int64_t size, int64_t threads)
+      : size(size), tasks(threads == 1 ? 1 : std::min(size, threads * kTasksPerThread)) {}
+  int64_t begin(int64_t task) const { return size * task / tasks; }
+  int64_t end(int64_t task) const { return size * (task + 1) / tasks; }
 };
 
 }  // namespace fxprune

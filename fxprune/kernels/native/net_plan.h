@@ -5,6 +5,8 @@
 #include <map>
 #include <mutex>
 
+#include "net_attention.h"
+#include "net_norm.h"
 #include "net_steps.h"
 
 namespace fxprune {
@@ -196,7 +198,7 @@ struct Planner {
     require_net(r.next() == kVersion, "the program is of another version");
     const int64_t count = r.size(1, 1 << 20);
     for (int64_t s = 0; s < count; ++s) {
-      const int64_t op = r.size(0, static_cast<int64_t>(Op::kRepeat)), tile = r.size();
+      const int64_t op = r.size(0, static_cast<int64_t>(Op::kAttention)), tile = r.size();
       require_net(std::find(std::begin(kTiles), std::end(kTiles), tile) != std::end(kTiles), "no kernel has such tiles");
       const size_t arguments = r.size(0), end = r.at + arguments;
       require_net(end <= r.program.size(), "the program ends too early");
@@ -219,6 +221,8 @@ struct Planner {
       case Op::kMean: return mean(r);
       case Op::kExit: return exit(r);
       case Op::kRepeat: return repeat(tile, r);
+      case Op::kLayerNorm: return layer_norm(r);
+      case Op::kAttention: return attention(r);
     }
     throw std::runtime_error("net: unknown step");
   }
@@ -227,6 +231,7 @@ struct Planner {
     auto step = std::make_unique<Enter>();
     step->input = r.size(0, static_cast<int64_t>(inputs.size()) - 1);
     const InputSize& size = step->from = inputs[step->input];
+    require_net(size.images == plan.images, "inputs have not the same number of images");
     fits(plan.nb * size.channels * size.height * size.width);
     const Grid grid = grid_of(size.height, size.width, tile, 1, 1, 0, 0, nullptr);
     step->value = add_map(size.channels, size.height, size.width, tile, grid);
@@ -360,11 +365,57 @@ struct Planner {
     return relay(x, h, w, tile, grid_of(h, w, tile, 1, 1, 0, 0, nullptr), 1, 1, again_h, again_w);
   }
 
+  int64_t layer_norm(Reader& r) {
+    auto step = std::make_unique<LayerNorm>();
+    step->x = named(r);
+    step->weight = r.size(-1), step->bias = r.size(-1), step->epsilon = float_of(r.next());
+    const Map in = at(step->x);
+    step->channels = in.channels;
+    step->value = add_map(in.channels, in.height, in.width, in.tile, in.grid);
+    const int64_t x = step->x, value = step->value;
+    add_step(std::move(step), {x}, value);
+    return value;
+  }
+
+  int64_t attention(Reader& r) {
+    auto step = std::make_unique<Attention>();
+    step->q = named(r), step->k = named(r), step->v = named(r);
+    step->first_q = r.size(0), step->first_k = r.size(0), step->first_v = r.size(0);
+    step->heads = r.size(), step->size = r.size(), step->v_size = r.size();
+    step->mask = r.size(-1, static_cast<int64_t>(inputs.size()) - 1);
+    step->causal = r.size(0, 1), step->scale = float_of(r.next());
+    const Map q = at(step->q), k = at(step->k), v = at(step->v);
+    require_net(q.height == 1 && k.height == 1 && v.height == 1 && k.width == v.width, "attention is over tokens in one row");
+    require_net(step->first_q + step->heads * step->size <= q.channels && step->first_k + step->heads * step->size <= k.channels &&
+                    step->first_v + step->heads * step->v_size <= v.channels,
+                "an attention has more heads than its maps");
+    if (step->mask >= 0) {
+      const InputSize& m = inputs[step->mask];
+      const std::array<int64_t, 4> sizes = {m.images, m.channels, m.height, m.width};
+      const std::array<int64_t, 4> most = {plan.images, step->heads, q.width, k.width};
+      const int64_t row = m.width * (m.channels_last ? m.channels : 1);
+      const std::array<int64_t, 4> steps = {
+          m.channels * m.height * m.width, m.channels_last ? 1 : m.height * m.width, row, m.channels_last ? m.channels : 1};
+      for (size_t d = 0; d < 4; ++d) {
+        require_net(sizes[d] == 1 || sizes[d] == most[d], "a mask has another size than the scores");
+        step->mask_steps[d] = sizes[d] == 1 ? 0 : steps[d];
+      }
+      fits((m.images > 1 ? plan.nb : 1) * m.channels * m.height * m.width);
+    }
+    step->value = add_map(step->heads * step->v_size, 1, q.width, q.tile, q.grid);
+    // A key costs more where the lanes hold several images: it is moved instead of spread.
+    plan.work += (plan.nb > 1 ? 1.5 : 1.0) * static_cast<double>(computed(q.grid, q.tile)) * k.width * step->heads * (step->size + step->v_size);
+    const int64_t a = step->q, b = step->k, c = step->v, value = step->value;
+    add_step(std::move(step), {a, b, c}, value);
+    return value;
+  }
+
   int64_t exit(Reader& r) {
     auto step = std::make_unique<Exit>();
     step->x = named(r);
     const Map& m = at(step->x);
-    step->as = {m.channels, m.height, m.width, r.size(0, 1) == 1};
+    step->as = {m.channels, m.height, m.width, static_cast<Form>(r.size(0, static_cast<int64_t>(Form::kTokens)))};
+    require_net(step->as.form != Form::kTokens || m.height == 1, "a map of several rows is no row of tokens");
     step->output = plan.outputs.size();
     plan.outputs.push_back(step->as);
     const int64_t x = step->x;

@@ -7,19 +7,6 @@ namespace fxprune {
 
 // Bytes of sums that wait in L2 between K-blocks.
 constexpr int64_t kSumBytes = 256 << 10;
-// Tasks of a step for each thread, where there are that many: enough that none waits long for the last.
-constexpr int64_t kTasksPerThread = 4;
-
-// Channels or tiles, dealt out to tasks.
-struct Share {
-  int64_t size, tasks;
-
-  Share(int64_t size, int64_t threads)
-      : size(size), tasks(threads == 1 ? 1 : std::min(size, threads * kTasksPerThread)) {}
-  int64_t begin(int64_t task) const { return size * task / tasks; }
-  int64_t end(int64_t task) const { return size * (task + 1) / tasks; }
-};
-
 struct Enter : Step {
   int64_t input, value;
   InputSize from;
@@ -383,7 +370,7 @@ struct Exit : Step {
     float* to = f.outputs[output] + f.image * as.channels * plane;
     for (int64_t n = 0; n < f.images; ++n, to += as.channels * plane) {
       const int32_t* at = index.data() + n * plane;
-      if (as.channels_last) {
+      if (as.form != Form::kChannelsFirst) {
         for (int64_t p = 0; p < plane; ++p)
           for (int64_t c = begin; c < end; ++c) to[p * as.channels + c] = from[at[p] + c * in.channel_stride()];
       } else {

@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import operator
 from collections.abc import Collection
+from typing import cast
 
 import torch
-from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import Graph, Node
 
-from fxprune.graph.program import Program, fetch, owner
-from fxprune.kernels import native
-from fxprune.kernels.native import net, segments
-from fxprune.kernels.native.net import Finish, Step
+from fxprune.graph.program import Program, arguments, fetch
 
 from ..layouts.site import LEAST_ZEROS
-from .gain import gain_of, sizes_of
-from .read import Part
+from .build import Builder, Net, is_of_tokens, weights_in
+from .gain import places_of, sizes_of
+from .part import Part
 from .regions import Region, regions
-from .tiles import k_block, row_block, tile_for
+from .tiles import lanes
 
 aten = torch.ops.aten
 
-# A net must beat its ops by this, which compiled are faster than they are one by one.
-MARGIN = 1.3
-
-
-@dataclasses.dataclass(frozen=True)
-class Net:
-    """What became of a region: why, whether it is a net, its weights by name and their bytes as stored."""
-
-    is_net: bool
-    why: str
-    nodes: dict[str, str]
-    bytes: dict[str, int]
+# Multiply-adds of linears, zeros included, under which other kernels are as good.
+LEAST_WORK = 4_000_000
 
 
 def lower_nets(program: Program, names: Collection[str], *, forced: bool = False) -> list[Net]:
@@ -43,247 +29,68 @@ def lower_nets(program: Program, names: Collection[str], *, forced: bool = False
 
     Tried are regions in which weights of `names` have zeros enough.
     """
+    _drop_dropouts(program.graph)
     found: list[Net] = []
     tried: set[Node] = set()
-    while (region := next((r for r in regions(program.graph) if tried.isdisjoint(r.parts)), None)) is not None:
+    zeros: dict[Node, float] = {}
+
+    def wanted(part: Part) -> bool:
+        # Linears have other kernels as well; what those are forced to, and dense ones, are left to them.
+        if part.kind not in ("linear", "layer norm", "attention"):
+            return True
+        if part.kind == "linear" and part.weight is not None and part.weight not in zeros:
+            zeros[part.weight] = _zeros_of(program, part)
+        return not forced and (part.kind != "linear" or zeros[cast(Node, part.weight)] >= LEAST_ZEROS)
+
+    def next_region() -> Region | None:
+        return next((r for r in regions(program.graph, wanted) if tried.isdisjoint(r.parts)), None)
+
+    while (region := next_region()) is not None:
         tried.update(region.parts)
-        asked = any(part.weight is not None and str(part.weight.target) in names for part in region.parts.values())
-        zeros = _zeros(program, region) if asked else 0.0
-        if asked and zeros < LEAST_ZEROS:
-            few = f"{zeros:.1%} zeros are too few; {LEAST_ZEROS:.0%} is the least that is tried"
-            found.append(Net(False, few, _convolutions(region), {}))
-        elif asked:
-            found.append(_Builder(program, region).build(forced=forced))
+        if not any(name in names for name in weights_in(region)):
+            continue
+        share = _zeros(program, region)
+        if share < LEAST_ZEROS:
+            few = f"{share:.1%} zeros are too few; {LEAST_ZEROS:.0%} is the least that is tried"
+            found.append(Net(False, few, weights_in(region), {}))
+        elif not is_of_tokens(region) or _is_worth_a_try(region):
+            found.append(Builder(program, region).build(forced=forced))
     return found
 
 
-def _convolutions(region: Region) -> dict[str, str]:
-    """The weights of a region's convolutions by name, and the node of each."""
-    parts = {node: part for node, part in region.parts.items() if part.kind == "conv"}
-    return {str(part.weight.target): node.name for node, part in parts.items() if part.weight is not None}
+def _is_worth_a_try(region: Region) -> bool:
+    """Whether linears have tokens enough for the lanes, and work enough that a gain could be felt."""
+    linears = {node: part for node, part in region.parts.items() if part.kind == "linear"}
+    images = sizes_of(next(iter(linears)))[0]
+    tokens = images * max(math.prod(places_of(node)) for node in linears)
+    return 2 * tokens >= lanes() and images * sum(_work(*each) for each in linears.items()) >= LEAST_WORK
 
 
-def _zeros(program: Program, region: Region) -> float:
-    """The share of zeros in the convolutions' weights, each weighed by its work."""
-    work = kept = 0.0
-    for node, part in region.parts.items():
-        if part.kind == "conv" and part.weight is not None:
-            weight = fetch(program, str(part.weight.target))
-            places = math.prod(sizes_of(node)[2:])
-            work += weight.numel() * places
-            kept += int(torch.count_nonzero(weight)) * places
-    return 1 - kept / max(work, 1.0)
-
-
-def _tile(node: Node) -> int:
-    return tile_for(*sizes_of(node)[2:])
-
-
-class _Builder:
-    """Writes the steps of one region, packs its weights, and puts the call into the graph."""
-
-    def __init__(self, program: Program, region: Region) -> None:
-        self.program, self.region = program, region
-        self.steps: list[Step] = []
-        self.value: dict[Node, int] = {}
-        self.packed: list[segments.Segments] = []
-        self.dense: list[Tensor] = []
-        self.at = {"values": 0, "segments": 0, "starts": 0, "dense": 0}
-        self.where = _convolutions(region)
-        self.bytes: dict[str, int] = {}
-        self.ends = self._fusions()
-
-    def _fusions(self) -> dict[Node, list[Node]]:
-        """For the node that a convolution's sums end in: the convolution and what follows it in its epilogue."""
-        parts, ends, taken = self.region.parts, {}, set()
-        order = {node: number for number, node in enumerate(parts)}
-        for node, part in reversed(parts.items()):
-            if part.kind not in ("conv", "depthwise"):
-                continue
-            chain = [node]
-            while True:
-                following = self._next(chain, order, taken)
-                if following is None:
-                    break
-                chain.append(following)
-            taken.update(chain)
-            ends[chain[-1]] = chain
-        return ends
-
-    def _next(self, chain: list[Node], order: dict[Node, int], taken: set[Node]) -> Node | None:
-        """What alone reads the end of the chain and can be computed with it: an activation, a residual, or both."""
-        last, parts = chain[-1], self.region.parts
-        user = next(iter(last.users), None)
-        if len(last.users) != 1 or user not in parts or user in taken:
-            return None
-        kinds = [parts[node].kind for node in chain[1:]]
-        if parts[user].kind == "activate" and kinds in ([], ["add"]):
-            return user
-        if parts[user].kind != "add" or kinds not in ([], ["activate"]) or len(set(parts[user].maps)) < 2:
-            return None
-        (other,) = [source for source in parts[user].maps if source is not last]
-        whole = [source.meta["val"].shape[2:] for source in parts[user].maps]
-        # What is added must be there; of two convolutions that are added the later one adds.
-        if whole[0] != whole[1] or (other in order and order[other] > order[chain[0]] and _is_conv(parts[other])):
-            return None
-        return user
-
-    def build(self, *, forced: bool) -> Net:
-        """The region as a net, where that is faster than its ops one by one."""
-        inside = {node for chain in self.ends.values() for node in chain}
-        for number, node in enumerate(self.region.inputs):
-            self.value[node] = self._add(net.Enter(number, _tile(node)))
-        for node, part in self.region.parts.items():
-            if node in self.ends:
-                self.value[node] = self._convolve(self.ends[node])
-            elif node not in inside:
-                self.value[node] = self._add(self._step(node, part))
-        last = [_is_channels_last(node.meta["val"]) for node in self.region.outputs]
-        for node, as_last in zip(self.region.outputs, last, strict=True):
-            self._add(net.Exit(self.value[node], as_last))
-        tensors = {key: torch.cat(parts) for key, parts in zip(segments.Segments._fields, zip(*self.packed))}
-        tensors["dense"] = torch.cat(self.dense) if self.dense else torch.zeros(0)
-        together = f"one of {len(self.where)} convolutions in one call" if len(self.where) > 1 else "a call of its own"
-        if forced:
-            self._store(tensors, last)
-            slow = "" if native.status().available else ", only by slow plain torch"
-            return Net(True, f"{together}{slow}", self.where, self.bytes)
-        gain = gain_of(self.program, self.region, (*tensors.values(), net.encode(self.steps)))
-        if gain < MARGIN:
-            why = f"{gain:.2f}x its ops one by one, {together}; {MARGIN:.2f}x is asked"
-            return Net(False, why, self.where, self.bytes)
-        self._store(tensors, last)
-        return Net(True, f"{together}, {gain:.2f}x its ops one by one", self.where, self.bytes)
-
-    def _add(self, step: Step) -> int:
-        self.steps.append(step)
-        return len(self.steps) - 1
-
-    def _step(self, node: Node, part: Part) -> Step:
-        x, *others = (self.value[source] for source in part.maps)
-        match part.kind:
-            case "add":
-                return net.Add(x, others[0])
-            case "multiply":
-                return net.Multiply(x, others[0])
-            case "activate":
-                return net.Activate(x, part.finish)
-            case "concat":
-                return net.Concat((x, *others))
-            case "global mean":
-                return net.Mean(x)
-            case "repeat":
-                return net.Repeat(x, part.times, _tile(node))
-            case kind:
-                return net.Pool(kind, x, part.taps, _tile(node))
-
-    def _convolve(self, chain: list[Node]) -> int:
-        conv, *rest = chain
-        parts = self.region.parts
-        finish, residual, seen = Finish(), -1, conv
-        for node in rest:
-            if parts[node].kind == "activate":
-                finish = parts[node].finish
-            else:
-                (other,) = [source for source in parts[node].maps if source is not seen]
-                residual = self.value[other]
-            seen = node
-        kinds = [parts[node].kind for node in rest]
-        finish = dataclasses.replace(finish, adds_last=kinds == ["activate", "add"])
-        part, tile = parts[conv], _tile(conv)
-        weight = self._weight(part)
-        bias = -1 if part.bias is None else self._put_dense(fetch(self.program, str(part.bias.target)))
-        x = self.value[part.maps[0]]
-        if part.kind == "depthwise":
-            at = self._put_dense(weight.flatten())
-            return self._add(net.Depthwise(x, len(weight), part.taps, residual, at, bias, finish, tile))
-        rows, channels = weight.shape[:2]
-        blocks = row_block(rows), k_block(part.taps, tile, channels)
-        where = self._put(net.pack(weight, part.taps, tile, *blocks), part)
-        return self._add(net.Conv(x, rows, channels, part.taps, *blocks, residual, *where, bias, finish, tile))
-
-    def _weight(self, part: Part) -> Tensor:
-        """The weight [o, i, kh, kw]; of a convolution by groups with the zeros between its groups."""
-        assert part.weight is not None
-        weight = fetch(self.program, str(part.weight.target))
-        channels = part.maps[0].meta["val"].shape[1]
-        groups = channels // weight.shape[1]
-        if part.kind == "depthwise" or groups == 1:
-            return weight
-        blocks = weight.reshape(groups, -1, *weight.shape[1:])
-        whole = weight.new_zeros(groups, blocks.shape[1], groups, *weight.shape[1:])
-        each = torch.arange(groups)
-        whole[each, :, each] = blocks
-        return whole.reshape(len(weight), channels, *weight.shape[2:])
-
-    def _put(self, packed: segments.Segments, part: Part) -> tuple[int, int, int]:
-        place = self.at["values"], self.at["segments"], self.at["starts"]
-        self.packed.append(packed)
-        self.at["values"] += packed.values.numel()
-        self.at["segments"] += packed.order.numel()
-        self.at["starts"] += packed.starts.numel()
-        name = str(part.weight.target)  # pyright: ignore[reportOptionalMemberAccess]
-        self.bytes[name] = self.bytes.get(name, 0) + sum(t.numel() * t.element_size() for t in packed)
-        return place
-
-    def _put_dense(self, values: Tensor) -> int:
-        at = self.at["dense"]
-        self.dense.append(values.contiguous())
-        self.at["dense"] += values.numel()
-        return at
-
-    def _store(self, tensors: dict[str, Tensor], last: list[bool]) -> None:
-        name = next(iter(self.where))
-        holder = _hold(self.program, f"{name.rpartition('.')[0]}.in_lanes".lstrip("."), tensors)
-        graph, region = self.program.graph, self.region
-        first, *_ = [node for node in graph.nodes if node in region.parts]
-        place = {node: number for number, node in enumerate(graph.nodes)}
-        before = max([*region.inputs, first.prev], key=place.__getitem__).next
-        while before.op == "placeholder":
-            before = before.next
-        with graph.inserting_before(before):
-            operands = [graph.get_attr(f"{holder}.{key}") for key in tensors]
-            call = graph.call_function(
-                torch.ops.fxprune.net.default, (list(region.inputs), *operands, net.encode(self.steps))
-            )
-            results = []
-            made = []
-            for number, (node, as_last) in enumerate(zip(region.outputs, last, strict=True)):
-                result = graph.call_function(operator.getitem, (call, number))
-                made.append(node.meta["val"].permute(0, 2, 3, 1) if as_last else node.meta["val"])
-                result.meta = {**node.meta, "val": made[-1]}
-                if as_last:
-                    result = graph.call_function(aten.permute.default, (result, [0, 3, 1, 2]))
-                    result.meta = {**node.meta}
-                results.append(result)
-        call.meta = {**region.outputs[0].meta, "val": made}
-        for node, result in zip(region.outputs, results, strict=True):
-            node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in region.parts)
-        for node in reversed(region.parts):
+def _drop_dropouts(graph: Graph) -> None:
+    """Takes out dropouts that drop nothing, so that they part no neighbours."""
+    for node in list(graph.nodes):
+        if node.target is aten.dropout.default and not arguments(node)["train"]:
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
 
-def _is_conv(part: Part) -> bool:
-    return part.kind in ("conv", "depthwise")
+def _work(node: Node, part: Part) -> int:
+    """Multiply-adds of a convolution or a linear for an image, zeros included."""
+    assert part.weight is not None
+    return part.weight.meta["val"].numel() * math.prod(places_of(node))
 
 
-def _is_channels_last(value: Tensor) -> bool:
-    """Whether the channels of each place stand side by side, and not because there is one place only."""
-    is_one = all(isinstance(size, int) and size == 1 for size in value.shape[2:])
-    stride = value.stride()
-    return not is_one and isinstance(stride[1], int) and stride[1] == 1 and value.shape[1] > 1
+def _zeros(program: Program, region: Region) -> float:
+    """The share of zeros in the weights of convolutions and linears, each weighed by its work."""
+    work = zeros = 0.0
+    for node, part in region.parts.items():
+        if part.kind in ("conv", "linear"):
+            work += _work(node, part)
+            zeros += _work(node, part) * _zeros_of(program, part)
+    return zeros / max(work, 1.0)
 
 
-def _hold(program: Program, name: str, tensors: dict[str, Tensor]) -> str:
-    """Registers tensors as buffers of a new module of the program; returns the module's name."""
-    module, leaf = owner(program, name)
-    taken, number = {*module._modules, *module._parameters, *module._buffers}, 0
-    free = leaf
-    while free in taken:
-        number += 1
-        free = f"{leaf}_{number}"
-    holder = nn.Module()
-    for key, tensor in tensors.items():
-        holder.register_buffer(key, tensor)
-    module.add_module(free, holder)
-    return f"{name.rpartition('.')[0]}.{free}".lstrip(".")
+def _zeros_of(program: Program, part: Part) -> float:
+    assert part.weight is not None
+    weight = fetch(program, str(part.weight.target))
+    return 1 - int(torch.count_nonzero(weight)) / max(1, weight.numel())

@@ -8,35 +8,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 from fxprune.graph.program import arguments, same_shape, sizes
 from fxprune.kernels.native.net import Finish, Taps
 
+from .part import Part, is_map, is_tokens
+from .read_tokens import read_attention, read_layer_norm, read_linear
+from .replay import VIEWS
+
 aten = torch.ops.aten
-
-
-_ONE, _AS_IT_IS = Taps(), Finish()
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """An op as a step of a net: its kind, the maps that it reads, and how a kernel lies or what is applied."""
-
-    kind: str  # conv, depthwise, max, mean, mean inside, add, multiply, activate, concat, global mean, repeat
-    maps: tuple[Node, ...]
-    taps: Taps = _ONE
-    finish: Finish = _AS_IT_IS
-    weight: Node | None = None
-    bias: Node | None = None
-    times: tuple[int, int] = (1, 1)
 
 
 def read(node: Node) -> Part | None:
     """The node as a part of a net, or None."""
     reader = _READERS.get(node.target) if node.op == "call_function" else None
-    if reader is None or not is_map(node):
+    if reader is None or not (is_map(node) or is_tokens(node)):
         return None
     return reader(node)
 
@@ -44,14 +31,6 @@ def read(node: Node) -> Part | None:
 def written(node: Node) -> Node | None:
     """The tensor that an op of `read` writes to."""
     return node.args[0] if node.target in _IN_PLACE else None  # pyright: ignore[reportReturnType]
-
-
-def is_map(node: Any) -> bool:
-    """Whether the node has float32 images [n, c, h, w] on the CPU, of known channels, and some places each."""
-    value = node.meta.get("val") if isinstance(node, Node) else None
-    if not isinstance(value, Tensor) or value.dim() != 4 or value.dtype != torch.float32:
-        return False
-    return value.device.type == "cpu" and isinstance(value.shape[1], int) and 0 not in value.shape[1:]
 
 
 def _pair(value: Any) -> tuple[int, int] | None:
@@ -157,10 +136,12 @@ def _binary(kind: str) -> Callable[[Node], Part | None]:
     def reader(node: Node) -> Part | None:
         given = arguments(node)
         a, b = given["self"], given["other"]
-        if given.get("alpha", 1) != 1 or not (is_map(a) and is_map(b)):
+        if given.get("alpha", 1) != 1 or not ((is_map(a) and is_map(b)) or (is_tokens(a) and is_tokens(b))):
             return None
         if same_shape(a, b):
             return Part(kind, (a, b))
+        if is_tokens(a):
+            return None
         for x, other in ((a, b), (b, a)):
             full, one = sizes(x.meta["val"].shape), sizes(other.meta["val"].shape)
             if one == (*full[:2], 1, 1) and (node.target not in _IN_PLACE or x is a):
@@ -174,7 +155,8 @@ def _activation(finish: Callable[[dict[str, Any]], Finish | None]) -> Callable[[
     def reader(node: Node) -> Part | None:
         given = arguments(node)
         found = finish(given)
-        return Part("activate", (given["self"],), finish=found) if found is not None and is_map(given["self"]) else None
+        x = given["self"]
+        return Part("activate", (x,), finish=found) if found is not None and (is_map(x) or is_tokens(x)) else None
 
     return reader
 
@@ -234,6 +216,9 @@ _READERS: dict[Any, Callable[[Node], Part | None]] = {
     aten.cat.default: _concat,
     aten.upsample_nearest2d.vec: _nearest,
     aten.upsample_nearest2d.default: _nearest,
+    aten.linear.default: read_linear,
+    aten.layer_norm.default: read_layer_norm,
+    **dict.fromkeys(VIEWS, read_attention),
 }
 for _name, _finish in _FINISHES.items():
     for _op in (_name, f"{_name}_"):

@@ -3,35 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import sympy
 import torch
 from torch.fx import Graph, Node
 
-from .read import Part, read, written
+from .part import Part
+from .read import read, written
 
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """Nodes that become one net: `parts` in the order of the graph, what they read from outside, what others read."""
+    """Nodes that become one net: `parts` in the order of the graph, what they read from outside, what others read.
+
+    `inputs` are maps, `masks` what is added to scores. `nodes` are the parts and all that they stand for.
+    """
 
     parts: dict[Node, Part]
     inputs: tuple[Node, ...]
+    masks: tuple[Node, ...]
     outputs: tuple[Node, ...]
+    nodes: frozenset[Node]
 
 
-def regions(graph: Graph) -> list[Region]:
-    """The largest parts that convolutions begin and nothing outside lies between, where at least one has a weight.
+def regions(graph: Graph, wanted: Callable[[Part], bool] = lambda _: True) -> list[Region]:
+    """The largest parts that convolutions or linears begin and nothing outside lies between.
 
     A part joins the open region unless what it reads hangs on that region through something else; then the region is
-    closed and another opened.
+    closed and another opened. Parts that are not `wanted` stay outside.
     """
     opened: list[dict[Node, Part]] = []
     of: dict[Node, int] = {}
     behind: dict[Node, set[int]] = {}  # the regions that a node outside them hangs on
     for node in graph.nodes:
         part = read(node)
-        inputs = node.all_input_nodes
+        if part is not None and not wanted(part):
+            part = None
+        inputs = node.all_input_nodes if part is None else part.sources
         blocked = {number for source in inputs for number in behind[source] if of.get(source) != number}
         outside = blocked | {of[source] for source in inputs if source in of}
         if part is None or not _may_write(node, of):
@@ -61,7 +70,7 @@ def _pieces(nodes: dict[Node, Part]) -> list[dict[Node, Part]]:
     """Nodes that hang together and that a convolution is among or before, each as a dictionary in order."""
     begun: set[Node] = set()
     for node, part in nodes.items():
-        if part.kind in ("conv", "depthwise") or any(source in begun for source in part.maps):
+        if part.kind in ("conv", "depthwise", "linear") or any(source in begun for source in part.maps):
             begun.add(node)
     group: dict[Node, Node] = {}
 
@@ -84,22 +93,33 @@ def _pieces(nodes: dict[Node, Part]) -> list[dict[Node, Part]]:
 
 def _region(graph: Graph, parts: dict[Node, Part]) -> list[Region]:
     """The region of these nodes, unless one call cannot stand for them."""
-    if not any(part.kind == "conv" for part in parts.values()) or len({_images(node) for node in parts}) > 1:
+    weighs = any(part.kind in ("conv", "linear") for part in parts.values())
+    if not weighs or len({_images(node) for node in parts}) > 1:
         return []
     inputs = dict.fromkeys(source for part in parts.values() for source in part.maps if source not in parts)
-    outputs = tuple(node for node in parts if any(user not in parts for user in node.users))
+    masks = dict.fromkeys(part.mask for part in parts.values() if part.mask is not None)
+    nodes = _with_inside(parts)
+    outputs = tuple(node for node in parts if any(user not in nodes for user in node.users))
     place = {node: number for number, node in enumerate(graph.nodes)}
-    ready = max((place[node] for node in inputs), default=-1)
+    ready = max((place[node] for node in (*inputs, *masks)), default=-1)
     if any(_images(node) != _images(next(iter(parts))) for node in inputs):
         return []
-    if any(place[user] < ready for node in outputs for user in node.users if user not in parts):
+    if any(place[user] < ready for node in outputs for user in node.users if user not in nodes):
         return []
     # Between what is read and where it was read last somebody may write to it.
     last = max(place[node] for node in parts)
     for node in graph.nodes:
         if ready < place[node] < last and node not in parts and _mutates(node):
             return []
-    return [Region(parts, tuple(inputs), outputs)]
+    return [Region(parts, tuple(inputs), tuple(masks), outputs, nodes)]
+
+
+def _with_inside(parts: dict[Node, Part]) -> frozenset[Node]:
+    """The parts, and of the nodes that they stand for as well those that nobody else reads."""
+    nodes = {*parts, *(node for part in parts.values() for node in part.inside)}
+    while others := {node for node in nodes if node not in parts and any(user not in nodes for user in node.users)}:
+        nodes -= others
+    return frozenset(nodes)
 
 
 def _images(node: Node) -> sympy.Expr | int:

@@ -1,4 +1,5 @@
-"""fxprune::net: a part of a graph around convolutions, computed in one call on maps whose pixels lie in lanes.
+"""fxprune::net: a part of a graph around convolutions or linears, computed in one call on maps whose pixels, or tokens,
+lie in lanes.
 
 A net is a list of steps. `encode` writes it as the integers that the op takes, and the kernel (net.cpp) plans it for
 the sizes of each call. `net_reference` says in plain torch what a net computes.
@@ -17,14 +18,32 @@ from torch import Tensor
 from .. import register
 from ..segments import Segments
 from .program import VERSION, decode, encode
-from .steps import POOLS, TILES, Activate, Add, Concat, Conv, Depthwise, Enter, Exit, Mean, Multiply, Pool, Repeat, Step
+from .steps import (
+    FORMS,
+    POOLS,
+    TILES,
+    Activate,
+    Add,
+    Attention,
+    Concat,
+    Conv,
+    Depthwise,
+    Enter,
+    Exit,
+    LayerNorm,
+    Mean,
+    Multiply,
+    Pool,
+    Repeat,
+    Step,
+)
 from .taps import ACTIVATIONS, Finish, Taps
 from .weights import pack, unpack, weight_of
 
 __all__ = [
-    "ACTIVATIONS", "POOLS", "TILES", "VERSION", "Activate", "Add", "Concat", "Conv", "Depthwise", "Enter", "Exit",
-    "Finish", "Mean", "Multiply", "Pool", "Repeat", "Step", "Taps", "net_reference", "decode", "encode", "pack",
-    "unpack", "weight_of",
+    "ACTIVATIONS", "FORMS", "POOLS", "TILES", "VERSION", "Activate", "Add", "Attention", "Concat", "Conv", "Depthwise",
+    "Enter", "Exit", "Finish", "LayerNorm", "Mean", "Multiply", "Pool", "Repeat", "Step", "Taps", "decode", "encode",
+    "net_reference", "pack", "unpack", "weight_of",
 ]  # fmt: skip
 
 
@@ -44,6 +63,7 @@ def net_reference(
         match step:
             case Enter():
                 y = inputs[step.input]
+                y = y.transpose(1, 2).unsqueeze(2) if y.dim() == 3 else y
             case Conv():
                 y = F.conv2d(
                     F.pad(made[step.x], _around(step.taps)),
@@ -74,13 +94,45 @@ def net_reference(
                 y = made[step.x].mean((2, 3), keepdim=True)
             case Repeat():
                 y = made[step.x].repeat_interleave(step.times[0], 2).repeat_interleave(step.times[1], 3)
+            case LayerNorm():
+                channels = made[step.x].shape[1]
+                weight, bias = vector(step.weight, channels), vector(step.bias, channels)
+                y = F.layer_norm(made[step.x].permute(0, 2, 3, 1), (channels,), weight, bias, step.epsilon)
+                y = y.permute(0, 3, 1, 2)
+            case Attention():
+                y = _attention(step, made, inputs)
             case Exit():
                 y = made[step.x]
-                results.append(
-                    (y.permute(0, 2, 3, 1) if step.channels_last else y).clone(memory_format=torch.contiguous_format)
-                )
+                results.append(_formed(y, step.form).clone(memory_format=torch.contiguous_format))
         made.append(y)
     return results
+
+
+def _formed(y: Tensor, form: str) -> Tensor:
+    match form:
+        case "channels last":
+            return y.permute(0, 2, 3, 1)
+        case "tokens":
+            return y.squeeze(2).transpose(1, 2)
+    return y
+
+
+def _attention(step: Attention, made: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
+    def heads(x: Tensor, first: int, size: int) -> Tensor:
+        return x[:, first : first + step.heads * size, 0].unflatten(1, (step.heads, size)).transpose(2, 3)
+
+    q = heads(made[step.q], step.first_q, step.size)
+    k = heads(made[step.k], step.first_k, step.size)
+    v = heads(made[step.v], step.first_v, step.v_size)
+    scores = q @ k.transpose(2, 3) * step.scale
+    if step.mask >= 0:
+        scores = scores + inputs[step.mask]
+    if step.causal:
+        seen = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
+        scores = scores.masked_fill(~seen, -math.inf)
+    # Of a query that sees no key the result is zero, as torch's own attention has it.
+    shares = scores.softmax(3).masked_fill((scores == -math.inf).all(3, keepdim=True), 0.0)
+    return (shares @ v).transpose(2, 3).flatten(1, 2).unsqueeze(2)
 
 
 def _around(taps: Taps) -> tuple[int, int, int, int]:
@@ -108,14 +160,17 @@ def _shapes(inputs: Sequence[Tensor], *packed_and_program: Any) -> list[Tensor]:
     for step in decode(packed_and_program[-1]):
         match step:
             case Enter():
-                shape = tuple(inputs[step.input].shape[1:])
+                given = inputs[step.input].shape
+                shape = (given[2], 1, given[1]) if len(given) == 3 else tuple(given[1:])
             case Conv():
                 shape = (step.rows, *step.taps.out(shapes[step.x][1:]))
             case Depthwise() | Pool():
                 channels, *size = shapes[step.x]
                 shape = (channels, *step.taps.out(size))
-            case Add() | Multiply() | Activate():
+            case Add() | Multiply() | Activate() | LayerNorm():
                 shape = shapes[step.x]
+            case Attention():
+                shape = (step.heads * step.v_size, *shapes[step.q][1:])
             case Concat():
                 shape = (sum(shapes[part][0] for part in step.parts), *shapes[step.parts[0]][1:])
             case Mean():
@@ -125,7 +180,7 @@ def _shapes(inputs: Sequence[Tensor], *packed_and_program: Any) -> list[Tensor]:
                 shape = (channels, height * step.times[0], width * step.times[1])
             case Exit():
                 shape = channels, height, width = shapes[step.x]
-                size = (height, width, channels) if step.channels_last else shape
+                size = {"tokens": (width, channels), "channels last": (height, width, channels)}.get(step.form, shape)
                 results.append(inputs[0].new_empty(images, *size))
         shapes.append(shape)
     return results

@@ -8,8 +8,25 @@ from collections.abc import Sequence
 
 from fxprune.errors import InputError
 
-from .steps import POOLS, Activate, Add, Concat, Conv, Depthwise, Enter, Exit, Mean, Multiply, Pool, Repeat, Step
-from .taps import Finish, Taps
+from .steps import (
+    FORMS,
+    POOLS,
+    Activate,
+    Add,
+    Attention,
+    Concat,
+    Conv,
+    Depthwise,
+    Enter,
+    Exit,
+    LayerNorm,
+    Mean,
+    Multiply,
+    Pool,
+    Repeat,
+    Step,
+)
+from .taps import Finish, Taps, bits_of, float_of
 
 VERSION = 1
 
@@ -36,9 +53,15 @@ def _arguments(step: Step) -> list[int]:
         case Mean():
             return [step.x]
         case Exit():
-            return [step.x, int(step.channels_last)]
+            return [step.x, FORMS.index(step.form)]
         case Repeat():
             return [step.x, *step.times]
+        case LayerNorm():
+            return [step.x, step.weight, step.bias, bits_of(step.epsilon)]
+        case Attention():
+            first = [step.first_q, step.first_k, step.first_v]
+            how = [step.mask, int(step.causal), bits_of(step.scale)]
+            return [step.q, step.k, step.v, *first, step.heads, step.size, step.v_size, *how]
 
 
 def encode(steps: Sequence[Step]) -> list[int]:
@@ -98,9 +121,16 @@ def _step(code: int, tile: int, a: list[int]) -> Step:
             (x,) = a
             return Mean(x, tile)
         case Exit.code:
-            x, last = a
-            return Exit(x, bool(last), tile)
+            x, form = a
+            return Exit(x, FORMS[form], tile)
         case Repeat.code:
             x, down, right = a
             return Repeat(x, (down, right), tile)
+        case LayerNorm.code:
+            x, weight, bias, epsilon = a
+            return LayerNorm(x, weight, bias, float_of(epsilon), tile)
+        case Attention.code:
+            q, k, v, first_q, first_k, first_v, heads, size, v_size, mask, causal, scale = a
+            sizes = (heads, size, v_size, first_q, first_k, first_v)
+            return Attention(q, k, v, *sizes, mask, bool(causal), float_of(scale), tile)
     raise ValueError(f"there is no step {code}")

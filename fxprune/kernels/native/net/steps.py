@@ -14,11 +14,13 @@ from .taps import Finish, Taps
 TILES = (1, 2, 4, 7, 8)
 AS_IT_IS = Finish()
 POOLS = ("max", "mean", "mean inside")
+# How an output stands in memory; "tokens" is [n, w, c] of a map of one row.
+FORMS = ("channels first", "channels last", "tokens")
 
 
 @dataclasses.dataclass(frozen=True)
 class Enter:
-    """Input number `input` [n, c, h, w] becomes a map."""
+    """Input number `input`, [n, c, h, w] or tokens [n, w, c], becomes a map."""
 
     input: int
     tile: int = 7
@@ -126,10 +128,10 @@ class Mean:
 
 @dataclasses.dataclass(frozen=True)
 class Exit:
-    """A map becomes the next output: [n, c, h, w], or [n, h, w, c] where `channels_last`."""
+    """A map becomes the next output, in one of FORMS: [n, c, h, w], [n, h, w, c] or [n, w, c]."""
 
     x: int
-    channels_last: bool = False
+    form: str = FORMS[0]
     tile: int = 1
     code: ClassVar[int] = 9
 
@@ -144,4 +146,43 @@ class Repeat:
     code: ClassVar[int] = 10
 
 
-Step = Enter | Conv | Depthwise | Pool | Add | Multiply | Activate | Concat | Mean | Exit | Repeat
+@dataclasses.dataclass(frozen=True)
+class LayerNorm:
+    """Each place less its mean over the channels, by its deviation; `weight` and `bias` are -1 where there is none."""
+
+    x: int
+    weight: int = -1
+    bias: int = -1
+    epsilon: float = 1e-5
+    tile: int = 1
+    code: ClassVar[int] = 11
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """softmax(scale * q k^T + mask) v over the tokens of maps of one row, head by head.
+
+    A head is `size` channels of q and k and `v_size` of v; the first begins at channel `first_q`, `first_k`, `first_v`.
+    `mask` is the number of an input [n or 1, heads or 1, queries or 1, keys or 1], -1 for none. `causal` hides later
+    keys.
+    """
+
+    q: int
+    k: int
+    v: int
+    heads: int
+    size: int
+    v_size: int
+    first_q: int = 0
+    first_k: int = 0
+    first_v: int = 0
+    mask: int = -1
+    causal: bool = False
+    scale: float = 1.0
+    tile: int = 1
+    code: ClassVar[int] = 12
+
+
+Step = (
+    Enter | Conv | Depthwise | Pool | Add | Multiply | Activate | Concat | Mean | Exit | Repeat | LayerNorm | Attention
+)

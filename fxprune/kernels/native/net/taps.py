@@ -74,13 +74,13 @@ class Finish:
 
     def integers(self) -> list[int]:
         """As a program has them."""
-        return [ACTIVATIONS.index(self.activation), _bits(self.low), _bits(self.high)]
+        return [ACTIVATIONS.index(self.activation), bits_of(self.low), bits_of(self.high)]
 
     @classmethod
     def of(cls, numbers: Sequence[int], *, adds_last: int = 0) -> Finish:
         """From a program's."""
         activation, low, high = numbers
-        return cls(ACTIVATIONS[activation], _float(low), _float(high), bool(adds_last))
+        return cls(ACTIVATIONS[activation], float_of(low), float_of(high), bool(adds_last))
 
     def apply(self, y: Tensor, residual: Tensor | None = None) -> Tensor:
         """The activation and the residual, in their order."""
@@ -101,9 +101,11 @@ _FUNCTIONS: dict[str, Any] = {
 }
 
 
-def _bits(value: float) -> int:
+def bits_of(value: float) -> int:
+    """The bits of a number in float32, as a program has it."""
     return struct.unpack("<I", struct.pack("<f", value))[0]
 
 
-def _float(bits: int) -> float:
+def float_of(bits: int) -> float:
+    """The number of these bits."""
     return struct.unpack("<f", struct.pack("<I", bits))[0]

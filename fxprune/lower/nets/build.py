@@ -1,0 +1,284 @@
+"""build: the steps of one region, its weights packed, and the call that takes its place in the graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from fxprune.graph.program import Program, fetch, owner, sizes
+from fxprune.kernels import native
+from fxprune.kernels.native import net, segments
+from fxprune.kernels.native.net import Finish, Step
+
+from .gain import gain_of, places_of, weight_of
+from .masks import hides_nothing, put_scores
+from .part import Heads, Part, channels_of
+from .regions import Region
+from .tiles import k_block, row_block, tile_for
+
+aten = torch.ops.aten
+
+# A net must beat its ops by this, which compiled are faster than they are one by one.
+MARGIN = 1.3
+
+
+@dataclasses.dataclass(frozen=True)
+class Net:
+    """What became of a region: why, whether it is a net, its weights by name and their bytes as stored."""
+
+    is_net: bool
+    why: str
+    nodes: dict[str, str]
+    bytes: dict[str, int]
+
+
+class Builder:
+    """Writes the steps of one region, packs its weights, and puts the call into the graph."""
+
+    def __init__(self, program: Program, region: Region) -> None:
+        self.program, self.region = program, region
+        self.steps: list[Step] = []
+        self.value: dict[Node, int] = {}
+        self.packed: list[segments.Segments] = []
+        self.dense: list[Tensor] = []
+        self.at = {"values": 0, "segments": 0, "starts": 0, "dense": 0}
+        self.where = weights_in(region)
+        self.bytes: dict[str, int] = {}
+        self.ends = self._fusions()
+
+    def _fusions(self) -> dict[Node, list[Node]]:
+        """For the node that a convolution's sums end in: the convolution and what follows it in its epilogue."""
+        parts, ends, taken = self.region.parts, {}, set()
+        order = {node: number for number, node in enumerate(parts)}
+        for node, part in reversed(parts.items()):
+            if not _is_conv(part):
+                continue
+            chain = [node]
+            while True:
+                following = self._next(chain, order, taken)
+                if following is None:
+                    break
+                chain.append(following)
+            taken.update(chain)
+            ends[chain[-1]] = chain
+        return ends
+
+    def _next(self, chain: list[Node], order: dict[Node, int], taken: set[Node]) -> Node | None:
+        """What alone reads the end of the chain and can be computed with it: an activation, a residual, or both."""
+        last, parts = chain[-1], self.region.parts
+        user = next(iter(last.users), None)
+        if len(last.users) != 1 or user not in parts or user in taken:
+            return None
+        kinds = [parts[node].kind for node in chain[1:]]
+        if parts[user].kind == "activate" and kinds in ([], ["add"]):
+            return user
+        if parts[user].kind != "add" or kinds not in ([], ["activate"]) or len(set(parts[user].maps)) < 2:
+            return None
+        (other,) = [source for source in parts[user].maps if source is not last]
+        whole = [sizes(source.meta["val"].shape) for source in parts[user].maps]
+        # What is added must be there; of two convolutions that are added the later one adds.
+        if whole[0] != whole[1] or (other in order and order[other] > order[chain[0]] and _is_conv(parts[other])):
+            return None
+        return user
+
+    def build(self, *, forced: bool) -> Net:
+        """The region as a net, where that is faster than its ops one by one."""
+        inside = {node for chain in self.ends.values() for node in chain}
+        self.masks = self._masks()
+        for number, node in enumerate(self.region.inputs):
+            self.value[node] = self._add(net.Enter(number, _tile(node)))
+        for node, part in self.region.parts.items():
+            if node in self.ends:
+                self.value[node] = self._convolve(self.ends[node])
+            elif node not in inside:
+                self.value[node] = self._add(self._step(node, part))
+        forms = [_form(node.meta["val"]) for node in self.region.outputs]
+        for node, form in zip(self.region.outputs, forms, strict=True):
+            self._add(net.Exit(self.value[node], form))
+        tensors = {key: torch.cat(parts) for key, parts in zip(segments.Segments._fields, zip(*self.packed))}
+        tensors["dense"] = torch.cat(self.dense) if self.dense else torch.zeros(0)
+        kind = "linears" if is_of_tokens(self.region) else "convolutions"
+        together = f"one of {len(self.where)} {kind} in one call" if len(self.where) > 1 else "a call of its own"
+        if forced:
+            self._store(tensors, forms)
+            slow = "" if native.status().available else ", only by slow plain torch"
+            return Net(True, f"{together}{slow}", self.where, self.bytes)
+        gain = gain_of(self.program, self.region, (*tensors.values(), net.encode(self.steps)))
+        if gain < MARGIN:
+            why = f"{gain:.2f}x its ops one by one, {together}; {MARGIN:.2f}x is asked"
+            return Net(False, why, self.where, self.bytes)
+        self._store(tensors, forms)
+        return Net(True, f"{together}, {gain:.2f}x its ops one by one", self.where, self.bytes)
+
+    def _add(self, step: Step) -> int:
+        self.steps.append(step)
+        return len(self.steps) - 1
+
+    def _step(self, node: Node, part: Part) -> Step:
+        x, *others = (self.value[source] for source in part.maps)
+        match part.kind:
+            case "add":
+                return net.Add(x, others[0])
+            case "multiply":
+                return net.Multiply(x, others[0])
+            case "activate":
+                return net.Activate(x, part.finish)
+            case "concat":
+                return net.Concat((x, *others))
+            case "global mean":
+                return net.Mean(x)
+            case "layer norm":
+                weight, bias = (-1 if a is None else self._put_dense(self._fetch(a)) for a in (part.weight, part.bias))
+                return net.LayerNorm(x, weight, bias, part.epsilon)
+            case "attention":
+                heads, (k, v) = cast(Heads, part.heads), others
+                how = (*heads.firsts, self.masks.get(part.mask, -1), heads.causal, heads.scale)
+                return net.Attention(x, k, v, heads.count, heads.size, heads.v_size, *how)
+            case "repeat":
+                return net.Repeat(x, part.times, _tile(node))
+            case kind:
+                return net.Pool(kind, x, part.taps, _tile(node))
+
+    def _convolve(self, chain: list[Node]) -> int:
+        conv, *rest = chain
+        parts = self.region.parts
+        finish, residual, seen = Finish(), -1, conv
+        for node in rest:
+            if parts[node].kind == "activate":
+                finish = parts[node].finish
+            else:
+                (other,) = [source for source in parts[node].maps if source is not seen]
+                residual = self.value[other]
+            seen = node
+        kinds = [parts[node].kind for node in rest]
+        finish = dataclasses.replace(finish, adds_last=kinds == ["activate", "add"])
+        part, tile = parts[conv], _tile(conv)
+        weight = self._weight(part)
+        bias = -1 if part.bias is None else self._put_dense(self._fetch(part.bias))
+        x = self.value[part.maps[0]]
+        if part.kind == "depthwise":
+            at = self._put_dense(weight.flatten())
+            return self._add(net.Depthwise(x, len(weight), part.taps, residual, at, bias, finish, tile))
+        rows, channels = weight.shape[:2]
+        blocks = row_block(rows), k_block(part.taps, tile, channels)
+        where = self._put(net.pack(weight, part.taps, tile, *blocks), part)
+        return self._add(net.Conv(x, rows, channels, part.taps, *blocks, residual, *where, bias, finish, tile))
+
+    def _weight(self, part: Part) -> Tensor:
+        """The weight [o, i, kh, kw]; of a convolution by groups with the zeros between its groups."""
+        weight = weight_of(self.program, part)
+        if part.kind == "linear":
+            return weight[:, :, None, None]
+        channels = channels_of(part.maps[0])
+        groups = channels // weight.shape[1]
+        if part.kind == "depthwise" or groups == 1:
+            return weight
+        blocks = weight.reshape(groups, -1, *weight.shape[1:])
+        whole = weight.new_zeros(groups, blocks.shape[1], groups, *weight.shape[1:])
+        each = torch.arange(groups)
+        whole[each, :, each] = blocks
+        return whole.reshape(len(weight), channels, *weight.shape[2:])
+
+    def _fetch(self, node: Node) -> Tensor:
+        return fetch(self.program, str(node.target))
+
+    def _masks(self) -> dict[Node | None, int]:
+        """Which input each mask is; those that hide nothing are none."""
+        kept = [mask for mask in self.region.masks if not hides_nothing(self.program, mask)]
+        self.region = dataclasses.replace(self.region, masks=tuple(kept))
+        return {mask: len(self.region.inputs) + number for number, mask in enumerate(kept)}
+
+    def _put(self, packed: segments.Segments, part: Part) -> tuple[int, int, int]:
+        place = self.at["values"], self.at["segments"], self.at["starts"]
+        self.packed.append(packed)
+        self.at["values"] += packed.values.numel()
+        self.at["segments"] += packed.order.numel()
+        self.at["starts"] += packed.starts.numel()
+        name = str(part.weight.target)  # pyright: ignore[reportOptionalMemberAccess]
+        self.bytes[name] = self.bytes.get(name, 0) + sum(t.numel() * t.element_size() for t in packed)
+        return place
+
+    def _put_dense(self, values: Tensor) -> int:
+        at = self.at["dense"]
+        self.dense.append(values.contiguous())
+        self.at["dense"] += values.numel()
+        return at
+
+    def _store(self, tensors: dict[str, Tensor], forms: list[str]) -> None:
+        name = next(iter(self.where))
+        holder = _hold(self.program, f"{name.rpartition('.')[0]}.in_lanes".lstrip("."), tensors)
+        graph, region = self.program.graph, self.region
+        first, *_ = [node for node in graph.nodes if node in region.nodes]
+        place = {node: number for number, node in enumerate(graph.nodes)}
+        before = max([*region.inputs, *region.masks, first.prev], key=place.__getitem__).next
+        while before.op == "placeholder":
+            before = before.next
+        with graph.inserting_before(before):
+            operands = [graph.get_attr(f"{holder}.{key}") for key in tensors]
+            inputs = [*region.inputs, *(put_scores(graph, mask) for mask in region.masks)]
+            call = graph.call_function(torch.ops.fxprune.net.default, (inputs, *operands, net.encode(self.steps)))
+            results = []
+            made = []
+            for number, (node, form) in enumerate(zip(region.outputs, forms, strict=True)):
+                result = graph.call_function(operator.getitem, (call, number))
+                as_last = form == "channels last"
+                made.append(node.meta["val"].permute(0, 2, 3, 1) if as_last else node.meta["val"])
+                result.meta = {**node.meta, "val": made[-1]}
+                if as_last:
+                    result = graph.call_function(aten.permute.default, (result, [0, 3, 1, 2]))
+                    result.meta = {**node.meta}
+                results.append(result)
+        call.meta = {**region.outputs[0].meta, "val": made}
+        for node, result in zip(region.outputs, results, strict=True):
+            node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in region.nodes)
+        for node in [node for node in reversed(graph.nodes) if node in region.nodes]:
+            graph.erase_node(node)
+
+
+def _is_conv(part: Part) -> bool:
+    return part.kind in ("conv", "depthwise", "linear")
+
+
+def _form(value: Tensor) -> str:
+    """How an output stands in memory: channels last where they are side by side, and not as there is one place only."""
+    if value.dim() == 3:
+        return "tokens"
+    is_one = all(isinstance(size, int) and size == 1 for size in value.shape[2:])
+    stride = value.stride()
+    as_last = not is_one and isinstance(stride[1], int) and stride[1] == 1 and value.shape[1] > 1
+    return net.FORMS[as_last]
+
+
+def _hold(program: Program, name: str, tensors: dict[str, Tensor]) -> str:
+    """Registers tensors as buffers of a new module of the program; returns the module's name."""
+    module, leaf = owner(program, name)
+    taken, number = {*module._modules, *module._parameters, *module._buffers}, 0
+    free = leaf
+    while free in taken:
+        number += 1
+        free = f"{leaf}_{number}"
+    holder = nn.Module()
+    for key, tensor in tensors.items():
+        holder.register_buffer(key, tensor)
+    module.add_module(free, holder)
+    return f"{name.rpartition('.')[0]}.{free}".lstrip(".")
+
+
+def weights_in(region: Region) -> dict[str, str]:
+    """The weights of a region's convolutions and linears by name, and the node of each."""
+    parts = {node: part for node, part in region.parts.items() if part.kind in ("conv", "linear")}
+    return {str(part.weight.target): node.name for node, part in parts.items() if part.weight is not None}
+
+
+def is_of_tokens(region: Region) -> bool:
+    """Whether it is one of linears."""
+    return any(part.kind == "linear" for part in region.parts.values())
+
+
+def _tile(node: Node) -> int:
+    return tile_for(*places_of(node))

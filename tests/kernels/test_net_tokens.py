@@ -1,0 +1,164 @@
+"""net over tokens: linears, layer norm and attention against plain torch, for odd sizes, batches and masks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fxprune.kernels import native
+from fxprune.kernels.native import net
+from fxprune.kernels.native.net import Finish, Taps
+
+from .test_net import Made, agrees, op
+
+pytestmark = pytest.mark.skipif(not native.status().available, reason="needs a C++ compiler")
+
+
+def started(width: int, *channels: int, tile: int = 4, seed: int = 0) -> Made:
+    """A net with an input [n, width, c] for each of `channels`."""
+    made = Made(torch.Generator().manual_seed(seed))
+    for number, c in enumerate(channels):
+        made.add(net.Enter(number, tile), (c, 1, width))
+    return made
+
+
+def attention(made: Made, q: int, k: int, v: int, heads: int, **more: Any) -> int:
+    sizes = [made.shapes[x][0] // heads for x in (q, k, v)]
+    step = net.Attention(q, k, v, heads, more.pop("size", sizes[0]), more.pop("v_size", sizes[2]), **more)
+    return made.add(step, (heads * step.v_size, 1, made.shapes[q][2]))
+
+
+def leave(made: Made, x: int) -> Made:
+    made.steps.append(net.Exit(x, "tokens"))
+    return made
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    width=st.integers(1, 70),
+    images=st.integers(1, 5),
+    channels=st.integers(1, 9),
+    tile=st.sampled_from(net.TILES),
+    affine=st.sampled_from([(True, True), (True, False), (False, False)]),
+    seed=st.integers(0, 99),
+)
+def test_layer_norm(
+    width: int, images: int, channels: int, tile: int, affine: tuple[bool, bool], seed: int
+) -> None:  # fmt: skip
+    made = started(width, channels, tile=tile, seed=seed)
+    weight, bias = (made.put_dense(made.random(channels)) if given else -1 for given in affine)
+    made.add(net.LayerNorm(0, weight, bias, 1e-3), (channels, 1, width))
+    agrees(leave(made, 1), [made.random(images, width, channels)])
+
+
+@st.composite
+def any_attention(draw: st.DrawFn) -> tuple[Made, list[Tensor]]:
+    images, heads = draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    queries, keys = draw(st.integers(1, 70)), draw(st.integers(1, 40))
+    size, v_size = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    first = [draw(st.integers(0, 2)) for _ in range(3)]
+    channels = [first[0] + heads * size, first[1] + heads * size + 1, first[2] + heads * v_size]
+    made = Made(torch.Generator().manual_seed(draw(st.integers(0, 99))))
+    inputs = []
+    for number, (c, width) in enumerate(zip(channels, (queries, keys, keys))):
+        made.add(net.Enter(number, draw(st.sampled_from(net.TILES))), (c, 1, width))
+        inputs.append(made.random(images, width, c))
+    mask = -1
+    if draw(st.booleans()):
+        full = (images, heads, queries, keys)
+        added = made.random(*(size if draw(st.booleans()) else 1 for size in full))
+        added[torch.rand(added.shape, generator=made.generator) < 0.3] = -math.inf
+        inputs.append(added.to(memory_format=draw(st.sampled_from([torch.contiguous_format, torch.channels_last]))))
+        mask = 3
+    where = {"first_q": first[0], "first_k": first[1], "first_v": first[2], "size": size, "v_size": v_size}
+    scale = draw(st.sampled_from([1.0, 0.3]))
+    attention(made, 0, 1, 2, heads, mask=mask, causal=draw(st.booleans()), scale=scale, **where)
+    return leave(made, 3), inputs
+
+
+@settings(max_examples=120, deadline=None)
+@given(any_attention())
+def test_attention(case: tuple[Made, list[Tensor]]) -> None:
+    agrees(*case)
+
+
+@pytest.mark.parametrize("images", [1, 3, 16])
+@pytest.mark.parametrize("width", [1, 5, 16, 33, 128])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_encoder_layer(images: int, width: int, threads: int) -> None:
+    made = started(width, 24, tile=8)
+    blocks: dict[str, Any] = {"blocks": (16, 24), "tile": 8}
+    q, k, v = (made.conv(0, 24, Taps(), **blocks) for _ in range(3))
+    mixed = attention(made, q, k, v, 3, scale=8**-0.5)
+    x = made.conv(mixed, 24, Taps(), residual=0, **blocks)
+    norm = [made.put_dense(made.random(24)) for _ in range(2)]
+    x = made.add(net.LayerNorm(x, *norm), (24, 1, width))
+    y = made.conv(x, 50, Taps(), finish=Finish("gelu"), **blocks)
+    y = made.conv(y, 24, Taps(), residual=x, **blocks)
+    leave(made, made.add(net.LayerNorm(y, *norm), (24, 1, width)))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        agrees(made, [made.random(images, width, 24)])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_query_that_sees_no_key_gets_zeros_as_in_torch() -> None:
+    made = started(6, 4)
+    leave(made, attention(made, 0, 0, 0, 1, mask=1))
+    x, mask = made.random(2, 6, 4), torch.zeros(1, 1, 6, 6)
+    mask[:, :, 2] = -math.inf
+    (y,) = op(*made.arguments([x, mask]))
+    wanted = F.scaled_dot_product_attention(x, x, x, mask[0], scale=1.0)
+    assert not y[:, 2].any()
+    torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_query_that_is_no_number_makes_its_own_row_of_its_own_head_nan(bad: float) -> None:
+    made = started(20, 4, 4)
+    leave(made, attention(made, 0, 1, 1, 2))
+    x, other = made.random(1, 20, 4), made.random(1, 20, 4)
+    (plain,) = op(*made.arguments([x.clone(), other]))
+    x[0, 9, 0] = bad
+    (y,) = op(*made.arguments([x, other]))
+    assert y[0, 9, :2].isnan().all()
+    y[0, 9, :2] = plain[0, 9, :2]
+    torch.testing.assert_close(y, plain, rtol=0, atol=0)
+
+
+def test_no_images() -> None:
+    made = leave(started(7, 5), 0)
+    assert [y.shape for y in op(*made.arguments([torch.zeros(0, 7, 5)]))] == [(0, 7, 5)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"mask": 7}, "out of range"),
+        ({"mask": 1}, "another size than the scores"),
+        ({"heads": 3}, "more heads than its maps"),
+        ({"first_v": 1}, "more heads than its maps"),
+    ],
+)
+def test_what_is_refused(changes: dict[str, Any], says: str) -> None:
+    made = started(6, 4)
+    made.steps.append(net.Attention(0, 0, 0, **{"heads": 2, "size": 2, "v_size": 2, **changes}))
+    leave(made, 1)
+    inputs = [made.random(1, 6, 4), torch.zeros(1, 1, 5, 6)]
+    with pytest.raises(RuntimeError, match=says):
+        op(*made.arguments(inputs))
+
+
+def test_a_map_of_several_rows_is_no_row_of_tokens() -> None:
+    made = leave(Made(torch.Generator(), [net.Enter(0)]), 0)
+    with pytest.raises(RuntimeError, match="several rows"):
+        op(*made.arguments([torch.zeros(1, 2, 3, 4)]))
