@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fxprune.capture.capture import capture
 from fxprune.kernels import native
 from fxprune.kernels.native import build
 from fxprune.lower.layouts import LAYOUTS, choose, remember
 from fxprune.lower.layouts.choose import MARGIN, Chooser
 from fxprune.lower.layouts.remember import Choices, choices_of
 from fxprune.lower.layouts.site import Choice, Site, Timing
+from fxprune.lower.lower import lower
+from fxprune.lower.nets import known
 from fxprune.measure.timing import Samples
 
 WEIGHT = torch.randn(64, 64) * (torch.rand(64, 64) < 0.1)
@@ -85,17 +88,22 @@ def test_a_layer_is_timed_with_its_weights_in_the_cache_where_the_whole_model_fi
 
 
 @pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[tuple[list[float], bool]]]:
-    """What is measured next, beside a memory of the test's own."""
-    measured: list[tuple[list[float], bool]] = []
+def memory_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("FXPRUNE_REMEMBER", "1")
     monkeypatch.setattr(remember, "cached", lambda name: tmp_path / name)
+    remember._choices_of.cache_clear()
+    yield
+    remember._choices_of.cache_clear()
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch, memory_of_its_own: None) -> list[tuple[list[float], bool]]:
+    """What is measured next, beside a memory of the test's own."""
+    measured: list[tuple[list[float], bool]] = []
     monkeypatch.setattr(choose, "LAYOUTS", {"nonzeros": LAYOUTS["nonzeros"]})
     monkeypatch.setattr(choose, "best_dense", lambda site, x: [lambda: x])
     monkeypatch.setattr(choose, "_times", lambda *_: measured.pop(0))
-    remember._choices_of.cache_clear()
-    yield measured
-    remember._choices_of.cache_clear()
+    return measured
 
 
 def the_file() -> Path:
@@ -206,3 +214,43 @@ def test_a_file_that_cannot_be_written_is_told(tmp_path: Path, recwarn: pytest.W
     memory = Choices(tmp_path / "file" / "below")
     memory.put("key", {"layout": "dense"})
     assert memory.get("key") is None and [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
+@torch.no_grad()
+def net_of(weight: Tensor, size: int = 9) -> str:
+    """Why two convolutions, the first with this weight [8, 3, 3, 3], are a net or are none."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    model[0].weight.copy_(weight)
+    model[2].weight.copy_((torch.arange(8 * 8 * 9) % 5 == 0).view(8, 8, 3, 3))
+    program = capture(model, (torch.ones(2, 3, size, size),), {}).program
+    _, lowered = lower(program, ["0.weight", "2.weight"], Chooser())
+    return lowered[0].choice.why
+
+
+@pytest.mark.usefixtures("memory_of_its_own")
+def test_what_a_net_gains_is_measured_once_for_nets_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = [(2.0, False), (3.0, True), (4.0, True), (5.0, True), (6.0, True), (7.0, True)]
+    monkeypatch.setattr(known, "measure_gain", lambda *_: measured.pop(0))
+    few = torch.zeros(8, 3, 3, 3)
+    few[:2], few[2, 0, 0, :2] = 1.0, 1.0
+    # Alike to 2% of zeros; the second weight begins elsewhere.
+    nearly, more = few.clone(), few.clone()
+    nearly[2, 0, 0, 2] = 1.0
+    more[:4] = 1.0
+    assert "2.00x" in net_of(few)  # Measured on a busy machine, and not kept.
+    assert ["3.00x" in net_of(weight) for weight in (few, few, nearly)] == [True] * 3
+    assert "4.00x" in net_of(more) and "5.00x" in net_of(few, 10)
+    torch.set_num_threads(2)
+    assert "6.00x" in net_of(few)
+    torch.set_num_threads(1)
+    for foreign in ("{", "[]", '"2.0"'):
+        measured[:] = [(8.0, True)]
+        the_file().write_text(foreign)
+        assert "8.00x" in net_of(few) and not measured
+    for gain in ("8.0", None, float("nan"), [], {}):
+        measured[:] = [(9.0, True)]
+        the_file().write_text(json.dumps({key: {"gain": gain} for key in json.loads(the_file().read_text())}))
+        assert "9.00x" in net_of(few) and not measured
+    monkeypatch.setenv("FXPRUNE_REMEMBER", "0")
+    measured[:] = [(7.0, True)]
+    assert "7.00x" in net_of(few)

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from fxprune.graph.compat import symbol_hint
 from fxprune.graph.program import Program, fetch
-from fxprune.measure.timing import interleave
+from fxprune.measure.timing import interleave_steady
 
 from .regions import Region
 
@@ -31,21 +31,25 @@ def _hint(size: Any) -> int:
 
 
 @torch.no_grad()
-def gain_of(program: Program, region: Region, operands: Sequence[Any]) -> float:
-    """Seconds of the region's ops, in the memory format that suits them better, over those of the net."""
+def measure_gain(program: Program, region: Region, operands: Sequence[Any]) -> tuple[float, bool]:
+    """Seconds of the region's ops, in the memory format that suits them better, over those of the net.
+
+    And whether that is worth keeping: whether nobody else wanted the cores meanwhile.
+    """
     # A generator of its own, so that the user's random numbers go on as if nothing had been timed.
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(sizes_of(node), generator=generator) for node in region.inputs]
     if not all(x.numel() for x in inputs):
-        return 0.0
+        return 0.0, True
     last = [x.to(memory_format=torch.channels_last) for x in inputs]
     ways = [
         _ops(program, region, inputs, torch.contiguous_format),
         _ops(program, region, last, torch.channels_last),
         lambda: torch.ops.fxprune.conv_net(inputs, *operands),
     ]
-    plain, images, ours = (samples.typical for samples in interleave(ways, seconds=SECONDS))
-    return min(plain, images) / ours
+    found, steady = interleave_steady(ways, seconds=SECONDS)
+    plain, images, ours = (samples.typical for samples in found)
+    return min(plain, images) / ours, steady
 
 
 def _ops(program: Program, region: Region, inputs: list[Tensor], layout: torch.memory_format) -> Callable[[], Any]:

@@ -17,7 +17,8 @@ from fxprune.kernels.native import net, segments
 from fxprune.kernels.native.net import Finish, Step
 
 from ..layouts.site import LEAST_ZEROS
-from .gain import gain_of, sizes_of
+from .gain import sizes_of
+from .known import gain_of
 from .read import Part
 from .regions import Region, regions
 from .tiles import k_block, row_block, tile_for
