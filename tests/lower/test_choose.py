@@ -130,7 +130,7 @@ def test_what_a_busy_cpu_measured_is_for_this_process_alone(taken: list[tuple[li
     assert chooser.choose(site(4))[0].layout == chooser.choose(site(4))[0].layout == "nonzeros"
     assert Chooser().choose(site(4))[0].layout == "dense" and not taken
     # One size of several is enough.
-    taken.extend([([3.0, 2.0], True), ([3.0, 2.0], False)])
+    taken.extend([([3.0, 2.0], False), ([3.0, 2.0], True)])
     Chooser().choose(site(1, 8))
     assert len(json.loads(the_file().read_text())) == 1
 
