@@ -2,8 +2,8 @@
 
     python -m benchmarks.cpu_child RUNTIME MODEL SPARSITY THREADS FOLDER
 
-Writes its output to FOLDER, says `ready` with what it has to tell, and then, for each line on standard input, calls the
-model for a moment and says the seconds of each call.
+Writes its output to FOLDER, says `ready` with what it has to tell of the row, and then, for each line on standard
+input, calls the model for a moment and says the seconds of each call.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from benchmarks.cpu_models import example, models, pruned
+from benchmarks.cpu_work import outside, weighted, work_of
+from fxprune.graph.environment import words_of
 
 SECONDS = 0.25
 FEWEST = 3
@@ -28,12 +32,15 @@ Call = Callable[[], Any]
 
 
 def eager(model: nn.Module, inputs: tuple[Tensor, ...], threads: int) -> Call:
-    """As the user wrote it."""
+    """As the user wrote it; tells what a call has to do."""
+    told["facts"]["work"] = work_of(model, inputs)
     return lambda: model(*inputs)
 
 
 def channels_last(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """Images, and what reads them, with the channels of a pixel side by side."""
+    """Images, and what reads them, with the channels of a pixel side by side; others stay as they are."""
+    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return model, inputs
     model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return model, tuple(x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
 
@@ -86,15 +93,19 @@ def openvino_bf16(model: nn.Module, inputs: tuple[Tensor, ...], threads: int) ->
 
 
 def fxprune(model: nn.Module, inputs: tuple[Tensor, ...], threads: int) -> Call:
-    """What transform makes of the zeros that are there."""
+    """What transform makes of the zeros that are there; tells the bytes of what it stores, and where time goes."""
     package = importlib.import_module("fxprune")
     plan = package.Plan([package.Rule("*", package.Existing())])
     fast = package.transform(model, plan, inputs, progress=False)
-    told["report"] = str(fast.report).splitlines()[:6]
+    stored = {row.name: row.lowered.bytes for row in fast.report.weights}
+    weights = {f"{name}.weight": module.weight for name, module in weighted(model).items()}
+    size = sum(stored.get(name, weight.nbytes) for name, weight in weights.items())
+    report = str(fast.report).splitlines()[:6]
+    told["facts"] |= {"report": report, "bytes": size, "outside": outside(lambda: fast(*inputs))}
     return lambda: fast(*inputs)
 
 
-told: dict[str, Any] = {}
+told: dict[str, Any] = {"facts": {}}
 RUNTIMES: dict[str, Callable[[nn.Module, tuple[Tensor, ...], int], Call]] = {
     "eager": eager,
     "torch.compile": compiled,
@@ -115,10 +126,29 @@ def onnx_file(model: nn.Module, inputs: tuple[Tensor, ...]) -> str:
     program.save(str(file))
     if told["runtime"] == "onnxruntime":
         for number, x in enumerate(inputs):
-            np.save(file.with_name(f"input-{number}.npy"), x.numpy())
-        # The newest set of operators that DeepSparse reads.
-        torch.onnx.export(model, inputs, str(file.with_name("deepsparse.onnx")), dynamo=False, opset_version=13)
+            np.save(file.with_name(f"input-{number:02}.npy"), x.numpy())
+        for_deepsparse(model, inputs, str(file.with_name("deepsparse.onnx")))
     return str(file)
+
+
+def for_deepsparse(model: nn.Module, inputs: tuple[Tensor, ...], file: str) -> None:
+    """The model in the newest set of operators that DeepSparse reads, which has no attention yet."""
+    try:
+        with mock.patch.object(functional, "scaled_dot_product_attention", attention):
+            torch.onnx.export(model, inputs, file, dynamo=False, opset_version=13)
+    except Exception as error:
+        told["facts"]["no deepsparse"] = words_of(error)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention step by step, for q [..., s, d]; where no mask is needed or one is given."""
+    if is_causal or dropout_p or (attn_mask is not None and attn_mask.dtype == torch.bool):
+        raise NotImplementedError("attention with a causal or boolean mask, or with dropout")
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return torch.softmax(scores if attn_mask is None else scores + attn_mask, -1) @ v
 
 
 def array(value: Any) -> np.ndarray:
@@ -135,12 +165,13 @@ def main(argv: Sequence[str]) -> int:
     told.update(folder=Path(folder), runtime=runtime)
     model = models()[name]
     try:
-        call = RUNTIMES[runtime](pruned(model, float(sparsity)), example(model), int(threads))
+        weights = pruned(model, float(sparsity), told["folder"] / "weights.pt")
+        call = RUNTIMES[runtime](weights, example(model), int(threads))
         np.save(told["folder"] / f"{runtime}.npy", array(call()))
     except Exception as error:
-        print(json.dumps({"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}), flush=True)
+        print(json.dumps({"failed": words_of(error)[:300]}), flush=True)
         return 1
-    print(json.dumps({"ready": True, "report": told.get("report", [])}), flush=True)
+    print(json.dumps({"ready": True, "facts": told["facts"]}), flush=True)
     for _ in sys.stdin:
         seconds: list[float] = []
         start = time.perf_counter()

@@ -2,7 +2,7 @@
 
     python cpu_deepsparse.py THREADS FOLDER
 
-Reads deepsparse.onnx and input-0.npy, input-1.npy, ... from FOLDER.
+Reads deepsparse.onnx and input-00.npy, input-01.npy, ... from FOLDER.
 """
 
 from __future__ import annotations

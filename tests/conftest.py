@@ -44,6 +44,8 @@ def settings() -> Iterator[None]:
         patch.setenv("MKL_NUM_THREADS", "1")
         if "FXPRUNE_CHECK" not in os.environ:
             patch.setenv("FXPRUNE_CHECK", "1")
+        # What other processes measured, and the user's own memory of it, are none of a test's business.
+        patch.setenv("FXPRUNE_REMEMBER", "0")
         # Six compilations of each model, which tests that are about them ask for.
         patch.setenv("FXPRUNE_MEASURE", "0")
         yield

@@ -16,6 +16,7 @@ VARIABLES = {
     "FXPRUNE_MEASURE": "0 leaves out the timing of whole models, as options={'measure': False} does",
     "FXPRUNE_NATIVE": "0 leaves the C++ kernels out: plain torch takes their place",
     "FXPRUNE_CACHE_DIR": "a folder for compiled kernels and measured choices, in place of the user's cache",
+    "FXPRUNE_REMEMBER": "0 leaves measured choices out of the cache: every process measures for itself",
     "FXPRUNE_NATIVE_FLAGS": "more flags for the C++ compiler, such as -mno-avx512f",
 }
 
@@ -46,13 +47,17 @@ def hidden(error: Exception) -> str:
     return words_of(error)
 
 
+def cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def warn_of_one_thread() -> None:
     """Warns once where torch computes on one thread, the machine has more, and the user did not ask for it."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # torchrun sets the variable itself.
     is_asked = "OMP_NUM_THREADS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
-    if torch.get_num_threads() == 1 < cores and not is_asked:
+    if torch.get_num_threads() == 1 < cores() and not is_asked:
         warn_once(
-            f"torch computes on 1 thread of {cores} cores: what fxprune measures and chooses is for one thread. "
-            f"Call torch.set_num_threads({cores}), or set OMP_NUM_THREADS=1 to say that it is meant."
+            f"torch computes on 1 thread of {cores()} cores: what fxprune measures and chooses is for one thread. "
+            f"Call torch.set_num_threads({cores()}), or set OMP_NUM_THREADS=1 to say that it is meant."
         )

@@ -19,6 +19,10 @@ import torch
 _SPOILS = 6
 # Seconds of a round in which a function is called again and again.
 _LOOP = 1e-3
+# Where nobody else wants its core, the thread that measures runs for as much of the time as this.
+_QUIET = 0.95
+# By how much a median may be above the least of its samples where they agree.
+_AGREE = 1.3
 
 
 class Samples(NamedTuple):
@@ -57,12 +61,35 @@ def interleave(
     of a layer a model reads more than that holds: its warm and cold times are the same.
     """
     if device is None or device.type != "cuda":
-        return _rounds(functions, [_by_clock(f) for f in functions], seconds, min_rounds, max_rounds, on_round)
+        timers = [_by_clock(function, time.perf_counter) for function in functions]
+        return _rounds(functions, timers, seconds, min_rounds, max_rounds, on_round)
     with torch.cuda.device(device):
         for function in functions:
             function()
         timers = [_by_events(device)] * len(functions)
         return _rounds(functions, timers, seconds, min_rounds, max_rounds, on_round)
+
+
+def interleave_steady(functions: Sequence[Callable[[], Any]], *, seconds: float = 0.2) -> tuple[list[Samples], bool]:
+    """Times what runs on the CPU so that ratios hold on a busy machine too; and whether the figures are worth keeping.
+
+    Where others want the cores, threads wait for those that do not run, and whatever takes longer than a slice of time
+    is interrupted: ratios of medians are then off by any factor. How much of the time the calling thread ran tells. If
+    it was too little, all is timed once more on one thread, by the time that this thread ran, and of each function the
+    least stands for all. What was measured so, or whose samples disagree, is not worth keeping.
+    """
+    start, ran = time.perf_counter(), time.thread_time()
+    found = interleave(functions, seconds=seconds)
+    if time.thread_time() - ran >= _QUIET * (time.perf_counter() - start):
+        return found, all(samples.typical <= _AGREE * min(samples.warm) for samples in found)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        timers = [_by_clock(function, time.thread_time) for function in functions]
+        found = _rounds(functions, timers, seconds, 5, 200, None)
+    finally:
+        torch.set_num_threads(threads)
+    return [Samples([min(samples.warm)], [min(samples.cold)]) for samples in found], False
 
 
 def interleave_graphs(
@@ -106,22 +133,22 @@ def _rounds(
     return found
 
 
-def _by_clock(function: Callable[[], Any]) -> _Timer:
+def _by_clock(function: Callable[[], Any], clock: Callable[[], float]) -> _Timer:
     """Seconds of a call of `function` on the CPU, which is called twice to see how often it is to be repeated."""
     function()
-    start = time.perf_counter()
+    start = clock()
     function()
-    repeats = max(1, min(100, int(_LOOP / max(time.perf_counter() - start, 1e-9))))
+    repeats = max(1, min(100, int(_LOOP / max(clock() - start, 1e-9))))
 
     def timer(function: Callable[[], Any]) -> tuple[float, float]:
-        start = time.perf_counter()
+        start = clock()
         function()
         _wait()
-        between = time.perf_counter()
+        between = clock()
         for _ in range(repeats):
             function()
         _wait()
-        return between - start, (time.perf_counter() - between) / repeats
+        return between - start, (clock() - between) / repeats
 
     return timer
 

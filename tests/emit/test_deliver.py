@@ -60,7 +60,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PrunedModule]:
         monkeypatch.setattr(trial, "duel", duel)
         monkeypatch.setattr(trial, "time_against", against)
         monkeypatch.setattr(ways, "has_bfloat16_units", lambda _: False)
-        monkeypatch.setattr(choose, "_times", lambda functions, *_: [2.0] * (len(functions) - 1) + [1.0])
+        monkeypatch.setattr(choose, "_times", lambda functions, *_: ([2.0] * (len(functions) - 1) + [1.0], True))
         chosen = {"measure": True, **options}
         return fxprune.transform(model or masked(), example_inputs=(X,), options=chosen, progress=False)
 

@@ -155,7 +155,7 @@ def test_a_choice_is_not_reused_for_a_weight_that_does_not_fit(monkeypatch: pyte
     taken = iter([[3.0, 1.0, 2.0, 2.0], [3.0, 2.0, 1.0]])
     monkeypatch.setattr(Nonzeros, "fits", lambda self, site: Verdict(False, "left out"))
     monkeypatch.setattr(choose, "best_dense", lambda site, x: [lambda: x])
-    monkeypatch.setattr(choose, "_times", lambda *_: next(taken))
+    monkeypatch.setattr(choose, "_times", lambda *_: (next(taken), True))
     chooser, two = Chooser(), weight_for("semi24", 33, 320)
     first, _ = chooser.choose(site_of(two))
     kept = int((two != 0).sum())
@@ -173,7 +173,7 @@ def test_choices_outlive_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     taken = iter([[3.0, 1.0, 2.0, 2.0], [3.0, 4.0, 4.0, 4.0]])
     monkeypatch.setattr(Nonzeros, "fits", lambda self, site: Verdict(False, "left out"))
     monkeypatch.setattr(choose, "best_dense", lambda site, x: [lambda: x])
-    monkeypatch.setattr(choose, "_times", lambda *_: next(taken))
+    monkeypatch.setattr(choose, "_times", lambda *_: (next(taken), True))
     file = tmp_path / "deep" / "choices.json"
     monkeypatch.setattr(choose, "_memory", lambda weight: Choices(file))
     weight = weight_for("semi24", 33, 320)

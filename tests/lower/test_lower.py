@@ -101,10 +101,10 @@ def test_a_site_is_asked_about_at_the_rows_it_will_see() -> None:
 def test_what_is_read_at_every_call_counts_as_time_of_packing(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Tensor] = []
 
-    def times(functions: list[Callable[[], Tensor]], *_: object) -> list[float]:
+    def times(functions: list[Callable[[], Tensor]], *_: object) -> tuple[list[float], bool]:
         for function in functions:
             function()
-        return [1.0] * len(functions)
+        return [1.0] * len(functions), True
 
     monkeypatch.setattr(choose, "_times", times)
     monkeypatch.setattr(choose, "fingerprint", read.append)

@@ -17,7 +17,7 @@ from fxprune.measure import race, timing, ways
 from fxprune.measure.benchmark import benchmark
 from fxprune.measure.device import device_of, has_bfloat16_units
 from fxprune.measure.race import duel, fastest
-from fxprune.measure.timing import Samples, interleave, interleave_graphs
+from fxprune.measure.timing import Samples, interleave, interleave_graphs, interleave_steady
 from fxprune.measure.ways import Call, Maker, channels_last, compiled, ways_of
 
 
@@ -27,6 +27,37 @@ def test_interleave_gives_every_function_as_many_rounds() -> None:
     assert len(a.warm) == len(b.warm) == len(a.cold) == len(b.cold) == 3
     assert min(*a.warm, *b.warm, *a.cold, *b.cold) >= 0
     assert "".join(calls).replace("a", "") and "".join(calls).rstrip("b").endswith("a")
+
+
+def works(seconds: float) -> None:
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+def test_on_a_busy_machine_the_time_that_a_thread_ran_is_what_counts() -> None:
+    """A call that does not run, as one that is interrupted does not, costs nothing; and it is worth keeping nowhere."""
+    threads: set[int] = set()
+
+    def waits() -> None:
+        threads.add(torch.get_num_threads())
+        works(2e-4)
+        time.sleep(2e-3)
+
+    torch.set_num_threads(2)
+    (a, b), steady = interleave_steady([waits, lambda: works(2e-3)], seconds=0.05)
+    assert not steady and threads == {1, 2} and torch.get_num_threads() == 2
+    assert a.typical < b.typical and a.alone < b.alone
+
+
+@pytest.mark.parametrize(("warm", "agree"), [([1.0, 1.2, 1.3], True), ([1.0, 1.4, 1.5], False)])
+def test_samples_that_disagree_are_not_worth_keeping(
+    warm: list[float], agree: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [Samples([1.0], [1.0]), Samples(warm, [1.0])]
+    monkeypatch.setattr(timing, "interleave", lambda *_, **__: found)
+    monkeypatch.setattr(timing, "_QUIET", 0.0)
+    assert interleave_steady([]) == (found, agree)
 
 
 def test_an_uncompiled_module_is_run_in_the_best_of_its_ways() -> None:

@@ -24,11 +24,12 @@ from . import build, segments
 
 @dataclass(frozen=True)
 class Status:
-    """Whether the C++ kernels run on this machine, and with which vector instructions; if not, why."""
+    """Whether the C++ kernels run on this machine, with which vector instructions, from which file; if not, why."""
 
     available: bool
     detail: str
     isa: str = ""
+    object: str = ""
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -83,7 +84,7 @@ def _load() -> Status:
             "Install g++ or name a C++ compiler in CXX; FXPRUNE_NATIVE=0 says that it is meant."
         )
         return Status(False, why)
-    return Status(True, f"C++ kernels with {isa}", isa)
+    return Status(True, f"C++ kernels with {isa}", isa, path.name)
 
 
 def to_dense(values: Tensor, columns: Tensor, order: Tensor, counts: Tensor, blocks: Tensor) -> Tensor:

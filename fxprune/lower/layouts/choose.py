@@ -13,7 +13,7 @@ from torch import Tensor
 from fxprune.graph.environment import words_of
 from fxprune.kernels.native.fingerprint import fingerprint
 from fxprune.measure.device import cache_bytes
-from fxprune.measure.timing import interleave, interleave_graphs
+from fxprune.measure.timing import interleave_graphs, interleave_steady
 
 from . import LAYOUTS
 from .dense import best_dense, predict_dense
@@ -30,10 +30,10 @@ _NO_MEMORY = "there is not enough memory on the device to pack it"
 class Chooser:
     """Remembers what it measured: sites alike in shape, sparsity (to 2%), sizes and device are measured once.
 
-    What was measured on a GPU other processes know as well (`remember`). `model_bytes` are those of all weights: where
-    they fit into a core's cache a layer finds its own there, and is timed so; else the others' have taken their place.
-    `watched` names weights that can be stored only if every call looks whether these tensors still hold what they held:
-    that is part of what packing costs.
+    What was measured other processes know as well (`remember`), unless the CPU was busy meanwhile. `model_bytes` are
+    those of all weights: where they fit into a core's cache a layer finds its own there, and is timed so; else the
+    others' have taken their place. `watched` names weights that can be stored only if every call looks whether these
+    tensors still hold what they held: that is part of what packing costs.
     """
 
     def __init__(self, *, only: str | None = None, model_bytes: int | None = None) -> None:
@@ -61,7 +61,7 @@ class Chooser:
         if not fitting:
             return Choice("dense", "no sparse layout fits", refused, ()), None
         watched = self.watched.get(site.name, ())
-        key = (*_likeness(site, fitting), sum(tensor.nbytes for tensor in watched))
+        key = (*_likeness(site, fitting), sum(tensor.nbytes for tensor in watched), self._warm)
         memory = _memory(site.weight)
         known = self._known.get(key) or (None if memory is None else _recalled(memory, key, fitting))
         if known is not None:
@@ -73,8 +73,8 @@ class Chooser:
         if _NO_MEMORY in choice.refused.values():
             return choice, packed  # There may be enough for the next.
         self._known[key] = choice
-        if memory is not None and choice.timings:
-            memory.put(str(key), choice)
+        if memory is not None and choice.timings and choice.steady:
+            memory.put(str(key), dataclasses.asdict(choice))
         return choice, packed
 
     def _forced(self, site: Site, refused: dict[str, str], fitting: list[str]) -> tuple[Choice, Packed | None]:
@@ -85,7 +85,7 @@ class Chooser:
 
 
 def _memory(weight: Tensor) -> Choices | None:
-    return choices_of(weight.device) if weight.is_cuda else None
+    return choices_of(weight.device)
 
 
 def _recalled(memory: Choices, key: tuple[object, ...], fitting: list[str]) -> Choice | None:
@@ -95,8 +95,15 @@ def _recalled(memory: Choices, key: tuple[object, ...], fitting: list[str]) -> C
         choice = Choice(**{**found, "timings": tuple(Timing(**each) for each in found["timings"])}) if found else None
     except (KeyError, TypeError):
         return None
-    is_whole = choice is not None and isinstance(choice.refused, dict) and choice.layout in ("dense", *fitting)
-    return choice if is_whole else None
+    return choice if choice is not None and _is_whole(choice, fitting) else None
+
+
+def _is_whole(choice: Choice, fitting: list[str]) -> bool:
+    """Whether what was read has the types that a choice has, and is of a layout that fits."""
+    figures = [figure for each in choice.timings for figure in (each.predicted, each.measured)]
+    words = [choice.why, *choice.refused, *choice.refused.values()] if isinstance(choice.refused, dict) else [None]
+    is_told = all(isinstance(word, str) for word in words)
+    return is_told and choice.layout in ("dense", *fitting) and all(isinstance(figure, float) for figure in figures)
 
 
 def _likeness(site: Site, fitting: list[str]) -> tuple[object, ...]:
@@ -120,13 +127,16 @@ def _measure(
     # A generator of its own, so that the user's random numbers go on as if nothing had been timed.
     generator = torch.Generator().manual_seed(0)
     gains: dict[str, list[float]] = {name: [] for name in fitting}
+    steady = True
     for tokens in site.tokens:
         x = torch.randn(tokens, site.weight.shape[1], generator=generator).to(site.weight)
         dense = best_dense(site, x)
         sparse = [_bind(name, x, packed[name], site.bias, watched) for name in fitting]
-        samples = _times([*dense, *sparse], x.device, SECONDS_PER_SITE / len(site.tokens), warm)
-        if isinstance(samples, str):
-            return Choice("dense", samples, {**refused, **dict.fromkeys(fitting, samples)}, ()), None
+        found = _times([*dense, *sparse], x.device, SECONDS_PER_SITE / len(site.tokens), warm)
+        if isinstance(found, str):
+            return Choice("dense", found, {**refused, **dict.fromkeys(fitting, found)}, ()), None
+        samples, is_steady = found
+        steady = steady and is_steady
         baseline = min(samples[: len(dense)])
         timings.append(Timing("dense", tokens, predict_dense(site, tokens), baseline))
         for name, seconds in zip(fitting, samples[len(dense) :], strict=True):
@@ -137,11 +147,11 @@ def _measure(
     sizes = "/".join(map(str, site.tokens))
     if means[best] >= MARGIN and min(gains[best]) >= 1.0:
         why = f"{means[best]:.2f}x dense at {sizes} tokens{_limit(best)}"
-        choice = Choice(best, why, refused, tuple(timings))
+        choice = Choice(best, why, refused, tuple(timings), steady=steady)
         return choice, packed[best]
     for name in fitting:
         refused = {**refused, name: f"{means[name]:.2f}x dense at {sizes} tokens; {MARGIN:.2f}x is asked"}
-    choice = Choice("dense", "no sparse layout is clearly faster", refused, tuple(timings))
+    choice = Choice("dense", "no sparse layout is clearly faster", refused, tuple(timings), steady=steady)
     return choice, None
 
 
@@ -158,14 +168,14 @@ def _pack(site: Site, fitting: list[str], refused: dict[str, str]) -> tuple[dict
 
 def _times(
     functions: list[Callable[[], Tensor]], device: torch.device, seconds: float, warm: bool
-) -> list[float] | str:
-    """Seconds of each function, or why they could not be timed."""
+) -> tuple[list[float], bool] | str:
+    """Seconds of each function and whether they are worth keeping, or why they could not be timed."""
     if device.type != "cuda":
-        found = interleave(functions, seconds=seconds)
-        return [samples.typical if warm else samples.alone for samples in found]
+        found, steady = interleave_steady(functions, seconds=seconds)
+        return [samples.typical if warm else samples.alone for samples in found], steady
     try:
         # A kernel's time on a GPU strays to both sides, so that medians are compared.
-        return [median(samples) for samples in interleave_graphs(functions, device, seconds=seconds)]
+        return [median(samples) for samples in interleave_graphs(functions, device, seconds=seconds)], True
     except RuntimeError as error:  # Among them torch.OutOfMemoryError.
         return f"it could not be timed ({words_of(error)})"
 

@@ -1,16 +1,17 @@
-"""remember: choices that were measured on a GPU, kept in the user's cache for the next process.
+"""remember: choices that were measured, kept in the user's cache for the next process.
 
-One file for each device and each set of versions and kernels, so that another GPU or an update measures anew. Deleting
-it does as well.
+One file for each device and each set of versions and kernels, so that another CPU or GPU or an update measures anew.
+Deleting it does as well, and FXPRUNE_REMEMBER=0 neither reads nor writes it. What was measured on a CPU while others
+wanted its cores is not kept (`interleave_steady`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,16 @@ from typing import Any
 import torch
 
 from fxprune.errors import warn_once
+from fxprune.graph.environment import cores, variable
+from fxprune.kernels import native
+from fxprune.kernels.native import build
 from fxprune.kernels.native.cache import cached
 from fxprune.kernels.triton import language
 from fxprune.measure import timing
 
-from .site import Choice
-
 
 class Choices:
-    """Choices by key, and the file that they are kept in."""
+    """What was chosen by key, and the file that it is kept in."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -36,9 +38,9 @@ class Choices:
         found = self._read().get(key)
         return found if isinstance(found, dict) else None
 
-    def put(self, key: str, choice: Choice) -> None:
+    def put(self, key: str, choice: Mapping[str, Any]) -> None:
         """Keeps a choice. Where the file cannot be written nothing is kept: the next process measures again."""
-        kept = {**self._read(), key: dataclasses.asdict(choice)}
+        kept = {**self._read(), key: dict(choice)}
         temporary = None
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -63,15 +65,26 @@ class Choices:
         return found if isinstance(found, dict) else {}
 
 
+def choices_of(device: torch.device) -> Choices | None:
+    """The memory of a device's choices; None where none is kept."""
+    return None if variable("FXPRUNE_REMEMBER") == "0" or device.type not in ("cpu", "cuda") else _choices_of(device)
+
+
 @cache
-def choices_of(device: torch.device) -> Choices:
-    """The memory of a GPU's choices."""
+def _choices_of(device: torch.device) -> Choices:
     digest = hashlib.sha256()
-    triton = getattr(language.triton, "__version__", "")
-    for part in (torch.cuda.get_device_name(device), torch.__version__, torch.version.cuda, triton):
+    layouts = Path(__file__).parent
+    if device.type == "cuda":
+        triton = getattr(language.triton, "__version__", "")
+        parts = (torch.cuda.get_device_name(device), torch.__version__, torch.version.cuda, triton)
+        folders = (Path(language.__file__).parent, layouts)
+    else:
+        # The object of the C++ kernels is called by its sources, its compiler, and what the processor has.
+        parts = (build.cpu(), cores(), torch.__version__, native.status().detail, native.status().object)
+        folders = (Path(native.__file__).parent, layouts.parent)
+    for part in parts:
         digest.update(str(part).encode() + b"\0")
-    folders = (Path(language.__file__).parent, Path(__file__).parent)
-    sources = [*(file for folder in folders for file in folder.glob("*.py")), Path(timing.__file__)]
+    sources = [*(file for folder in folders for file in folder.rglob("*.py")), Path(timing.__file__)]
     for source in sorted(sources):
         digest.update(source.read_bytes())
     return Choices(cached(f"choices-{digest.hexdigest()[:24]}.json"))

@@ -97,10 +97,14 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What was taken for a site, what was refused and why, and the figures behind it."""
+    """What was taken for a site, what was refused and why, and the figures behind it.
+
+    `steady` says whether these are worth keeping: whether nobody else wanted the cores meanwhile.
+    """
 
     layout: str
     why: str
     refused: dict[str, str]
     timings: tuple[Timing, ...]
     reused: bool = False
+    steady: bool = True

@@ -15,7 +15,8 @@ from fxprune.kernels import native
 from fxprune.kernels.native import net, segments
 from fxprune.kernels.native.net import Finish, Step
 
-from .gain import gain_of, places_of, weight_of
+from .gain import places_of, weight_of
+from .known import gain_of
 from .masks import hides_nothing, put_scores
 from .part import Heads, Part, channels_of
 from .regions import Region

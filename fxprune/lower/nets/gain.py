@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from fxprune.graph.compat import example_size
 from fxprune.graph.program import Program, fetch
-from fxprune.measure.timing import interleave
+from fxprune.measure.timing import interleave_steady
 
 from ..layouts.nonzeros import Nonzeros
 from ..layouts.site import Site
@@ -39,13 +39,16 @@ def sizes_of(node: Node) -> list[int]:
 
 
 @torch.no_grad()
-def gain_of(program: Program, region: Region, operands: Sequence[Any]) -> float:
-    """Seconds of the region's ops, in the best memory format and with linears packed, over the net's."""
+def measure_gain(program: Program, region: Region, operands: Sequence[Any]) -> tuple[float, bool]:
+    """Seconds of the region's ops, in the best memory format and with linears packed, over the net's.
+
+    And whether that is worth keeping: whether nobody else wanted the cores meanwhile.
+    """
     # A generator of its own, so that the user's random numbers go on as if nothing had been timed.
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(sizes_of(node), generator=generator) for node in region.inputs]
     if not all(x.numel() for x in inputs):
-        return 0.0
+        return 0.0, True
     given = dict(zip(region.inputs, inputs, strict=True))
     masks = [with_four_dimensions(torch.zeros(sizes_of(node))) for node in region.masks]
     packed = any(part.kind == "linear" for part in region.parts.values())
@@ -58,8 +61,9 @@ def gain_of(program: Program, region: Region, operands: Sequence[Any]) -> float:
     else:
         last = {node: x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for node, x in given.items()}
         ways.append(_ops(program, region, last, torch.channels_last))
-    ours, plain, other = (samples.typical for samples in interleave(ways, seconds=SECONDS))
-    return min(plain, other * (PACKED if packed else 1.0)) / ours
+    found, steady = interleave_steady(ways, seconds=SECONDS)
+    ours, plain, other = (samples.typical for samples in found)
+    return min(plain, other * (PACKED if packed else 1.0)) / ours, steady
 
 
 def _ops(
