@@ -16,6 +16,7 @@ from fxprune.measure.device import cache_bytes
 from fxprune.measure.timing import interleave, interleave_graphs
 
 from . import LAYOUTS
+from .bitmap import Bitmap
 from .dense import best_dense, predict_dense
 from .gpu import GpuLayout
 from .remember import Choices, choices_of
@@ -79,7 +80,8 @@ class Chooser:
 
     def _forced(self, site: Site, refused: dict[str, str], fitting: list[str]) -> tuple[Choice, Packed | None]:
         if self.only is not None and self.only in fitting:
-            return Choice(self.only, "asked for by options", refused, ()), LAYOUTS[self.only].pack(site)
+            packed = LAYOUTS[self.only].pack(site)
+            return Choice(self.only, f"asked for by options{_growth(site, packed)}", refused, ()), packed
         why = "asked for by options" if self.only == "dense" else f"{self.only} does not fit"
         return Choice("dense", why, refused, ()), None
 
@@ -136,7 +138,7 @@ def _measure(
     best = max(means, key=lambda name: means[name])
     sizes = "/".join(map(str, site.tokens))
     if means[best] >= MARGIN and min(gains[best]) >= 1.0:
-        why = f"{means[best]:.2f}x dense at {sizes} tokens{_limit(best)}"
+        why = f"{means[best]:.2f}x dense at {sizes} tokens{_limit(best, site)}{_growth(site, packed[best])}"
         choice = Choice(best, why, refused, tuple(timings))
         return choice, packed[best]
     for name in fitting:
@@ -170,9 +172,16 @@ def _times(
         return f"it could not be timed ({words_of(error)})"
 
 
-def _limit(name: str) -> str:
+def _growth(site: Site, packed: Packed) -> str:
+    """What to tell of a weight that takes more bytes than it took."""
+    ratio = packed.bytes() / max(1, site.weight.nbytes)
+    return f"; it takes {ratio:.2f}x the bytes of the dense weight" if ratio > 1 else ""
+
+
+def _limit(name: str, site: Site) -> str:
     """What to tell of a layout whose kernel is for few tokens."""
     layout = LAYOUTS[name]
+    layout = layout.on(site.weight.device) if isinstance(layout, Bitmap) else layout
     most = layout.most if isinstance(layout, GpuLayout) else None
     return "" if most is None else f"; a call with more than {most} tokens unpacks it first"
 
