@@ -21,8 +21,6 @@ namespace {
 constexpr int64_t kTokens = 16;
 constexpr int64_t kRows = 64;
 constexpr int64_t kSerialBytes = 64 << 10;
-// Bytes that are asked for ahead of what is read.
-constexpr int64_t kAhead = 1024;
 
 struct Problem {
   const void* values;
@@ -57,8 +55,7 @@ FXPRUNE_OUTLINE void multiply(const Problem& p, int64_t row, const float* x, flo
     FXPRUNE_UNROLL
     for (int r = 0; r < R; ++r) {
       Wide parts[kParts];
-      __builtin_prefetch(reinterpret_cast<const char*>(values[r]) + kAhead);
-      __builtin_prefetch(reinterpret_cast<const char*>(values[r]) + kAhead + 64);
+      ask_ahead<kAhead>(values[r]);
       values[r] = expand_word<Stored>(bits[r][word], values[r], parts);
       FXPRUNE_UNROLL
       for (int part = 0; part < kParts; ++part) {

@@ -8,9 +8,6 @@
 
 namespace fxprune {
 
-// Bytes that are asked for ahead of what is read: memory answers a single stream of loads too late otherwise.
-constexpr int64_t kAhead = 1024;
-
 // Sum over a row's nonzeros for one token, each element of x fetched by itself.
 struct OneByOne {
   FXPRUNE_INLINE static float row(const float* values, const uint16_t* columns, int64_t count, const float* x) {
@@ -35,14 +32,14 @@ struct Gathered {
     Float<16> a = {}, b = {};
     int64_t n = 0;
     for (; n + 32 <= count; n += 32) {
-      __builtin_prefetch((const char*)(values + n) + kAhead);
-      __builtin_prefetch((const char*)(values + n + 16) + kAhead);
-      __builtin_prefetch((const char*)(columns + n) + kAhead / 2);
+      ask_ahead<kAhead>(values + n);
+      ask_ahead<kAhead>(values + n + 16);
+      ask_ahead<kAhead / 2>(columns + n);
       a += load<Float<16>>(values + n) * gather(x, _mm256_loadu_si256((const __m256i*)(columns + n)));
       b += load<Float<16>>(values + n + 16) * gather(x, _mm256_loadu_si256((const __m256i*)(columns + n + 16)));
     }
     for (; n < count; n += 16) {
-      __builtin_prefetch((const char*)(values + n) + kAhead);
+      ask_ahead<kAhead>(values + n);
       const __mmask16 lanes = count - n < 16 ? (1u << (count - n)) - 1 : 0xffff;
       const __m512i at = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, columns + n));
       const __m512 found = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes, at, x, 4);
@@ -61,8 +58,8 @@ struct Gathered {
     Float<8> a = {}, b = {};
     int64_t n = 0;
     for (; n + 16 <= count; n += 16) {
-      __builtin_prefetch((const char*)(values + n) + kAhead);
-      __builtin_prefetch((const char*)(columns + n) + kAhead / 2);
+      ask_ahead<kAhead>(values + n);
+      ask_ahead<kAhead / 2>(columns + n);
       a += load<Float<8>>(values + n) * gather(x, columns + n);
       b += load<Float<8>>(values + n + 8) * gather(x, columns + n + 8);
     }
