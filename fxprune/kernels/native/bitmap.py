@@ -41,7 +41,7 @@ class Bitmap(NamedTuple):
 
 def pack(weight: Tensor) -> Bitmap:
     """weight [o, i] -> its elements with any bit set (so -0.0 too)."""
-    o, i = weight.shape
+    i = weight.shape[1]
     words = -(-i // WORD)
     integers = torch.int32 if weight.element_size() == 4 else torch.int16
     bits, values, counts = [], [], []
