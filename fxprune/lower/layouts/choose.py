@@ -80,8 +80,7 @@ class Chooser:
 
     def _forced(self, site: Site, refused: dict[str, str], fitting: list[str]) -> tuple[Choice, Packed | None]:
         if self.only is not None and self.only in fitting:
-            packed = LAYOUTS[self.only].pack(site)
-            return Choice(self.only, f"asked for by options{_growth(site, packed)}", refused, ()), packed
+            return Choice(self.only, "asked for by options", refused, ()), LAYOUTS[self.only].pack(site)
         why = "asked for by options" if self.only == "dense" else f"{self.only} does not fit"
         return Choice("dense", why, refused, ()), None
 
@@ -138,7 +137,7 @@ def _measure(
     best = max(means, key=lambda name: means[name])
     sizes = "/".join(map(str, site.tokens))
     if means[best] >= MARGIN and min(gains[best]) >= 1.0:
-        why = f"{means[best]:.2f}x dense at {sizes} tokens{_limit(best, site)}{_growth(site, packed[best])}"
+        why = f"{means[best]:.2f}x dense at {sizes} tokens{_limit(best, site)}"
         choice = Choice(best, why, refused, tuple(timings))
         return choice, packed[best]
     for name in fitting:
@@ -170,12 +169,6 @@ def _times(
         return [median(samples) for samples in interleave_graphs(functions, device, seconds=seconds)]
     except RuntimeError as error:  # Among them torch.OutOfMemoryError.
         return f"it could not be timed ({words_of(error)})"
-
-
-def _growth(site: Site, packed: Packed) -> str:
-    """What to tell of a weight that takes more bytes than it took."""
-    ratio = packed.bytes() / max(1, site.weight.nbytes)
-    return f"; it takes {ratio:.2f}x the bytes of the dense weight" if ratio > 1 else ""
 
 
 def _limit(name: str, site: Site) -> str:
