@@ -212,12 +212,18 @@ def _weights_table(weights: list[WeightReport]) -> str:
                 f"{1e3 * dense.measured:.3f}" if dense else "-",
                 f"{1e3 * taken.measured:.3f}" if taken else "-",
                 f"{1e3 * taken.predicted:.3f}" if taken else "-",
-                why + (" (timed on a weight alike)" if choice.reused else ""),
+                why + (" (timed on a weight alike)" if choice.reused else "") + _growth(w.lowered),
             )
         )
     headers = ("weight", "shape", "asked", "zeros", "layout", "dense ms", "sparse ms", "predicted", "why")
     table = tabulate(rows, headers=headers, disable_numparse=True)
     return f"{table}\nall of these: {_refusals(dict(sorted(shared)))}" if shared else table
+
+
+def _growth(lowered: Lowered) -> str:
+    """What to tell of a weight that takes more bytes than it took."""
+    ratio = lowered.bytes / max(1, lowered.dense_bytes)
+    return f"; it takes {ratio:.2f}x the bytes of the dense weight" if ratio > 1 else ""
 
 
 def _refusals(refused: Mapping[str, str]) -> str:

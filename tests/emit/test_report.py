@@ -43,6 +43,14 @@ def test_the_report_says_why_a_layout_was_refused() -> None:
     assert "conv" in str(report)
 
 
+def test_the_report_says_which_weights_have_grown() -> None:
+    plan = Plan([Rule("0.weight", Unstructured(0.25)), Rule("2.weight", Unstructured(0.75))])
+    rows = {
+        line.split()[0]: line for line in str(quick(perceptron(), X, plan=plan).report).splitlines() if ".w" in line
+    }
+    assert "x the bytes of the dense weight" in rows["0.weight"] and "bytes" not in rows["2.weight"]
+
+
 def test_without_check_the_report_says_so() -> None:
     result = fxprune.transform(perceptron(), HALF, (X,), options=QUICK, progress=False, check=False)
     assert result.report.checks == []

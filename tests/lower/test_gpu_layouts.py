@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import Blocks, Plan, Rule, SemiStructured, Unstructured
 from fxprune.errors import InputError
-from fxprune.lower.layouts import LAYOUTS, Bitmap, Nonzeros, Nonzeros8, choose, cusparselt, gpu
+from fxprune.lower.layouts import LAYOUTS, Nonzeros, Nonzeros8, choose, cusparselt, gpu
+from fxprune.lower.layouts.bitmap import Bitmap, CudaBitmap
 from fxprune.lower.layouts.choose import Chooser
 from fxprune.lower.layouts.gpu import GpuLayout
 from fxprune.lower.layouts.remember import Choices
@@ -35,6 +36,7 @@ PLANS = {
 
 def layout_of(name: str) -> GpuLayout:
     layout = LAYOUTS[name]
+    layout = layout.cuda if isinstance(layout, Bitmap) else layout
     assert isinstance(layout, GpuLayout)
     return layout
 
@@ -57,6 +59,7 @@ def site_of(weight: Tensor, tokens: tuple[int, ...] = (1,)) -> Site:
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The layouts fit on this machine as well, where their op unpacks and multiplies."""
     monkeypatch.setattr(gpu, "cannot_run", lambda weight: "")
+    monkeypatch.setattr(Bitmap, "on", lambda self, device: self.cuda)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -137,7 +140,7 @@ def test_what_cannot_be_packed_or_timed_is_told_and_stays_dense(monkeypatch: pyt
     weight = weight_for("bitmap")
     monkeypatch.setattr(Nonzeros, "fits", lambda self, site: Verdict(False, "left out"))
     with monkeypatch.context() as patch:
-        patch.setattr(Bitmap, "split", no_memory)
+        patch.setattr(CudaBitmap, "split", no_memory)
         patch.setattr(Nonzeros8, "split", no_memory)
         choice, packed = Chooser().choose(site_of(weight))
     assert packed is None and choice.layout == "dense"

@@ -87,6 +87,13 @@ def _load() -> Status:
     return Status(True, f"C++ kernels with {isa}", isa, path.name)
 
 
+def activated(y: Tensor, activation: str) -> Tensor:
+    """activation(y), contiguous. Raises InputError for one that the kernels do not have."""
+    if activation not in _ACTIVATIONS:
+        raise InputError(f"unknown activation {activation!r}", do=f"Use one of {ACTIVATIONS}.")
+    return _ACTIVATIONS[activation](y).contiguous()
+
+
 def to_dense(values: Tensor, columns: Tensor, order: Tensor, counts: Tensor, blocks: Tensor) -> Tensor:
     """The weight [o, i] that the tensors of the nonzeros layout store, bit for bit."""
     o, i, row_block, k_block = blocks[:4].tolist()
@@ -101,13 +108,10 @@ def nonzeros_linear_reference(
     """activation(x [..., i] @ W^T + bias) [..., o] in plain torch: the definition, and the fallback."""
     if x.dtype != torch.float32:
         raise InputError("nonzeros_linear takes float32 only", why=f"x is {x.dtype}")
-    if activation not in _ACTIVATIONS:
-        raise InputError(f"unknown activation {activation!r}", do=f"Use one of {ACTIVATIONS}.")
     if blocks[:2].tolist() != [out_features, *x.shape[-1:]]:
         why = f"the packed weight is {blocks[:2].tolist()}, the call wants {[out_features, *x.shape[-1:]]}"
         raise InputError("nonzeros_linear got a weight of another shape", why=why)
-    y = F.linear(x, to_dense(values, columns, order, counts, blocks), bias)
-    return _ACTIVATIONS[activation](y).contiguous()
+    return activated(F.linear(x, to_dense(values, columns, order, counts, blocks), bias), activation)
 
 
 def nonzeros_linear_split_reference(
@@ -136,12 +140,14 @@ def register(name: str, arguments: str, results: str, reference: Callable[..., A
     torch.library.register_fake(f"fxprune::{name}", shape, lib=_library)
 
 
-def _shape(x: Tensor, *packed_and_bias: Any) -> Tensor:
+def shape(x: Tensor, *packed_and_bias: Any) -> Tensor:
+    """The result of an op whose last arguments are out_features and activation."""
     *_, out_features, _activation = packed_and_bias
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-def _shapes(x: Tensor, *packed_and_bias: Any) -> list[Tensor]:
+def shapes(x: Tensor, *packed_and_bias: Any) -> list[Tensor]:
+    """The results of an op that splits its rows."""
     *_, out_features, _activation = packed_and_bias
     return [x.new_empty(*x.shape[:-1], rows) for rows in out_features]
 
@@ -151,12 +157,12 @@ register(
     f"Tensor x, {_PACKED}, int out_features, str activation",
     "Tensor",
     nonzeros_linear_reference,
-    _shape,
+    shape,
 )
 register(
     "nonzeros_linear_split",
     f"Tensor x, {_PACKED}, int[] out_features, str activation",
     "Tensor[]",
     nonzeros_linear_split_reference,
-    _shapes,
+    shapes,
 )

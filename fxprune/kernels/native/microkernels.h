@@ -65,32 +65,6 @@ FXPRUNE_OUTLINE void multiply(const Segments& s, const float* __restrict block, 
   }
 }
 
-// The same for one token: x is the K-block's part of the token itself, gathered along the row.
-template <bool Accumulate>
-FXPRUNE_OUTLINE void dot(const Segments& s, const float* __restrict x, float* __restrict tile) {
-  using Quad = Float<4>;
-  const float* values = s.values;
-  const uint16_t* columns = s.columns;
-  for (int64_t r = 0; r < s.rows; ++r) {
-    const int64_t count = s.counts[r];
-    Quad a = {}, b = {};
-    int64_t n = 0;
-    for (; n + 8 <= count; n += 8) {
-      const uint16_t* c = columns + n;
-      a += load<Quad>(values + n) * Quad{x[c[0]], x[c[1]], x[c[2]], x[c[3]]};
-      b += load<Quad>(values + n + 4) * Quad{x[c[4]], x[c[5]], x[c[6]], x[c[7]]};
-    }
-    float rest = 0;
-    for (; n < count; ++n) rest += values[n] * x[columns[n]];
-    a += b;
-    const float sum = (a[0] + a[2]) + (a[1] + a[3]) + rest;
-    float& out = tile[s.order[r]];
-    out = Accumulate ? out + sum : sum;
-    values += count;
-    columns += count;
-  }
-}
-
 // block[k][m] = x[m][k] for `columns` columns and `tokens` <= T tokens; lanes past `tokens` become 0.
 template <int T>
 FXPRUNE_OUTLINE void pack(const float* x, int64_t stride, int64_t tokens, int64_t columns, float* __restrict block) {

@@ -36,14 +36,14 @@ inline void require_net(bool condition, const char* what) {
   if (!condition) throw std::runtime_error(std::string("net: ") + what);
 }
 
-// The packed weights of all convolutions of a net, one after another, and the dense ones of depthwise convolutions.
+// The packed weights of all convolutions and linears of a net, one after another, and what is dense.
 struct Weights {
   const float* values;
   const uint16_t* columns;
   const int16_t* order;
   const int16_t* counts;
   const int64_t* starts;
-  const float* dense;  // biases, and the taps of depthwise convolutions
+  const float* dense;  // biases, weights of norms, and the taps of depthwise convolutions
   int64_t value_count, segment_count, start_count, dense_count;
 };
 

@@ -10,21 +10,16 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "dot.h"
 #include "fingerprint.h"
-#include "microkernels.h"
+#include "linear.h"
 
 namespace fxprune {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Bytes of sums that wait in L2 (half of a common one); bytes up to which a block of activations serves best,
 // measured: past L1, but its lines come from L2 in order of need; and the work, in nonzeros times eight
@@ -35,12 +30,6 @@ constexpr int64_t kSerialWork = 16 << 10;
 
 // Entries of `blocks` before the first block's.
 constexpr int64_t kGeometry = 4;
-
-// Rows of W that make one result: y [tokens, rows].
-struct Part {
-  int64_t first, rows;
-  float* y;
-};
 
 struct Problem {
   const float* values;
@@ -53,6 +42,7 @@ struct Problem {
   const float* bias;
   int64_t tokens;
   std::vector<Part> parts;
+  bool gathers;
 
   int64_t first_row(int64_t block) const { return std::min(o, block * row_block); }
 
@@ -62,23 +52,6 @@ struct Problem {
     return {values + start, columns + start, order + at, counts + at, rows};
   }
 };
-
-// Memory that a thread keeps between calls, so that a call allocates nothing but its result.
-float* scratch(int which, int64_t floats) {
-  struct Buffer {
-    std::unique_ptr<float, decltype(&std::free)> memory{nullptr, &std::free};
-    int64_t size = 0;
-  };
-  static thread_local Buffer buffers[2];
-  Buffer& buffer = buffers[which];
-  if (buffer.size < floats) {
-    const size_t bytes = (floats * sizeof(float) + 4095) / 4096 * 4096;
-    buffer.memory.reset(static_cast<float*>(std::aligned_alloc(4096, bytes)));
-    buffer.size = buffer.memory ? floats : 0;
-    if (!buffer.memory) throw std::bad_alloc();
-  }
-  return buffer.memory.get();
-}
 
 // One tile of up to T tokens, from row block `begin` to `end`. Columns outside, rows inside: a block of
 // activations is packed once, stays in L1 and meets every row, while the sums wait in L2.
@@ -98,7 +71,11 @@ void run_tile(const Problem& p, int64_t token, int64_t begin, int64_t end) {
         const Segments s = p.segments(b, k);
         float* sums = tile + (p.first_row(b) - first) * T;
         if constexpr (T == 1) {
-          k ? dot<true>(s, x, sums) : dot<false>(s, x, sums);
+          if (p.gathers) {
+            k ? dot<Gathered, true>(s, x, sums) : dot<Gathered, false>(s, x, sums);
+          } else {
+            k ? dot<OneByOne, true>(s, x, sums) : dot<OneByOne, false>(s, x, sums);
+          }
         } else {
           k ? multiply<T, InFlight, true>(s, block, sums) : multiply<T, InFlight, false>(s, block, sums);
         }
@@ -109,7 +86,7 @@ void run_tile(const Problem& p, int64_t token, int64_t begin, int64_t end) {
       const int64_t row = std::max(first, part.first), stop = std::min(last, part.first + part.rows);
       if (row >= stop) continue;
       const float* bias = p.bias ? p.bias + row : nullptr;
-      const Epilogue e{bias, part.y + token * part.rows + row - part.first, part.rows};
+      const Epilogue e{bias, part.at<float>(token, row), part.rows};
       unpack<T, kind>(tile + (row - first) * T, stop - row, tokens, e);
     }
   }
@@ -129,14 +106,12 @@ void run_tile(int64_t lanes, const Problem& p, int64_t token, int64_t begin, int
 
 using RunTile = void (*)(int64_t, const Problem&, int64_t, int64_t, int64_t);
 
-RunTile choose(const std::string& activation) {
-  if (activation.empty()) return run_tile<Activation::kNone>;
-  if (activation == "relu") return run_tile<Activation::kRelu>;
-  if (activation == "gelu") return run_tile<Activation::kGelu>;
-  if (activation == "gelu_tanh") return run_tile<Activation::kGeluTanh>;
-  if (activation == "silu") return run_tile<Activation::kSilu>;
-  throw std::runtime_error("nonzeros_linear: unknown activation '" + activation + "'");
-}
+struct Choose {
+  template <Activation kind>
+  RunTile of() const {
+    return run_tile<kind>;
+  }
+};
 
 // Lanes for the next tile: the smallest that holds all that is left, but no more than keep the block in L1.
 int64_t lanes_for(int64_t left, int64_t k_block) {
@@ -171,15 +146,7 @@ void run(const Problem& p, RunTile run_tile) {
   });
 }
 
-void require(bool condition, const char* what) {
-  if (!condition) throw std::runtime_error(std::string("nonzeros_linear: ") + what);
-}
-
-template <class T>
-const T* data(const Tensor& t, ScalarType type, int64_t numel, const char* what) {
-  require(t.is_cpu() && t.scalar_type() == type && t.numel() == numel && t.is_contiguous(), what);
-  return static_cast<const T*>(t.const_data_ptr());
-}
+constexpr Checks check{"nonzeros_linear"};
 
 // The weight as its packed tensors describe it; throws where they do not fit together.
 Problem weight_of(
@@ -187,54 +154,37 @@ Problem weight_of(
     const Tensor& blocks, const std::optional<Tensor>& bias) {
   Problem p = {};
   const int64_t entries = blocks.numel();
-  const int64_t* geometry = data<int64_t>(blocks, ScalarType::Long, entries, "blocks must be contiguous int64");
-  require(entries > kGeometry, "blocks must begin with o, i, row block, K-block");
+  const int64_t* geometry = check.data<int64_t>(blocks, ScalarType::Long, entries, "blocks must be contiguous int64");
+  check.require(entries > kGeometry, "blocks must begin with o, i, row block, K-block");
   p.o = geometry[0], p.i = geometry[1], p.row_block = geometry[2], p.k_block = geometry[3];
-  require(p.o >= 1 && p.i >= 1 && p.row_block >= 1 && p.k_block >= 1, "o, i and the blocks must be positive");
-  require(p.row_block <= INT16_MAX && p.k_block <= INT16_MAX, "a block is too large for 16-bit indices");
+  check.require(p.o >= 1 && p.i >= 1 && p.row_block >= 1 && p.k_block >= 1, "o, i and the blocks must be positive");
+  check.require(p.row_block <= INT16_MAX && p.k_block <= INT16_MAX, "a block is too large for 16-bit indices");
   p.row_blocks = (p.o + p.row_block - 1) / p.row_block;
   p.k_blocks = (p.i + p.k_block - 1) / p.k_block;
 
   const int64_t nonzeros = values.numel(), segments = p.o * p.k_blocks, count = p.row_blocks * p.k_blocks;
-  p.values = data<float>(values, ScalarType::Float, nonzeros, "values must be a contiguous float32 tensor");
-  p.columns = data<uint16_t>(columns, ScalarType::Short, nonzeros, "columns must be int16, one per value");
-  p.order = data<int16_t>(order, ScalarType::Short, segments, "order must be int16, one per segment");
-  p.counts = data<int16_t>(counts, ScalarType::Short, segments, "counts must be int16, one per segment");
-  require(entries == kGeometry + count + 1, "blocks must be [4 + number of blocks + 1]");
+  p.values = check.data<float>(values, ScalarType::Float, nonzeros, "values must be a contiguous float32 tensor");
+  p.columns = check.data<uint16_t>(columns, ScalarType::Short, nonzeros, "columns must be int16, one per value");
+  p.order = check.data<int16_t>(order, ScalarType::Short, segments, "order must be int16, one per segment");
+  p.counts = check.data<int16_t>(counts, ScalarType::Short, segments, "counts must be int16, one per segment");
+  check.require(entries == kGeometry + count + 1, "blocks must be [4 + number of blocks + 1]");
   p.starts = geometry + kGeometry;
-  require(p.starts[0] == 0 && p.starts[count] == nonzeros && std::is_sorted(p.starts, p.starts + count + 1),
+  check.require(p.starts[0] == 0 && p.starts[count] == nonzeros && std::is_sorted(p.starts, p.starts + count + 1),
           "blocks must begin from 0 to the number of values");
-  if (bias) p.bias = data<float>(*bias, ScalarType::Float, p.o, "bias must be contiguous float32 [o]");
+  if (bias) p.bias = check.data<float>(*bias, ScalarType::Float, p.o, "bias must be contiguous float32 [o]");
   return p;
 }
 
 // The results for x, one for each number of rows in `out_features`, which add up to the weight's.
 std::vector<Tensor> linear(
     Problem p, const Tensor& input, const std::vector<int64_t>& out_features, const std::string& activation) {
-  const RunTile run_tile = choose(activation);
-  require(input.scalar_type() == ScalarType::Float, "x must be float32");
-  require(input.dim() >= 1, "x must have at least one dimension");
-  const Tensor x = input.is_contiguous() ? input : torch::stable::contiguous(input);
-  const auto sizes = x.sizes();
-  std::vector<int64_t> shape(sizes.begin(), sizes.end());
-  require(shape.back() == p.i, "the last dimension of x differs from the weight's in_features");
+  const RunTile run_tile = check.with_activation<RunTile>(activation, Choose{});
+  check.require(input.scalar_type() == ScalarType::Float, "x must be float32");
+  const Tensor x = check.rows_of(input, p.i);
   p.tokens = x.numel() / p.i;
-  p.x = data<float>(x, ScalarType::Float, p.tokens * p.i, "x must be on the CPU");
-
-  int64_t first = 0;
-  for (const int64_t rows : out_features) {
-    require(rows >= 0 && rows <= p.o - first, "out_features must add up to the packed weight's rows");
-    p.parts.push_back({first, rows, nullptr});
-    first += rows;
-  }
-  require(first == p.o, "out_features must add up to the packed weight's rows");
-  std::vector<Tensor> results;
-  results.reserve(p.parts.size());
-  for (Part& part : p.parts) {
-    shape.back() = part.rows;
-    results.push_back(torch::stable::new_empty(x, shape));
-    part.y = static_cast<float*>(results.back().mutable_data_ptr());
-  }
+  p.x = check.data<float>(x, ScalarType::Float, p.tokens * p.i, "x must be on the CPU");
+  p.gathers = gathers_pay();
+  std::vector<Tensor> results = check.results(x, p.o, out_features, p.parts);
   if (p.tokens > 0) run(p, run_tile);
   return results;
 }

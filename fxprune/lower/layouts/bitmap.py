@@ -1,4 +1,8 @@
-"""The bitmap layout: one bit an element and the nonzero values, for few tokens on CUDA."""
+"""The bitmap layout: one bit an element and the nonzero values, for few tokens.
+
+What lies beside the bits is another on each device: a GPU's threads want to know where each 64 columns begin, a CPU
+reads on from the row's beginning.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,60 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import Graph, Node
 
+from fxprune.kernels.native import bitmap as native
 from fxprune.kernels.triton import bitmap, operands
 
+from .cpu import CpuLayout
 from .gpu import GpuLayout
-from .site import Site
+from .site import Packed, Site, Verdict
+
+# Seconds of `predict` on one thread: bytes of the weight that a core reads in one, elements of the weight that are
+# expanded, products of these with a token, and each call. Fitted on an AVX-512 server.
+_BYTES_PER_SECOND = 15e9
+_PER_ELEMENT = 0.05e-9
+_PER_PRODUCT = 0.02e-9
+_PER_CALL = 4e-6
 
 
-class Bitmap(GpuLayout):
+class CpuBitmap(CpuLayout):
+    """Pays from a third of zeros; `kernels.native.bitmap` has the format."""
+
+    name = "bitmap"
+    tensors = ("bits", "values", "rows")
+    dtypes = native.DTYPES
+    op = torch.ops.fxprune.bitmap_linear.default
+    split_op = torch.ops.fxprune.bitmap_linear_split.default
+    # With more, where products and not bytes take the time, other kernels have the better rate.
+    most = 16
+
+    def refuses(self, site: Site) -> str:
+        """Sizes all of which have many tokens."""
+        few = min(site.tokens, default=1) <= self.most
+        return "" if few else f"its kernel is for up to {self.most} tokens"
+
+    def pack(self, site: Site) -> Packed:
+        """Its bits, values and rows."""
+        weight = site.weight.detach().contiguous()
+        return Packed(self.name, (weight.shape[0], weight.shape[1]), native.pack(weight)._asdict())
+
+    def unpack(self, packed: Packed) -> Tensor:
+        """The weight [o, i], bit for bit as it was packed."""
+        return native.unpack(native.Bitmap(*(packed.tensors[name] for name in self.tensors)))
+
+    def predict(self, site: Site, tokens: int) -> float:
+        """Seconds of one call: the bytes of the weight, or its expansion and products where these take longer."""
+        products = site.weight.numel() * (_PER_ELEMENT + tokens * _PER_PRODUCT)
+        seconds = max(self.bytes_of(site.weight) / _BYTES_PER_SECOND, products)
+        return _PER_CALL + seconds / torch.get_num_threads()
+
+    def bytes_of(self, weight: Tensor) -> float:
+        """A bit an element, 8 bytes a row, and the values."""
+        return weight.numel() / 8 + 8 * len(weight) + int(torch.count_nonzero(weight)) * weight.element_size()
+
+
+class CudaBitmap(GpuLayout):
     """Pays from about half zeros; `triton_kernels.bitmap` has the format."""
 
     name = "bitmap"
@@ -45,3 +95,56 @@ class Bitmap(GpuLayout):
         """A bit an element, 2 bytes each 64 columns, 8 a row, and the values."""
         nonzeros = int(torch.count_nonzero(weight))
         return weight.numel() / 8 + weight.numel() / 32 + 8 * len(weight) + nonzeros * weight.element_size()
+
+
+class Bitmap:
+    """The one for the weight's device."""
+
+    name = "bitmap"
+
+    def __init__(self) -> None:
+        self.cpu, self.cuda = CpuBitmap(), CudaBitmap()
+
+    def on(self, device: torch.device) -> CpuBitmap | CudaBitmap:
+        """The one whose kernel runs there; of other devices the CPU's says why none does."""
+        return self.cuda if device.type == "cuda" else self.cpu
+
+    def _of(self, packed: Packed) -> CpuBitmap | CudaBitmap:
+        return self.cpu if set(packed.tensors) == set(self.cpu.tensors) else self.cuda
+
+    def fits(self, site: Site) -> Verdict:
+        """Whether `site` can be stored so, and if not why."""
+        return self.on(site.weight.device).fits(site)
+
+    def predict(self, site: Site, tokens: int) -> float:
+        """Seconds of one call."""
+        return self.on(site.weight.device).predict(site, tokens)
+
+    def bytes_of(self, weight: Tensor) -> float:
+        """About how many bytes the packed weight has."""
+        return self.on(weight.device).bytes_of(weight)
+
+    def pack(self, site: Site) -> Packed:
+        """The weight in this layout."""
+        return self.on(site.weight.device).pack(site)
+
+    def unpack(self, packed: Packed) -> Tensor:
+        """The weight [o, i], bit for bit as it was packed."""
+        return self._of(packed).unpack(packed)
+
+    def call(self, x: Tensor, packed: Packed, bias: Tensor | None, activation: str) -> Tensor:
+        """activation(x [..., i] @ W^T + bias) [..., o]."""
+        return self._of(packed).call(x, packed, bias, activation)
+
+    def lower(
+        self,
+        graph: Graph,
+        packed: Packed,
+        tensors: dict[str, Node],
+        x: Node,
+        bias: Node | None,
+        activation: str,
+        out_features: tuple[int, ...],
+    ) -> list[Node]:
+        """One call for x, and a node for each result."""
+        return self._of(packed).lower(graph, packed, tensors, x, bias, activation, out_features)

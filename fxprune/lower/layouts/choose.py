@@ -16,6 +16,7 @@ from fxprune.measure.device import cache_bytes
 from fxprune.measure.timing import interleave_graphs, interleave_steady
 
 from . import LAYOUTS
+from .bitmap import Bitmap
 from .dense import best_dense, predict_dense
 from .gpu import GpuLayout
 from .remember import Choices, choices_of
@@ -146,7 +147,7 @@ def _measure(
     best = max(means, key=lambda name: means[name])
     sizes = "/".join(map(str, site.tokens))
     if means[best] >= MARGIN and min(gains[best]) >= 1.0:
-        why = f"{means[best]:.2f}x dense at {sizes} tokens{_limit(best)}"
+        why = f"{means[best]:.2f}x dense at {sizes} tokens{_limit(best, site)}"
         choice = Choice(best, why, refused, tuple(timings), steady=steady)
         return choice, packed[best]
     for name in fitting:
@@ -180,9 +181,10 @@ def _times(
         return f"it could not be timed ({words_of(error)})"
 
 
-def _limit(name: str) -> str:
+def _limit(name: str, site: Site) -> str:
     """What to tell of a layout whose kernel is for few tokens."""
     layout = LAYOUTS[name]
+    layout = layout.on(site.weight.device) if isinstance(layout, Bitmap) else layout
     most = layout.most if isinstance(layout, GpuLayout) else None
     return "" if most is None else f"; a call with more than {most} tokens unpacks it first"
 

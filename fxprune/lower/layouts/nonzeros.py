@@ -8,16 +8,14 @@ integers: at a call each costs 0.1 to 0.4 us, which small linears feel.
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
 
 from fxprune.kernels import native
 from fxprune.kernels.native import segments
 
-from .site import Packed, Site, Verdict
+from .cpu import CpuLayout
+from .site import Packed, Site
 
 # Seconds of `predict` on one thread: per nonzero and 8 tokens, per nonzero and tile of up to 64 tokens, per
 # nonzero for a single token, per element of x and y transposed, and per call. Fitted on an AVX-512 server.
@@ -29,29 +27,13 @@ _PER_CALL = 5e-6
 _ROWS = 256
 
 
-class Nonzeros:
+class Nonzeros(CpuLayout):
     """Stores every nonzero with its column; multiplies by broadcasting nonzeros over tokens."""
 
     name = "nonzeros"
+    tensors = ("values", "columns", "order", "counts", "blocks")
     op = torch.ops.fxprune.nonzeros_linear.default
     split_op = torch.ops.fxprune.nonzeros_linear_split.default
-
-    def fits(self, site: Site) -> Verdict:
-        """Whether `site` can be stored so; `why` also says when only the slow plain-torch kernel runs."""
-        weight = site.weight
-        if weight.dtype != torch.float32:
-            return Verdict(False, f"{weight.dtype} is not float32")
-        if weight.device.type != "cpu":
-            return Verdict(False, f"the weight is on {weight.device}, the kernel runs on the CPU")
-        if weight.dim() != 2:
-            return Verdict(False, f"the weight has {weight.dim()} dimensions, not 2")
-        if weight.numel() == 0:
-            return Verdict(False, f"the weight is empty {tuple(weight.shape)}")
-        if site.activation not in native.ACTIVATIONS:
-            return Verdict(False, f"the kernel has no activation {site.activation!r}")
-        state = native.status()
-        slow = "" if state.available else "only the slow plain-torch kernel: "
-        return Verdict(True, slow + state.detail)
 
     def predict(self, site: Site, tokens: int) -> float:
         """Seconds of one call with `tokens` rows of x: nonzeros at the kernel's rate, plus the transposes."""
@@ -78,33 +60,7 @@ class Nonzeros:
 
     def unpack(self, packed: Packed) -> Tensor:
         """The weight [o, i], bit for bit as it was packed."""
-        return native.to_dense(*(packed.tensors[name] for name in self.arguments(packed)))
-
-    def arguments(self, packed: Packed) -> tuple[str, ...]:
-        """Names of the packed tensors in the order in which the ops take them, after x."""
-        return ("values", "columns", "order", "counts", "blocks")
-
-    def call(self, x: Tensor, packed: Packed, bias: Tensor | None = None, activation: str = "") -> Tensor:
-        """activation(x [..., i] @ W^T + bias) [..., o]."""
-        tensors = (packed.tensors[name] for name in self.arguments(packed))
-        return self.op(x, *tensors, bias, packed.shape[0], activation)
-
-    def lower(
-        self,
-        graph: Graph,
-        packed: Packed,
-        tensors: dict[str, Node],
-        x: Node,
-        bias: Node | None,
-        activation: str,
-        out_features: tuple[int, ...],
-    ) -> list[Node]:
-        """One call for x, and where the rows make several results, a getitem node for each."""
-        operands = (x, *(tensors[name] for name in self.arguments(packed)), bias)
-        if len(out_features) == 1:
-            return [graph.call_function(self.op, (*operands, out_features[0], activation))]
-        results = graph.call_function(self.split_op, (*operands, list(out_features), activation))
-        return [graph.call_function(operator.getitem, (results, j)) for j in range(len(out_features))]
+        return native.to_dense(*(packed.tensors[name] for name in self.tensors))
 
 
 def _row_block(o: int) -> int:
@@ -129,7 +85,7 @@ def _k_block(weight: Tensor, tokens: tuple[int, ...]) -> int:
     most = max(tokens, default=64)
     density = int(torch.count_nonzero(weight)) / weight.numel()
     if most <= 1:
-        target = 16384
+        target = 32760  # The whole row, where its columns have 16 bits and a sign.
     elif most <= 8:
         target = 1024
     elif most <= 16:

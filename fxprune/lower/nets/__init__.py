@@ -1,4 +1,4 @@
-"""Parts of a graph around convolutions that are computed in one call, on maps whose pixels lie in lanes."""
+"""Parts of a graph around convolutions or linears, computed in one call on maps whose pixels or tokens lie in lanes."""
 
 from .lower import lower_nets
 
