@@ -20,8 +20,9 @@ def test_a_mutant_changes_one_line_that_there_is_and_names_a_test_that_there_is(
     source = (ROOT / mutant.file).read_text(encoding="utf-8")
     assert source.count(mutant.old) == 1, "its text stands exactly once in its file"
     assert mutant.old != mutant.new and "\n" not in mutant.old + mutant.new
-    changed = ast.parse(source.replace(mutant.old, mutant.new))
-    assert ast.dump(changed) != ast.dump(ast.parse(source)), "more than a comment changes"
+    if mutant.file.endswith(".py"):
+        changed = ast.parse(source.replace(mutant.old, mutant.new))
+        assert ast.dump(changed) != ast.dump(ast.parse(source)), "more than a comment changes"
     file, _, name = mutant.test.partition("::")
     tests = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
     functions = {node.name for node in tests if isinstance(node, ast.FunctionDef)}

@@ -175,6 +175,21 @@ def test_heads_that_do_not_lie_side_by_side_stay_outside(heads: Callable[[Tensor
     torch.testing.assert_close(result(x), pruned(model)(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "back", [lambda y: y.permute(0, 2, 3, 1).flatten(2), lambda y: y.flip(1).transpose(1, 2).flatten(2)]
+)
+def test_heads_that_are_not_put_side_by_side_stay_outside(back: Callable[[Tensor], Tensor]) -> None:
+    class Odd(Block):
+        def forward(self, x: Tensor) -> Tensor:  # pyright: ignore
+            q, k, v = (f(x).unflatten(2, (3, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
+            return self.out(back(F.scaled_dot_product_attention(q, k, v)))
+
+    model = Odd(apart).eval()
+    result, x = result_of(model, torch.randn(2, 10, 24)), torch.randn(3, 10, 24)
+    assert any("attention" in name for name in left(result))
+    torch.testing.assert_close(result(x), pruned(model)(x), rtol=1e-4, atol=1e-5)
+
+
 def test_dense_linears_stay_outside() -> None:
     model = Block(apart).eval()
     plan = Plan([Rule("up.weight", Unstructured(0.6)), Rule("down.weight", Unstructured(0.6))])

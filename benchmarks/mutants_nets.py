@@ -1,0 +1,104 @@
+"""Mutants in nets: which ops become one call, and what that computes."""
+
+from __future__ import annotations
+
+from benchmarks.mutant import Mutant
+
+_TOKENS = "tests/lower/test_nets_tokens.py"
+_NETS = "tests/lower/test_nets.py"
+_KERNEL = "tests/kernels/test_net.py"
+_KERNEL_TOKENS = "tests/kernels/test_net_tokens.py"
+
+NETS = (
+    Mutant(
+        "fxprune/lower/nets/read_tokens.py",
+        "first = int(found[0, 0, 0, 0])",
+        "first = 0",
+        "keys and values in one tensor with the queries are read as the queries",
+        f"{_TOKENS}::test_layers_become_one_net",
+    ),
+    Mutant(
+        "fxprune/lower/nets/read_tokens.py",
+        "return _Source(tokens, heads, size, first, chain) if torch.equal(found, wanted) else None",
+        "return _Source(tokens, heads, size, first, chain)",
+        "heads are taken to lie side by side where they do not",
+        f"{_TOKENS}::test_heads_that_do_not_lie_side_by_side_stay_outside",
+    ),
+    Mutant(
+        "fxprune/lower/nets/read_tokens.py",
+        "return found is not None and torch.equal(found, numbers.transpose(1, 2).flatten(2))",
+        "return found is not None",
+        "heads are taken to be put side by side where they are not",
+        f"{_TOKENS}::test_heads_that_are_not_put_side_by_side_stay_outside",
+    ),
+    Mutant(
+        "fxprune/lower/nets/masks.py",
+        "return bool(found.all()) if found.dtype == torch.bool else not bool(found.any())",
+        "return True",
+        "a mask of constants is dropped, whatever it hides",
+        f"{_TOKENS}::test_a_mask_of_constants_that_hides_nothing_is_none",
+    ),
+    Mutant(
+        "fxprune/lower/nets/masks.py",
+        "aten.where.Scalar, (mask, 0.0, -math.inf)",
+        "aten.where.Scalar, (mask, -math.inf, 0.0)",
+        "a mask shows what it hides",
+        f"{_TOKENS}::test_masks",
+    ),
+    Mutant(
+        "fxprune/lower/nets/regions.py",
+        "        nodes -= others",
+        "        break",
+        "views that others read vanish with the attention",
+        f"{_TOKENS}::test_what_others_read_as_well_is_handed_out",
+    ),
+    Mutant(
+        "fxprune/lower/nets/regions.py",
+        "if now < 0 or now in blocked:",
+        "if now < 0:",
+        "a region takes in what hangs on it through something else",
+        f"{_NETS}",
+    ),
+    Mutant(
+        "fxprune/lower/nets/lower.py",
+        "return not forced and (part.kind",
+        "return not forced or (part.kind",
+        "dense linears go into nets",
+        f"{_TOKENS}::test_dense_linears_stay_outside",
+    ),
+    Mutant(
+        "fxprune/kernels/native/net_attention.h",
+        "s = query < static_cast<int32_t>(first + j)",
+        "s = query <= static_cast<int32_t>(first + j)",
+        "a causal query does not see itself",
+        f"{_KERNEL_TOKENS}::test_attention",
+    ),
+    Mutant(
+        "fxprune/kernels/native/net_attention.h",
+        "each.from[l] = image < to.nb ? image * g.ly * g.lx + ix : -1;",
+        "each.from[l] = image < to.nb ? ix : -1;",
+        "all images of a vector take the first one's keys",
+        f"{_KERNEL_TOKENS}::test_an_encoder_layer",
+    ),
+    Mutant(
+        "fxprune/kernels/native/net_norm.h",
+        "scale[v] = scale[v] / static_cast<float>(channels) + epsilon;",
+        "scale[v] = scale[v] / static_cast<float>(channels);",
+        "a norm forgets its epsilon",
+        f"{_KERNEL_TOKENS}::test_layer_norm",
+    ),
+    Mutant(
+        "fxprune/kernels/native/net_plan.h",
+        "if (times == 1) plan.maps[made].storage = at(old).storage;",
+        "plan.maps[made].storage = at(old).storage;",
+        "a step writes over what it reads twice",
+        f"{_KERNEL}",
+    ),
+    Mutant(
+        "fxprune/kernels/native/conv_rows.h",
+        "sum[v] = sum[v] > e.finish.high ? Lane{} + e.finish.high : sum[v];",
+        "sum[v] = sum[v];",
+        "a clamp has no upper end",
+        f"{_KERNEL}",
+    ),
+)
