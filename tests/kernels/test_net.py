@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -374,3 +377,30 @@ def test_shapes_are_those_of_the_results() -> None:
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = op([mode.from_tensor(x)], *arguments[1:])
     assert [(f.shape, f.stride()) for f in fake] == [(r.shape, r.stride()) for r in results]
+
+
+FORK = """
+import os, signal, torch
+from fxprune.kernels import native
+from fxprune.kernels.native import net
+
+torch.set_num_threads(2)
+weight = torch.randn(64, 64, 1, 1)
+packed = net.pack(weight, net.Taps(), 8, 16, 64)
+steps = [net.Enter(0, 8), net.Conv(0, 64, 64, net.Taps(), 16, 64, tile=8), net.Exit(1)]
+arguments = [torch.randn(1, 64, 9, 40)], *packed, torch.zeros(0), net.encode(steps)
+before = torch.ops.fxprune.net(*arguments)[0]
+if child := os.fork():
+    print(os.waitpid(child, 0)[1])
+else:
+    signal.alarm(60)
+    torch.set_num_threads(1)
+    os._exit(0 if torch.equal(before, torch.ops.fxprune.net(*arguments)[0]) else 1)
+"""
+
+
+@needs_kernel
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_computes_the_same_with_one_thread() -> None:
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout.split() == ["0"], done.stderr

@@ -23,7 +23,12 @@ struct Rows {
   const float* residual;
   int64_t out_stride, residual_stride;  // from one row to the next
   Finish finish;
+  // What is read next, and how many cache lines of it are asked for with each row; null for nothing.
+  const float* ahead = nullptr;
+  int64_t ahead_lines = 0;
 };
+
+constexpr int64_t kLine = 64 / sizeof(float);
 
 template <int V>
 FXPRUNE_INLINE void finish_row(Lane* sum, const Rows& e, int64_t row) {
@@ -64,6 +69,8 @@ FXPRUNE_OUTLINE void multiply_rows(const Segments& s, const float* __restrict bl
   const uint16_t* offsets = s.columns;
   for (int64_t r = 0; r < s.rows; ++r) {
     const int64_t count = s.counts[r], row = s.order[r];
+    if (e.ahead)
+      for (int64_t n = r * e.ahead_lines; n < (r + 1) * e.ahead_lines; ++n) __builtin_prefetch(e.ahead + n * kLine, 0, 2);
     float* sums = e.sums + row * V * kLanes;
     Lane sum[kInFlight][V];
     const Lane start = First && e.bias ? Lane{} + e.bias[row] : Lane{};

@@ -7,6 +7,8 @@ namespace fxprune {
 
 // Bytes of sums that wait in L2 between K-blocks.
 constexpr int64_t kSumBytes = 256 << 10;
+// Rows that a task has at least where threads share them: a block of activations comes from further away for each task.
+constexpr int64_t kRowsPerTask = 192;
 struct Enter : Step {
   int64_t input, value;
   InputSize from;
@@ -122,7 +124,9 @@ struct Conv : Step {
   }
   // Where a step has few tiles its rows are shared as well.
   int64_t parts(int64_t threads) const {
-    return threads == 1 || tiles >= threads * kTasksPerThread ? 1 : std::min(row_blocks(), threads * kTasksPerThread);
+    if (threads == 1 || tiles >= threads * kTasksPerThread) return 1;
+    const int64_t wanted = std::clamp(ceil_div(rows, kRowsPerTask), threads, threads * kTasksPerThread);
+    return std::min(row_blocks(), wanted);
   }
   int64_t tasks(int64_t threads) const override { return Share(tiles, threads).tasks * parts(threads); }
   void run(const Plan& plan, const Frame& f, int64_t task, int64_t threads, float* scratch) const override {
@@ -131,9 +135,10 @@ struct Conv : Step {
     const int64_t low = row_blocks() * part / n, high = row_blocks() * (part + 1) / n;
     for (int64_t t = share.begin(task / n); t < share.end(task / n); ++t)
       for (int64_t block = low; block < high; block += together())
-        run_tile(plan, f, t, block, std::min(high, block + together()), scratch);
+        run_tile(plan, f, t, block, std::min(high, block + together()), threads > 1, scratch);
   }
-  void run_tile(const Plan& plan, const Frame& f, int64_t t, int64_t low, int64_t high, float* scratch) const {
+  void run_tile(
+      const Plan& plan, const Frame& f, int64_t t, int64_t low, int64_t high, bool shared, float* scratch) const {
     const Map &in = plan.maps[x], &out = plan.maps[value];
     const Weights& w = f.weights;
     const int64_t stride = in.channel_stride(), last = k_blocks() - 1;
@@ -151,6 +156,10 @@ struct Conv : Step {
       } else {
         fill_block(reads[t], plan.lanes.data(), from + first * stride, stride, many, 0.0f, block);
       }
+      // What another thread made lies in its cache.
+      const bool asks = direct && shared && k < last;
+      const int64_t next = std::min(k_block, channels - first - many) * stride / kLine;
+      const int64_t lines = asks ? ceil_div(next, std::min(high * row_block, rows) - low * row_block) : 0;
       const MultiplyRows multiply = kernels.of[k == 0][k == last];
       for (int64_t b = low; b < high; ++b) {
         const int64_t row = b * row_block, here = std::min(row_block, rows - row);
@@ -165,6 +174,8 @@ struct Conv : Step {
             out.channel_stride(),
             out.channel_stride(),
             finish,
+            asks ? read + many * stride + (row - low * row_block) * lines * kLine : nullptr,
+            lines,
         };
         multiply(s, read, e);
       }
