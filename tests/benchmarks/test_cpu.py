@@ -120,6 +120,17 @@ def test_one_token_after_others_is_the_last_of_all() -> None:
     torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("mask", [None, torch.tensor([[0.0, -1.0, -float("inf")]])], ids=["no mask", "a mask"])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention_step_by_step_is_attention(mask: torch.Tensor | None, scale: float | None) -> None:
+    q, k, v = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 3, 5), torch.randn(2, 3, 3, 5)
+    wanted = nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    torch.testing.assert_close(cpu_child.attention(q, k, v, mask, scale=scale), wanted)
+    for other in ({"is_causal": True}, {"attn_mask": torch.ones(4, 3, dtype=torch.bool)}):
+        with pytest.raises(NotImplementedError):
+            cpu_child.attention(q, k, v, **other)  # pyright: ignore[reportArgumentType]
+
+
 def test_weights_are_pruned_once_and_then_read(tmp_path: Path) -> None:
     model = CpuModel("small", lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), lambda: (torch.randn(2, 8),))
     first, again = (pruned(model, 0.5, tmp_path / "weights.pt") for _ in range(2))
