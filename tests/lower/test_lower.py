@@ -109,7 +109,7 @@ def test_what_is_read_at_every_call_counts_as_time_of_packing(monkeypatch: pytes
     monkeypatch.setattr(choose, "_times", times)
     monkeypatch.setattr(choose, "fingerprint", read.append)
     weight = torch.randn(64, 64) * (torch.rand(64, 64) < 0.1)
-    sites = [Site(name, "node", weight, None, (4,), "") for name in ("a", "b", "c")]
+    sites = [Site(name, "node", weight, None, (64,), "") for name in ("a", "b", "c")]
     original = torch.randn(64, 64)
     chooser = Chooser()
     chooser.watched = {"a": [original], "b": [original, weight]}
