@@ -21,20 +21,27 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import torch
 from fxprune.kernels import native
+from fxprune.lower.layouts.bitmap import CpuBitmap
 from fxprune.lower.layouts.nonzeros import Nonzeros
 from fxprune.lower.layouts.site import Site
 torch.manual_seed(0)
-layout, worst = Nonzeros(), 0.0
-w = torch.randn(90, 200) * (torch.rand(90, 200) < 0.2)
-bias = torch.randn(90)
-site = Site("w", "n", w, bias, (64,), "gelu")
-fit = layout.fits(site)
-for tokens in (0, 1, 3, 8, 30, 65):
-    x = torch.randn(tokens, 200)
-    y = layout.call(x, layout.pack(site), bias, "gelu")
-    exact = torch.nn.functional.gelu(torch.nn.functional.linear(x.double(), w.double(), bias.double()))
-    assert y.shape == exact.shape
-    worst = max([worst, *((y - exact).abs() / exact.abs().clamp(min=1)).flatten().tolist()])
+worst = 0.0
+plain = torch.where(torch.rand(90, 203) < 0.2, torch.randn(90, 203), torch.zeros(()))
+plain[7], plain[8] = 0.0, torch.randn(203)
+for layout, dtype, digits in (
+    (Nonzeros(), torch.float32, 1), (CpuBitmap(), torch.float32, 1),
+    (CpuBitmap(), torch.bfloat16, 2**-16), (CpuBitmap(), torch.float16, 2**-13),
+):
+    w, bias = plain.to(dtype), torch.randn(90).to(dtype)
+    for tuned in (1, 16):
+        site = Site("w", "n", w, bias, (tuned,), "gelu")
+        fit = layout.fits(site)
+        for tokens in (0, 1, 2, 3, 8, 30, 65):
+            x = torch.randn(tokens, 203).to(dtype)
+            y = layout.call(x, layout.pack(site), bias, "gelu")
+            exact = torch.nn.functional.gelu(torch.nn.functional.linear(x.double(), w.double(), bias.double()))
+            assert y.shape == exact.shape
+            worst = max([worst, *(digits * (y - exact).abs() / exact.abs().clamp(min=1)).flatten().tolist()])
 print(native.status().available, native.status().isa or "-", worst, fit.ok, fit.why, sep="|")
 """
 
@@ -101,9 +108,17 @@ def test_two_processes_build_at_once_and_a_third_reuses(tmp_path: Path) -> None:
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.skipif(native.status().isa != "AVX-512", reason="needs a CPU with AVX-512 beside AVX2")
-def test_avx2_build_gives_the_same(tmp_path: Path) -> None:
-    answer = finish(start(tmp_path, FXPRUNE_NATIVE_FLAGS="-mno-avx512f"))
-    assert answer[:2] == ("True", "AVX2") and answer[2] < 1e-5
+@pytest.mark.parametrize(
+    ("flags", "isa"),
+    [
+        ("-mno-avx512f -DFXPRUNE_GATHERS=1", "AVX2"),
+        ("-mno-avx512f -mno-f16c -DFXPRUNE_GATHERS=0", "AVX2"),
+        ("-mno-avx512vbmi2 -DFXPRUNE_GATHERS=1", "AVX-512"),
+    ],
+)
+def test_other_builds_give_the_same(flags: str, isa: str, tmp_path: Path) -> None:
+    answer = finish(start(tmp_path, FXPRUNE_NATIVE_FLAGS=flags))
+    assert answer[:2] == ("True", isa) and answer[2] < 1e-5
 
 
 @needs_compiler

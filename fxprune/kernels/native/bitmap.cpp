@@ -22,6 +22,8 @@ constexpr int64_t kTokens = 16;
 constexpr int64_t kRows = 64;
 constexpr int64_t kSerialBytes = 64 << 10;
 
+using FinishRows = void (*)(const float*, int64_t, int64_t, const Epilogue&);
+
 struct Problem {
   const void* values;
   const uint32_t* bits;
@@ -31,6 +33,7 @@ struct Problem {
   const void* bias;
   int64_t tokens;
   std::vector<Part> parts;
+  FinishRows finish;
 
   // Bytes of W before a row.
   int64_t before(int64_t row, int64_t size) const { return starts[row] * size + row * words * 4; }
@@ -102,7 +105,7 @@ int64_t multiply_some(const Problem& p, int64_t row, int64_t rows, int64_t token
 }
 
 // Rows [begin, end) of W for all tokens.
-template <class Stored, class Given, Activation kind>
+template <class Stored, class Given>
 void run_rows(const Problem& p, int64_t begin, int64_t end) {
   using Type = typename Given::Type;
   const int64_t stride = p.words * kWord;
@@ -129,7 +132,7 @@ void run_rows(const Problem& p, int64_t begin, int64_t end) {
           Type* y = part.at<Type>(token + t, first);
           float* out = wide;
           if constexpr (std::is_same_v<Given, Single>) out = y;
-          unpack<1, kind>(sums + t * kRows + first - row, some, 1, Epilogue{p.bias ? bias : nullptr, out, 0});
+          p.finish(sums + t * kRows + first - row, some, 1, Epilogue{p.bias ? bias : nullptr, out, 0});
           if constexpr (!std::is_same_v<Given, Single>)
             for (int64_t r = 0; r < some; ++r) y[r] = narrow(Given{}, wide[r]);
         }
@@ -140,11 +143,10 @@ void run_rows(const Problem& p, int64_t begin, int64_t end) {
 
 using RunRows = void (*)(const Problem&, int64_t, int64_t);
 
-template <class Stored, class Given>
-struct Choose {
+struct Finish {
   template <Activation kind>
-  RunRows of() const {
-    return run_rows<Stored, Given, kind>;
+  FinishRows of() const {
+    return unpack<1, kind>;
   }
 };
 
@@ -170,19 +172,13 @@ void run(const Problem& p, RunRows run_rows, int64_t size) {
 
 constexpr Checks check{"bitmap_linear"};
 
-template <class Given>
-RunRows choose(ScalarType stored, const std::string& activation) {
-  if (stored == ScalarType::Float) return check.with_activation<RunRows>(activation, Choose<Single, Given>{});
-  if (stored == ScalarType::BFloat16) return check.with_activation<RunRows>(activation, Choose<Brain, Given>{});
+RunRows choose(ScalarType given, ScalarType stored) {
+  check.require(given == stored || given == ScalarType::Float, "x must be of the values' dtype, or float32");
+  const bool wide = given == ScalarType::Float;
+  if (stored == ScalarType::Float) return run_rows<Single, Single>;
+  if (stored == ScalarType::BFloat16) return wide ? run_rows<Brain, Single> : run_rows<Brain, Brain>;
   check.require(stored == ScalarType::Half, "values must be float32, bfloat16 or float16");
-  return check.with_activation<RunRows>(activation, Choose<Half, Given>{});
-}
-
-RunRows choose(ScalarType given, ScalarType stored, const std::string& activation) {
-  if (given == ScalarType::Float) return choose<Single>(stored, activation);
-  check.require(given == stored, "x must be of the values' dtype, or float32");
-  if (given == ScalarType::BFloat16) return check.with_activation<RunRows>(activation, Choose<Brain, Brain>{});
-  return check.with_activation<RunRows>(activation, Choose<Half, Half>{});
+  return wide ? run_rows<Half, Single> : run_rows<Half, Half>;
 }
 
 // The results for x, one for each number of rows in `out_features`, which add up to the weight's.
@@ -190,15 +186,16 @@ std::vector<Tensor> linear(
     const Tensor& input, const Tensor& bits, const Tensor& values, const Tensor& rows,
     const std::optional<Tensor>& bias, const std::vector<int64_t>& out_features, const std::string& activation) {
   const ScalarType given = input.scalar_type(), stored = values.scalar_type();
-  const RunRows run_rows = choose(given, stored, activation);
+  const RunRows run_rows = choose(given, stored);
   const int64_t size = stored == ScalarType::Float ? 4 : 2;
   Problem p = {};
+  p.finish = check.with_activation<FinishRows>(activation, Finish{});
   const int64_t* geometry = check.data<int64_t>(rows, ScalarType::Long, rows.numel(), "rows must be contiguous int64");
   check.require(rows.numel() >= 3 && geometry[0] >= 1, "rows must hold i, and where each row begins");
   p.o = rows.numel() - 2, p.i = geometry[0], p.starts = geometry + 1;
   p.words = (p.i + kWord - 1) / kWord;
   p.bits = check.data<uint32_t>(bits, ScalarType::Int, p.o * p.words, "bits must be int32, one for 32 columns of a row");
-  // Without a way out of the loop, which so takes an eighth of std::is_sorted's time.
+  // Not std::is_sorted: a loop without a way out of it is vectorised.
   bool rising = p.starts[0] == 0;
   for (int64_t row = 0; row < p.o; ++row) rising &= p.starts[row] <= p.starts[row + 1];
   check.require(rising, "rows must begin one after another");

@@ -96,7 +96,9 @@ FXPRUNE_OUTLINE void dot(const Segments& s, const float* __restrict x, float* __
 // Whether gathers are faster here than one load after another: they are on Intel's processors, but for those whose
 // microcode slows them down against Downfall; on AMD's they take longer.
 inline bool gathers_pay() {
-#if defined(__x86_64__)
+#if defined(FXPRUNE_GATHERS)
+  return FXPRUNE_GATHERS;
+#elif defined(__x86_64__)
   static const bool pay = [] {
     std::ifstream file("/sys/devices/system/cpu/vulnerabilities/gather_data_sampling");
     std::string state;

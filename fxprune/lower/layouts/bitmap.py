@@ -21,8 +21,8 @@ from .site import Packed, Site, Verdict
 
 # Seconds of `predict` on one thread: bytes of the weight that a core reads in one, elements of the weight that are
 # expanded, products of these with a token, and each call. Fitted on an AVX-512 server.
-_BYTES_PER_SECOND = 15e9
-_PER_ELEMENT = 0.05e-9
+_BYTES_PER_SECOND = 12e9
+_PER_ELEMENT = 0.08e-9
 _PER_PRODUCT = 0.02e-9
 _PER_CALL = 4e-6
 
