@@ -86,6 +86,11 @@ def _load() -> Status:
     return Status(True, f"C++ kernels with {isa}", isa)
 
 
+def with_activation(y: Tensor, activation: str) -> Tensor:
+    """The activation of a name in ACTIVATIONS applied to y."""
+    return _ACTIVATIONS[activation](y)
+
+
 def to_dense(values: Tensor, columns: Tensor, order: Tensor, counts: Tensor, blocks: Tensor) -> Tensor:
     """The weight [o, i] that the tensors of the nonzeros layout store, bit for bit."""
     o, i, row_block, k_block = blocks[:4].tolist()
@@ -106,7 +111,7 @@ def nonzeros_linear_reference(
         why = f"the packed weight is {blocks[:2].tolist()}, the call wants {[out_features, *x.shape[-1:]]}"
         raise InputError("nonzeros_linear got a weight of another shape", why=why)
     y = F.linear(x, to_dense(values, columns, order, counts, blocks), bias)
-    return _ACTIVATIONS[activation](y).contiguous()
+    return with_activation(y, activation).contiguous()
 
 
 def nonzeros_linear_split_reference(
@@ -120,14 +125,26 @@ def nonzeros_linear_split_reference(
     return [part.clone(memory_format=torch.contiguous_format) for part in y.split(list(out_features), -1)]
 
 
-def register(name: str, arguments: str, results: str, reference: Callable[..., Any], shape: Callable[..., Any]) -> None:
-    """Define the op fxprune::`name`: by the C++ kernel where that runs, else by `reference`; `shape` is its fake."""
+def runs() -> bool:
+    """Whether the C++ kernels run on this machine."""
+    return load().available
+
+
+def register(
+    name: str,
+    arguments: str,
+    results: str,
+    reference: Callable[..., Any],
+    shape: Callable[..., Any],
+    runs: Callable[[], bool] = runs,
+) -> None:
+    """Define the op fxprune::`name`: by the C++ kernel where that `runs`, else by `reference`; `shape` is its fake."""
     _library.define(f"{name}({arguments}) -> {results}", tags=(torch.Tag.needs_fixed_stride_order,))
 
     def first_call(*given: Any) -> Any:
         # Registered below the CPU key: once the C++ kernel is loaded, the dispatcher never comes here again.
         first = given[0] if isinstance(given[0], Tensor) else given[0][0]
-        if first.device.type == "cpu" and load().available:
+        if first.device.type == "cpu" and runs():
             return getattr(torch.ops.fxprune, name).default(*given)
         return reference(*given)
 
@@ -135,12 +152,14 @@ def register(name: str, arguments: str, results: str, reference: Callable[..., A
     torch.library.register_fake(f"fxprune::{name}", shape, lib=_library)
 
 
-def _shape(x: Tensor, *packed_and_bias: Any) -> Tensor:
+def result_shape(x: Tensor, *packed_and_bias: Any) -> Tensor:
+    """The fake of an op that ends with out_features and an activation."""
     *_, out_features, _activation = packed_and_bias
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-def _shapes(x: Tensor, *packed_and_bias: Any) -> list[Tensor]:
+def result_shapes(x: Tensor, *packed_and_bias: Any) -> list[Tensor]:
+    """The same for one that deals out the rows."""
     *_, out_features, _activation = packed_and_bias
     return [x.new_empty(*x.shape[:-1], rows) for rows in out_features]
 
@@ -150,12 +169,12 @@ register(
     f"Tensor x, {_PACKED}, int out_features, str activation",
     "Tensor",
     nonzeros_linear_reference,
-    _shape,
+    result_shape,
 )
 register(
     "nonzeros_linear_split",
     f"Tensor x, {_PACKED}, int[] out_features, str activation",
     "Tensor[]",
     nonzeros_linear_split_reference,
-    _shapes,
+    result_shapes,
 )
