@@ -1,4 +1,4 @@
-// fxprune::tiles_linear for CPUs with AVX-512 bf16: y = activation(x @ W^T + bias) in bf16, W [o, i] by bits and values
+// fxprune::tiles_linear for CPUs with AMX or AVX-512 VBMI2: y = activation(x @ W^T + bias) in bf16, W [o, i] by bits and values
 // in the order of AMX tiles (tiles.h); and tiles_linear_split, which deals the rows of W out to several results. Sums,
 // bias and activation are in fp32. What the CPU does not have is not registered: kernels/native/tiles.py then answers.
 //
@@ -24,7 +24,6 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "crew.h"
@@ -45,6 +44,8 @@ constexpr int64_t kTasks = 4;
 
 constexpr int64_t kGeometry = 2;  // entries of `starts` before the first panel's
 constexpr int64_t kStarts = 3;    // and of each panel
+
+int64_t ceil_of(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Rows of W that make one result: y [tokens, rows].
 struct Part {
@@ -71,6 +72,12 @@ struct Problem {
   }
 };
 
+// Tokens that follow one another, and their sums for a panel.
+struct Run {
+  const float* sums;
+  int64_t token, tokens;
+};
+
 // Memory that a thread keeps between calls.
 template <class T>
 T* scratch(int which, int64_t count) {
@@ -89,69 +96,51 @@ T* scratch(int which, int64_t count) {
   return static_cast<T*>(buffer.memory.get());
 }
 
-float widened(Brain value) {
-  const uint32_t bits = uint32_t{value} << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
-
-// y[token][row] = activation(sums[token][row] + bias[row]) for a panel's rows and some tokens.
+// Tells `finisher` to write the results of a panel for two runs of tokens. Where the rows go to several tensors it is
+// told, and made to finish, one after the other but for the last.
 template <Activation kind>
-void finish(const Problem& p, int64_t panel, const float* sums, int64_t token, int64_t tokens) {
-  const int64_t first = panel * kPanel, rows = std::min<int64_t>(kPanel, p.o - first);
-  float bias[kPanel] = {};
-  for (int64_t row = 0; p.bias && row < rows; ++row) bias[row] = widened(p.bias[first + row]);
-  for (int64_t n = 0; n < tokens; ++n) {
-    Group<kPanel / kBlock> g;
-    for (int b = 0; b < kPanel / kBlock; ++b)
-      g.part[b] = load<Block>(sums + n * kPanel + b * kBlock) + load<Block>(bias + b * kBlock);
-    g = activate<kind>(g);
-    alignas(64) Brain y[kPanel];
-    for (int b = 0; b < kPanel / kBlock; ++b)
-      _mm_store_si128(reinterpret_cast<__m128i*>(y + b * kBlock), (__m128i)_mm256_cvtneps_pbh((__m256)g.part[b]));
-    for (const Part& part : p.parts) {
-      const int64_t row = std::max(first, part.first), stop = std::min(first + rows, part.first + part.rows);
-      if (row >= stop) continue;
-      Brain* to = part.y + (token + n) * part.rows + row - part.first;
-      if (stop - row == kPanel) {
-        _mm512_storeu_si512(to, _mm512_load_si512(y));
-      } else {
-        std::memcpy(to, y + row - first, (stop - row) * sizeof(Brain));
-      }
+void finish_next(Finisher<kind>& finisher, const Problem& p, int64_t panel, const Run (&runs)[2]) {
+  const int64_t first = panel * kPanel, last = std::min(first + kPanel, p.o);
+  for (int64_t row = first; row < first + kPanel; ++row)
+    finisher.bias[row - first] = p.bias && row < last ? widened(p.bias[row]) : 0.0f;
+  for (const Part& part : p.parts) {
+    const int64_t begin = std::max(first, part.first), end = std::min(last, part.first + part.rows);
+    if (begin >= end) continue;
+    finisher.finish();
+    finisher.rows = (~0u >> (kPanel - (end - begin))) << (begin - first);
+    for (int j = 0; j < 2; ++j) {
+      const Run& run = runs[j];
+      finisher.results[j] = {run.sums, part.y + run.token * part.rows + first - part.first, part.rows, run.tokens};
     }
   }
 }
 
-// The last columns of x, fewer than a block, for some tokens: [tokens][32], the rest zeros.
-const Brain* tail_of(const Problem& p, int64_t token, int64_t tokens) {
-  if (p.tail_column < 0) return nullptr;
-  Brain* tail = scratch<Brain>(0, tokens * kColumns);
-  const int64_t column = p.tail_column * kColumns;
-  std::memset(tail, 0, tokens * kColumns * sizeof(Brain));
-  for (int64_t n = 0; n < tokens; ++n)
-    std::memcpy(tail + n * kColumns, p.x + (token + n) * p.i + column, (p.i - column) * sizeof(Brain));
-  return tail;
-}
-
 template <Activation kind, int T>
-void run_few(const Problem& p, int64_t token, const Brain* tail, int64_t panel) {
-  float sums[T * kPanel];
+void run_few(const Problem& p, const float* x, int64_t stride, int64_t token, int64_t panel) {
+  alignas(64) float sums[T * kPanel];
   const int64_t block = p.first_block(panel), blocks = p.first_block(panel + 1) - block;
-  multiply_few<T>(p.stream(panel), p.columns + block, blocks, p.x + token * p.i, p.i, tail, p.tail_column, sums);
-  finish<kind>(p, panel, sums, token, T);
+  multiply_few<T>(p.stream(panel), p.columns + block, blocks, x, stride, sums);
+  Finisher<kind> finisher;
+  finish_next(finisher, p, panel, {{sums, token, T}, {}});
+  finisher.finish();
 }
 
 template <Activation kind>
 void run_few(const Problem& p, int64_t token, int64_t tokens, int64_t begin, int64_t end) {
-  const Brain* tail = tail_of(p, token, tokens);
+  const int64_t stride = ceil_of(p.i, kColumns) * kColumns;
+  float* x = scratch<float>(0, tokens * stride);
+  for (int64_t n = 0; n < tokens; ++n) {
+    const Brain* from = p.x + (token + n) * p.i;
+    for (int64_t k = 0; k < stride; k += 16) {
+      const __mmask16 there = k + 16 <= p.i ? 0xffff : (1 << std::max<int64_t>(0, p.i - k)) - 1;
+      _mm512_store_ps(x + n * stride + k, widened(_mm256_maskz_loadu_epi16(there, from + k)));
+    }
+  }
   for (int64_t panel = begin; panel < end; ++panel) {
     int64_t n = 0;
-    const auto tail_from = [&] { return tail ? tail + n * kColumns : nullptr; };
-    for (; n + 8 <= tokens; n += 8) run_few<kind, 8>(p, token + n, tail_from(), panel);
-    for (; n + 4 <= tokens; n += 4) run_few<kind, 4>(p, token + n, tail_from(), panel);
-    for (; n + 2 <= tokens; n += 2) run_few<kind, 2>(p, token + n, tail_from(), panel);
-    for (; n < tokens; ++n) run_few<kind, 1>(p, token + n, tail_from(), panel);
+    for (; n + 4 <= tokens; n += 4) run_few<kind, 4>(p, x + n * stride, stride, token + n, panel);
+    for (; n + 2 <= tokens; n += 2) run_few<kind, 2>(p, x + n * stride, stride, token + n, panel);
+    for (; n < tokens; ++n) run_few<kind, 1>(p, x + n * stride, stride, token + n, panel);
   }
 }
 
@@ -178,12 +167,15 @@ struct Chunks {
   }
 };
 
-using Multiply = void (*)(const Chunk&, const TokenTiles&, bool, Expander&);
-
-// For two tiles of tokens, and for one.
-template <int Lines>
-std::pair<Multiply, Multiply> multiply_tiles_of() {
-  return {multiply_tiles<true, Lines>, multiply_tiles<false, Lines>};
+// The last columns of x, fewer than a block, for some tokens: [tokens][32], the rest zeros.
+const Brain* tail_of(const Problem& p, int64_t token, int64_t tokens) {
+  if (p.tail_column < 0) return nullptr;
+  Brain* tail = scratch<Brain>(0, tokens * kColumns);
+  const int64_t column = p.tail_column * kColumns;
+  std::memset(tail, 0, tokens * kColumns * sizeof(Brain));
+  for (int64_t n = 0; n < tokens; ++n)
+    std::memcpy(tail + n * kColumns, p.x + (token + n) * p.i + column, (p.i - column) * sizeof(Brain));
+  return tail;
 }
 
 // Tokens lie in tiles of equal height, the last of which may have some in common with the one before it.
@@ -197,39 +189,45 @@ void run_tiles(const Problem& p, int64_t token, int64_t tokens, int64_t begin, i
   const auto start_of = [&](int64_t tile) { return std::min(tile * height, tokens - height); };
   const Tiles shapes(height);
 
-  // What a pair of tiles expands a block of its own, for the next chunk to be there in time.
-  const auto [two, one] = pairs < 2 ? multiply_tiles_of<16>() : pairs < 3 ? multiply_tiles_of<8>() :
-      pairs < 5 ? multiply_tiles_of<4>() : multiply_tiles_of<2>();
+  // With few tokens the next chunk is expanded while the first of them are multiplied; with many, bit by bit.
+  const bool is_slow = pairs > 3;
+  const auto two = is_slow ? multiply_tiles<true, 4, kind> : multiply_tiles<true, 16, kind>;
+  const auto one = is_slow ? multiply_tiles<false, 4, kind> : multiply_tiles<false, 16, kind>;
   Chunks chunks{p, begin, end};
   Expander expander{p.stream(begin), buffers[0], chunks.size() * kLines};
   expander.finish();
+  Finisher<kind> finisher;
   for (int turn = 0; !chunks.is_over(); turn ^= 1) {
     const int64_t panel = chunks.panel, first = p.first_block(panel) + chunks.done;
-    const Chunk chunk{buffers[turn], p.columns + first, chunks.size()};
-    const bool accumulate = chunks.done > 0;
+    const int64_t last = first + chunks.size() - 1;
+    const bool accumulate = chunks.done > 0, has_tail = last >= first && p.columns[last] == p.tail_column;
+    const Chunk chunk{buffers[turn], p.columns + first, chunks.size(), has_tail};
     chunks.advance();
     const bool is_last = chunks.panel != panel;
     expander.to = buffers[turn ^ 1], expander.left = chunks.size() * kLines;
     if (is_last && !chunks.is_over()) expander.stream = p.stream(chunks.panel);
+    const int64_t tokens_a_block = ceil_of(2 * height, std::max<int64_t>(1, chunk.blocks - 1));
     for (int64_t tile = 0; tile < tiles; tile += 2) {
       const bool is_pair = tile + 1 < tiles;
-      TokenTiles t{{}, {}, p.i, p.tail_column, {}};
+      TokenTiles t{{}, {}, p.i * 2, {}};
+      Run runs[2] = {};
       for (int64_t j = 0; j < (is_pair ? 2 : 1); ++j) {
         const int64_t start = start_of(tile + j);
         t.x[j] = p.x + (token + start) * p.i;
         t.tail[j] = tail ? tail + start * kColumns : nullptr;
         t.sums[j] = sums + (tile + j) * kRows * kPanel;
+        runs[j] = {t.sums[j], token + start, height};
       }
-      (is_pair ? two : one)(chunk, t, accumulate, expander);
-      for (int64_t j = 0; is_last && j < (is_pair ? 2 : 1); ++j)
-        finish<kind>(p, panel, t.sums[j], token + start_of(tile + j), height);
+      (is_pair ? two : one)(chunk, t, accumulate, expander, finisher, tokens_a_block);
+      if (is_last) finish_next(finisher, p, panel, runs);
     }
     expander.finish();
   }
+  finisher.finish();
 }
 
 // From this many tokens on tiles are faster.
-constexpr int64_t kTilesFrom = 2;
+constexpr int64_t kTilesFrom = 3;
 
 #endif
 
@@ -251,8 +249,6 @@ RunTask choose(const std::string& activation) {
   if (activation == "silu") return run_task<Activation::kSilu>;
   throw std::runtime_error("tiles_linear: unknown activation '" + activation + "'");
 }
-
-int64_t ceil_of(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void run(const Problem& p, RunTask run_task) {
   const int64_t most = std::max<int64_t>(2 * kRows, kTokenBytes / (p.i * 2) / (2 * kRows) * (2 * kRows));
@@ -359,12 +355,12 @@ STABLE_TORCH_LIBRARY_IMPL(fxprune, CPU, m) {
 
 #endif  // FXPRUNE_TILES
 
-// With which instructions the ops of this file run: "AMX", "AVX-512 bf16", or "" where they do not.
+// With which instructions the ops of this file run: "AMX", "AVX-512", or "" where they do not.
 extern "C" const char* fxprune_tiles() {
 #if defined(FXPRUNE_AMX)
-  return fxprune::may_use_tiles() ? "AMX" : "AVX-512 bf16";
+  return fxprune::may_use_tiles() ? "AMX" : "AVX-512";
 #elif defined(FXPRUNE_TILES)
-  return "AVX-512 bf16";
+  return "AVX-512";
 #else
   return "";
 #endif

@@ -1,4 +1,4 @@
-// bf16 weights by bits and values, multiplied with AMX tiles, or by AVX-512's bf16 products for few tokens.
+// bf16 weights by bits and values: expanded into AMX tiles, or for few tokens into fp32 vectors.
 //
 // A panel is 32 rows of W, a block 32 columns of a panel, stored as two tiles of 16 rows of W each. A tile has 16 lines,
 // one for each pair of columns: the pair's 2 elements for each of its 16 rows, which is the order of an AMX tile of
@@ -7,8 +7,9 @@
 // streams that are expanded side by side, for a stream's next address waits for the count of its bits.
 #pragma once
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI2__) && \
-    defined(__AVX512BF16__)
+#include "activations.h"
+
+#if FXPRUNE_LANES == 16 && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VBMI2__)
 #define FXPRUNE_TILES 1
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
 #define FXPRUNE_AMX 1
@@ -18,8 +19,6 @@
 #ifdef FXPRUNE_TILES
 
 #include <immintrin.h>
-
-#include "activations.h"
 
 namespace fxprune {
 
@@ -42,57 +41,107 @@ struct Stream {
     FXPRUNE_UNROLL
     for (int tile = 0; tile < 2; ++tile) {
       const uint32_t mask = bits[tile * kLines + line];
-      w[tile] = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values[tile]));
+      __m512i packed = _mm512_loadu_si512(values[tile]);
+      asm("" : "+v"(packed));  // For expanding from memory is slow on some CPUs.
+      w[tile] = _mm512_maskz_expand_epi16(mask, packed);
       values[tile] += _mm_popcnt_u32(mask);
     }
   }
 };
 
-FXPRUNE_INLINE __m512 dot_pairs(__m512 sum, __m512i w, __m512i x) {
-  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
-}
-
-// sums[t][0:32] = x[t] @ panel^T for T tokens. `columns` says which column block each block is; `tail` holds the
-// last, narrower one, filled with zeros to 32 columns: [tokens][32].
+// sums[t][0:32] = x[t] @ panel^T for T tokens, x [T, whole blocks] in fp32; columns[b] says which columns block b has.
+// By fp32 vectors: these take less time than AVX-512's products of bf16, and are exact.
 template <int T>
 FXPRUNE_OUTLINE void multiply_few(
-    Stream s, const uint16_t* columns, int64_t blocks, const Brain* x, int64_t stride, const Brain* tail,
-    int64_t tail_column, float* sums) {
-  // Two sums in turn where there is one token, for a product takes longer than what it waits for.
-  constexpr int kTurns = T == 1 ? 2 : 1;
-  __m512 sum[kTurns][T][2];
+    Stream s, const uint16_t* columns, int64_t blocks, const float* x, int64_t stride, float* sums) {
+  const __m512i upper = _mm512_set1_epi32(0xffff0000);
+  __m512 sum[T][2][2];
   FXPRUNE_UNROLL
-  for (int turn = 0; turn < kTurns; ++turn)
-    for (int t = 0; t < T; ++t) sum[turn][t][0] = sum[turn][t][1] = _mm512_setzero_ps();
+  for (int t = 0; t < T; ++t)
+    for (int tile = 0; tile < 2; ++tile) sum[t][tile][0] = sum[t][tile][1] = _mm512_setzero_ps();
   for (int64_t b = 0; b < blocks; ++b, s.bits += kBits) {
-    const bool is_tail = columns[b] == tail_column;
-    const Brain* from = is_tail ? tail : x + columns[b] * kColumns;
-    const int64_t step = is_tail ? kColumns : stride;
+    const float* from = x + columns[b] * kColumns;
     FXPRUNE_UNROLL
     for (int line = 0; line < kLines; ++line) {
       __m512i w[2];
       s.next(line, w);
       FXPRUNE_UNROLL
-      for (int t = 0; t < T; ++t) {
-        int32_t pair;
-        std::memcpy(&pair, from + t * step + 2 * line, sizeof pair);
-        const __m512i both = _mm512_set1_epi32(pair);
-        __m512* to = sum[line % kTurns][t];
-        to[0] = dot_pairs(to[0], w[0], both);
-        to[1] = dot_pairs(to[1], w[1], both);
+      for (int tile = 0; tile < 2; ++tile) {
+        const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(w[tile], 16));
+        const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(w[tile], upper));
+        FXPRUNE_UNROLL
+        for (int t = 0; t < T; ++t) {
+          const float* pair = from + t * stride + 2 * line;
+          sum[t][tile][0] = _mm512_fmadd_ps(even, _mm512_set1_ps(pair[0]), sum[t][tile][0]);
+          sum[t][tile][1] = _mm512_fmadd_ps(odd, _mm512_set1_ps(pair[1]), sum[t][tile][1]);
+        }
       }
     }
   }
   FXPRUNE_UNROLL
   for (int t = 0; t < T; ++t) {
     FXPRUNE_UNROLL
-    for (int tile = 0; tile < 2; ++tile) {
-      __m512 all = sum[0][t][tile];
-      if constexpr (kTurns == 2) all = _mm512_add_ps(all, sum[1][t][tile]);
-      _mm512_storeu_ps(sums + t * kPanel + tile * kRows, all);
-    }
+    for (int tile = 0; tile < 2; ++tile)
+      _mm512_storeu_ps(sums + t * kPanel + tile * kRows, _mm512_add_ps(sum[t][tile][0], sum[t][tile][1]));
   }
 }
+
+inline float widened(Brain value) {
+  const uint32_t bits = uint32_t{value} << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+FXPRUNE_INLINE __m512 widened(__m256i values) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
+}
+
+// Rounded to nearest, ties to even; nan stays nan.
+FXPRUNE_INLINE __m256i narrowed(Block low, Block high) {
+  const __m512 v = _mm512_insertf32x8(
+      _mm512_castps256_ps512(reinterpret_cast<__m256>(low)), reinterpret_cast<__m256>(high), 1);
+#ifdef __AVX512BF16__
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+#else
+  const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __m512i either = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(either, 16));
+#endif
+}
+
+// The results of some tokens for a panel, or for those of its rows that go to one tensor.
+struct Results {
+  const float* sums;  // [tokens][32]
+  Brain* y;           // at the panel's first row, which is written only where `rows` has its bit
+  int64_t stride, tokens;
+};
+
+// y = activation(sums + bias) for a panel, some tokens at a time.
+template <Activation kind>
+struct Finisher {
+  alignas(64) float bias[kPanel];
+  __mmask32 rows = 0;
+  Results results[2] = {};  // those of the second come after the first
+
+  FXPRUNE_INLINE void advance(int64_t tokens) {
+    static_assert(kPanel == 4 * kBlock);
+    for (; tokens > 0; --tokens) {
+      Results& r = results[results[0].tokens == 0];
+      if (r.tokens == 0) return;
+      Group<4> g;
+      FXPRUNE_UNROLL
+      for (int b = 0; b < 4; ++b) g.part[b] = load<Block>(r.sums + b * kBlock) + load<Block>(bias + b * kBlock);
+      g = activate<kind>(g);
+      const __m256i low = narrowed(g.part[0], g.part[1]), high = narrowed(g.part[2], g.part[3]);
+      _mm512_mask_storeu_epi16(r.y, rows, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+      r.sums += kPanel, r.y += r.stride, --r.tokens;
+    }
+  }
+  void finish() { advance(results[0].tokens + results[1].tokens); }
+};
 
 #ifdef FXPRUNE_AMX
 
@@ -115,6 +164,7 @@ class Tiles {
       shapes.bytes[tile] = 64;
       shapes.rows[tile] = tile < 6 ? tokens : kLines;
     }
+    settle();
     _tile_loadconfig(&shapes);
   }
   Tiles(const Tiles&) = delete;
@@ -152,65 +202,94 @@ struct Expander {
   }
 };
 
-// Blocks, expanded, and where each finds its tokens.
+// Blocks, expanded, and the columns of x that each is multiplied with.
 struct Chunk {
   const Brain* weights;  // [blocks][2][kTile]
   const uint16_t* columns;
   int64_t blocks;
+  bool has_tail;  // the last block's columns are in the tail
 };
 
 // Tokens of one or two tiles. sums [tokens][32]
 struct TokenTiles {
   const Brain* x[2];
   const Brain* tail[2];
-  int64_t stride, tail_column;
+  int64_t bytes;  // from a token to the next
   float* sums[2];
 };
 
-// sums (+)= x @ chunk^T, meanwhile Lines lines a block of what comes next.
-template <bool Two, int Lines>
-FXPRUNE_OUTLINE void multiply_tiles(const Chunk& c, const TokenTiles& t, bool accumulate, Expander& next) {
+#define FXPRUNE_PRODUCTS()                      \
+  _tile_dpbf16ps(0, 4, 6);                    \
+  _tile_dpbf16ps(1, 4, 7);                    \
+  if constexpr (Two) _tile_dpbf16ps(2, 5, 6); \
+  if constexpr (Two) _tile_dpbf16ps(3, 5, 7);
+
+// sums (+)= x @ chunk^T; meanwhile, with each block, `Lines` lines of what comes next are expanded, and `tokens` tokens of
+// what came before are finished.
+template <bool Two, int Lines, Activation kind>
+FXPRUNE_OUTLINE void multiply_tiles(
+    const Chunk& c, const TokenTiles& t, bool accumulate, Expander& rest, Finisher<kind>& before, int64_t tokens) {
+  Expander next = rest;  // In registers.
   constexpr int64_t kSumBytes = kPanel * sizeof(float);
   settle();
   if (accumulate) {
     _tile_loadd(0, t.sums[0], kSumBytes);
     _tile_loadd(1, t.sums[0] + kRows, kSumBytes);
-    if constexpr (Two) {
-      _tile_loadd(2, t.sums[1], kSumBytes);
-      _tile_loadd(3, t.sums[1] + kRows, kSumBytes);
-    }
+    if constexpr (Two) _tile_loadd(2, t.sums[1], kSumBytes);
+    if constexpr (Two) _tile_loadd(3, t.sums[1] + kRows, kSumBytes);
   } else {
     _tile_zero(0);
     _tile_zero(1);
-    if constexpr (Two) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
+    if constexpr (Two) _tile_zero(2);
+    if constexpr (Two) _tile_zero(3);
   }
   const Brain* w = c.weights;
-  for (int64_t b = 0; b < c.blocks; ++b, w += 2 * kTile) {
-    const bool is_tail = c.columns[b] == t.tail_column;
-    const int64_t at = is_tail ? 0 : c.columns[b] * kColumns, step = 2 * (is_tail ? kColumns : t.stride);
-    _tile_loadd(4, (is_tail ? t.tail[0] : t.x[0]) + at, step);
+  const auto load_block = [&](const Brain* first, const Brain* second, int64_t bytes) {
+    _tile_stream_loadd(4, first, bytes);
     _tile_loadd(6, w, 64);
-    _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, w + kTile, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    if constexpr (Two) {
-      _tile_loadd(5, (is_tail ? t.tail[1] : t.x[1]) + at, step);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+    if constexpr (Two) _tile_stream_loadd(5, second, bytes);
+    w += 2 * kTile;
+  };
+  const int64_t blocks = c.blocks - c.has_tail;
+  if (blocks > 0) {
+    load_block(t.x[0] + c.columns[0] * kColumns, t.x[1] + c.columns[0] * kColumns, t.bytes);
+    for (int64_t b = 1; b < blocks; ++b, w += 2 * kTile) {
+      // What is loaded next overwrites what the products before it have read.
+      const int64_t at = c.columns[b] * kColumns;
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (!Two) _tile_loadd(6, w, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_stream_loadd(4, t.x[0] + at, t.bytes);
+      if constexpr (Two) {
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_loadd(6, w, 64);
+        _tile_dpbf16ps(3, 5, 7);
+        _tile_stream_loadd(5, t.x[1] + at, t.bytes);
+      }
+      _tile_loadd(7, w + kTile, 64);
+      next.advance<Lines>();
+      before.advance(tokens);
     }
-    if constexpr (Lines > 0) next.advance<Lines>();
+    FXPRUNE_PRODUCTS()
+    next.advance<Lines>();
   }
+  if (c.has_tail) {
+    load_block(t.tail[0], t.tail[1], kColumns * sizeof(Brain));
+    FXPRUNE_PRODUCTS()
+    next.advance<Lines>();
+  }
+  before.finish();
+  settle();
   _tile_stored(0, t.sums[0], kSumBytes);
   _tile_stored(1, t.sums[0] + kRows, kSumBytes);
-  if constexpr (Two) {
-    _tile_stored(2, t.sums[1], kSumBytes);
-    _tile_stored(3, t.sums[1] + kRows, kSumBytes);
-  }
+  if constexpr (Two) _tile_stored(2, t.sums[1], kSumBytes);
+  if constexpr (Two) _tile_stored(3, t.sums[1] + kRows, kSumBytes);
+  rest = next;
   settle();
 }
+
+#undef FXPRUNE_PRODUCTS
 
 #endif  // FXPRUNE_AMX
 

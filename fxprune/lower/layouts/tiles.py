@@ -56,7 +56,7 @@ class TilesLayout:
             return f"it has no kernel here: {native.status().detail}"
         isa = tiles.isa()
         if not isa:
-            return "this CPU has no AMX, and no AVX-512 with bf16 either"
+            return "this CPU has no AMX, and no AVX-512 VBMI2 either"
         if isa != "AMX" and min(site.tokens, default=1) > _MOST_WITHOUT_AMX:
             return f"this CPU has no AMX, and without it the kernel is for up to {_MOST_WITHOUT_AMX} tokens"
         return ""
