@@ -185,7 +185,9 @@ void run_tiles(const Problem& p, int64_t token, int64_t tokens, int64_t begin, i
   const Brain* tail = tail_of(p, token, tokens);
   Brain* buffers[2] = {scratch<Brain>(1, kChunk * 4 * kTile), nullptr};
   buffers[1] = buffers[0] + kChunk * 2 * kTile;
-  float* sums = scratch<float>(2, tiles * kRows * kPanel);
+  // Sums that are never taken up again need no more room than two pairs, of which one is finished as the other is made.
+  const int64_t kept = ceil_of(p.i, kColumns) <= kChunk ? std::min<int64_t>(2, pairs) : pairs;
+  float* sums = scratch<float>(2, 2 * kept * kRows * kPanel);
   const auto start_of = [&](int64_t tile) { return std::min(tile * height, tokens - height); };
   const Tiles shapes(height);
 
@@ -206,7 +208,7 @@ void run_tiles(const Problem& p, int64_t token, int64_t tokens, int64_t begin, i
     const bool is_last = chunks.panel != panel;
     expander.to = buffers[turn ^ 1], expander.left = chunks.size() * kLines;
     if (is_last && !chunks.is_over()) expander.stream = p.stream(chunks.panel);
-    const int64_t tokens_a_block = ceil_of(2 * height, std::max<int64_t>(1, chunk.blocks - 1));
+    const int64_t tokens_a_block = ceil_of(2 * height, std::max<int64_t>(1, chunk.blocks - 1 - kLate));
     for (int64_t tile = 0; tile < tiles; tile += 2) {
       const bool is_pair = tile + 1 < tiles;
       TokenTiles t{{}, {}, p.i * 2, {}};
@@ -215,7 +217,7 @@ void run_tiles(const Problem& p, int64_t token, int64_t tokens, int64_t begin, i
         const int64_t start = start_of(tile + j);
         t.x[j] = p.x + (token + start) * p.i;
         t.tail[j] = tail ? tail + start * kColumns : nullptr;
-        t.sums[j] = sums + (tile + j) * kRows * kPanel;
+        t.sums[j] = sums + (tile / 2 % kept * 2 + j) * kRows * kPanel;
         runs[j] = {t.sums[j], token + start, height};
       }
       (is_pair ? two : one)(chunk, t, accumulate, expander, finisher, tokens_a_block);

@@ -97,18 +97,20 @@ FXPRUNE_INLINE __m512 widened(__m256i values) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
 }
 
-// Rounded to nearest, ties to even; nan stays nan.
-FXPRUNE_INLINE __m256i narrowed(Block low, Block high) {
-  const __m512 v = _mm512_insertf32x8(
-      _mm512_castps256_ps512(reinterpret_cast<__m256>(low)), reinterpret_cast<__m256>(high), 1);
+// 32 numbers as bf16, rounded to nearest, ties to even; nan stays nan.
+FXPRUNE_INLINE __m512i narrowed(__m512 low, __m512 high) {
 #ifdef __AVX512BF16__
-  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
 #else
-  const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-  const __m512i either = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(either, 16));
+  const auto half = [](__m512 v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __m512i either = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(either, 16));
+  };
+  return _mm512_inserti64x4(_mm512_castsi256_si512(half(low)), half(high), 1);
 #endif
 }
 
@@ -127,16 +129,20 @@ struct Finisher {
   Results results[2] = {};  // those of the second come after the first
 
   FXPRUNE_INLINE void advance(int64_t tokens) {
-    static_assert(kPanel == 4 * kBlock);
     for (; tokens > 0; --tokens) {
       Results& r = results[results[0].tokens == 0];
       if (r.tokens == 0) return;
-      Group<4> g;
+      Group<2, Float<kRows>> g;
       FXPRUNE_UNROLL
-      for (int b = 0; b < 4; ++b) g.part[b] = load<Block>(r.sums + b * kBlock) + load<Block>(bias + b * kBlock);
+      for (int tile = 0; tile < 2; ++tile)
+        g.part[tile] = load<Float<kRows>>(r.sums + tile * kRows) + load<Float<kRows>>(bias + tile * kRows);
       g = activate<kind>(g);
-      const __m256i low = narrowed(g.part[0], g.part[1]), high = narrowed(g.part[2], g.part[3]);
-      _mm512_mask_storeu_epi16(r.y, rows, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+      const __m512i y = narrowed(reinterpret_cast<__m512>(g.part[0]), reinterpret_cast<__m512>(g.part[1]));
+      if (rows == ~0u) {
+        _mm512_storeu_si512(r.y, y);
+      } else {
+        _mm512_mask_storeu_epi16(r.y, rows, y);
+      }
       r.sums += kPanel, r.y += r.stride, --r.tokens;
     }
   }
@@ -224,6 +230,9 @@ struct TokenTiles {
   if constexpr (Two) _tile_dpbf16ps(2, 5, 6); \
   if constexpr (Two) _tile_dpbf16ps(3, 5, 7);
 
+// Blocks after whose products sums are there to be finished.
+constexpr int64_t kLate = 2;
+
 // sums (+)= x @ chunk^T; meanwhile, with each block, `Lines` lines of what comes next are expanded, and `tokens` tokens of
 // what came before are finished.
 template <bool Two, int Lines, Activation kind>
@@ -269,7 +278,7 @@ FXPRUNE_OUTLINE void multiply_tiles(
       }
       _tile_loadd(7, w + kTile, 64);
       next.advance<Lines>();
-      before.advance(tokens);
+      if (b > kLate) before.advance(tokens);
     }
     FXPRUNE_PRODUCTS()
     next.advance<Lines>();
