@@ -24,18 +24,18 @@ struct Group {
   }
 };
 
-#define FXPRUNE_OPERATOR(op)                                            \
-  template <int N, class V>                                             \
-  FXPRUNE_INLINE Group<N, V> operator op(Group<N, V> a, const Group<N, V>& b) {\
-    FXPRUNE_UNROLL                                                      \
-    for (int n = 0; n < N; ++n) a.part[n] = a.part[n] op b.part[n];     \
-    return a;                                                           \
-  }                                                                     \
-  template <int N, class V>                                             \
-  FXPRUNE_INLINE Group<N, V> operator op(Group<N, V> a, float b) {      \
-    FXPRUNE_UNROLL                                                      \
-    for (int n = 0; n < N; ++n) a.part[n] = a.part[n] op b;             \
-    return a;                                                           \
+#define FXPRUNE_OPERATOR(op)                                                    \
+  template <int N, class V>                                                     \
+  FXPRUNE_INLINE Group<N, V> operator op(Group<N, V> a, const Group<N, V>& b) { \
+    FXPRUNE_UNROLL                                                              \
+    for (int n = 0; n < N; ++n) a.part[n] = a.part[n] op b.part[n];             \
+    return a;                                                                   \
+  }                                                                             \
+  template <int N, class V>                                                     \
+  FXPRUNE_INLINE Group<N, V> operator op(Group<N, V> a, float b) {              \
+    FXPRUNE_UNROLL                                                              \
+    for (int n = 0; n < N; ++n) a.part[n] = a.part[n] op b;                     \
+    return a;                                                                   \
   }
 FXPRUNE_OPERATOR(+)
 FXPRUNE_OPERATOR(-)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fxprune.errors import InputError
 
-from . import ACTIVATIONS, function_of_object, load, register, result_shape, result_shapes, with_activation
+from . import ACTIVATIONS, function_of_object, register, result_shape, result_shapes, with_activation
 
 PANEL = 32  # rows
 BLOCK = 32  # columns
@@ -46,7 +46,7 @@ class Tiles(NamedTuple):
 
 
 def isa() -> str:
-    """The instructions that the C++ kernels use: "AMX", "AVX-512 bf16", or "" where they do not run."""
+    """The instructions that the C++ kernels use: "AMX", "AVX-512", or "" where they do not run."""
     name = function_of_object("fxprune_tiles")
     if name is None:
         return ""

@@ -1,7 +1,7 @@
 """The tiles layout: a bf16 weight by one bit an element and its values, multiplied with a CPU's AMX tiles.
 
-What it saves is bytes; the arithmetic is that of a dense product. CPUs without AMX that multiply bf16 vectors run it for
-few tokens, where bytes are what a product waits for.
+What it saves is bytes, and the time that a weight takes from memory; the arithmetic is that of a dense product. CPUs
+without AMX whose AVX-512 expands bf16 (VBMI2) run it for few tokens, where bytes are what a product waits for.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .site import Packed, Site, Verdict
 # Seconds of `predict` on one thread: per tile of 512 elements that is expanded, per product of one with 16 tokens, per
 # element of y, and per call. Fitted on a Sapphire Rapids server.
 _PER_TILE = 20e-9
-_PER_PRODUCT = 8e-9
-_PER_RESULT = 0.3e-9
+_PER_PRODUCT = 11e-9
+_PER_RESULT = 0.15e-9
 _PER_CALL = 5e-6
 # Without AMX every token takes the time of a line again; measured to pay up to this many.
 _MOST_WITHOUT_AMX = 8
