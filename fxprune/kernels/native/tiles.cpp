@@ -108,10 +108,10 @@ void finish_next(Finisher<kind>& finisher, const Problem& p, int64_t panel, cons
     if (begin >= end) continue;
     finisher.finish();
     finisher.rows = (~0u >> (kPanel - (end - begin))) << (begin - first);
-    for (int j = 0; j < 2; ++j) {
-      const Run& run = runs[j];
-      finisher.results[j] = {run.sums, part.y + run.token * part.rows + first - part.first, part.rows, run.tokens};
-    }
+    const auto results = [&](const Run& run) {
+      return Results{run.sums, part.y + run.token * part.rows + first - part.first, part.rows, run.tokens};
+    };
+    finisher.now = results(runs[0]), finisher.then = results(runs[1]);
   }
 }
 

@@ -126,27 +126,29 @@ template <Activation kind>
 struct Finisher {
   alignas(64) float bias[kPanel];
   __mmask32 rows = 0;
-  Results results[2] = {};  // those of the second come after the first
+  Results now = {}, then = {};
 
   FXPRUNE_INLINE void advance(int64_t tokens) {
     for (; tokens > 0; --tokens) {
-      Results& r = results[results[0].tokens == 0];
-      if (r.tokens == 0) return;
+      if (now.tokens == 0) {
+        if (then.tokens == 0) return;
+        now = then, then.tokens = 0;
+      }
       Group<2, Float<kRows>> g;
       FXPRUNE_UNROLL
       for (int tile = 0; tile < 2; ++tile)
-        g.part[tile] = load<Float<kRows>>(r.sums + tile * kRows) + load<Float<kRows>>(bias + tile * kRows);
+        g.part[tile] = load<Float<kRows>>(now.sums + tile * kRows) + load<Float<kRows>>(bias + tile * kRows);
       g = activate<kind>(g);
       const __m512i y = narrowed(reinterpret_cast<__m512>(g.part[0]), reinterpret_cast<__m512>(g.part[1]));
       if (rows == ~0u) {
-        _mm512_storeu_si512(r.y, y);
+        _mm512_storeu_si512(now.y, y);
       } else {
-        _mm512_mask_storeu_epi16(r.y, rows, y);
+        _mm512_mask_storeu_epi16(now.y, rows, y);
       }
-      r.sums += kPanel, r.y += r.stride, --r.tokens;
+      now.sums += kPanel, now.y += now.stride, --now.tokens;
     }
   }
-  void finish() { advance(results[0].tokens + results[1].tokens); }
+  void finish() { advance(now.tokens + then.tokens); }
 };
 
 #ifdef FXPRUNE_AMX
@@ -237,8 +239,10 @@ constexpr int64_t kLate = 2;
 // what came before are finished.
 template <bool Two, int Lines, Activation kind>
 FXPRUNE_OUTLINE void multiply_tiles(
-    const Chunk& c, const TokenTiles& t, bool accumulate, Expander& rest, Finisher<kind>& before, int64_t tokens) {
-  Expander next = rest;  // In registers.
+    const Chunk& c, const TokenTiles& t, bool accumulate, Expander& rest, Finisher<kind>& made, int64_t tokens) {
+  // In registers.
+  Expander next = rest;
+  Finisher<kind> before = made;
   constexpr int64_t kSumBytes = kPanel * sizeof(float);
   settle();
   if (accumulate) {
@@ -289,6 +293,7 @@ FXPRUNE_OUTLINE void multiply_tiles(
     next.advance<Lines>();
   }
   before.finish();
+  made.now.tokens = made.then.tokens = 0;
   settle();
   _tile_stored(0, t.sums[0], kSumBytes);
   _tile_stored(1, t.sums[0] + kRows, kSumBytes);
