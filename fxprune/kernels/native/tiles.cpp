@@ -1,6 +1,7 @@
-// fxprune::tiles_linear for CPUs with AMX or AVX-512 VBMI2: y = activation(x @ W^T + bias) in bf16, W [o, i] by bits and values
-// in the order of AMX tiles (tiles.h); and tiles_linear_split, which deals the rows of W out to several results. Sums,
-// bias and activation are in fp32. What the CPU does not have is not registered: kernels/native/tiles.py then answers.
+// fxprune::tiles_linear for CPUs with AMX or AVX-512 VBMI2: y = activation(x @ W^T + bias) in bf16, W [o, i] stored by
+// bits and values in the order of AMX tiles (tiles.h); and tiles_linear_split, which deals the rows of W out to several
+// results. Sums, bias and activation are in fp32. What the CPU does not have is not registered: kernels/native/tiles.py
+// then answers.
 //
 // Stored format (layouts/tiles.py packs it): `starts` holds o, i, and for each panel its first block and the first
 // value of each of its two streams, and once more where they end; `columns` the column block of each block; `bits` 32
@@ -34,8 +35,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Blocks that are expanded at a time: two such buffers fill L1. Tokens of a task, whose activations stay in L2 while all
-// panels pass. The work, in bits times tokens, that a thread must have to be worth waking.
+// Blocks that are expanded at a time: two such buffers fill L1. Bytes of a task's activations, which stay in L2 while
+// all panels pass. The work, in elements times tokens, that a thread must have to be worth waking.
 constexpr int64_t kChunk = 12;
 constexpr int64_t kTokenBytes = 1 << 20;
 constexpr int64_t kSerialWork = 2 << 20;

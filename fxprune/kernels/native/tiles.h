@@ -1,10 +1,10 @@
 // bf16 weights by bits and values: expanded into AMX tiles, or for few tokens into fp32 vectors.
 //
-// A panel is 32 rows of W, a block 32 columns of a panel, stored as two tiles of 16 rows of W each. A tile has 16 lines,
-// one for each pair of columns: the pair's 2 elements for each of its 16 rows, which is the order of an AMX tile of
-// weights (VNNI). A line is 32 bits, and a value for each bit that is set. A panel's blocks follow one another, those
-// without a nonzero left out, and the values of its first tiles stand apart from those of its second ones: they are two
-// streams that are expanded side by side, for a stream's next address waits for the count of its bits.
+// A panel is 32 rows of W, a block 32 columns of a panel, stored as two tiles of 16 rows of W each. A tile has 16
+// lines, one for each pair of columns: the pair's 2 elements for each of its 16 rows, which is the order of an AMX tile
+// of weights (VNNI). A line is 32 bits, and a value for each bit that is set. A panel's blocks follow one another,
+// those without a nonzero left out, and the values of its first tiles stand apart from those of its second ones: they
+// are two streams that are expanded side by side, for a stream's next address waits for the count of its bits.
 #pragma once
 
 #include "activations.h"
@@ -226,7 +226,7 @@ struct TokenTiles {
   float* sums[2];
 };
 
-#define FXPRUNE_PRODUCTS()                      \
+#define FXPRUNE_PRODUCTS()                    \
   _tile_dpbf16ps(0, 4, 6);                    \
   _tile_dpbf16ps(1, 4, 7);                    \
   if constexpr (Two) _tile_dpbf16ps(2, 5, 6); \
@@ -235,8 +235,9 @@ struct TokenTiles {
 // Blocks after whose products sums are there to be finished.
 constexpr int64_t kLate = 2;
 
-// sums (+)= x @ chunk^T; meanwhile, with each block, `Lines` lines of what comes next are expanded, and `tokens` tokens of
-// what came before are finished.
+// sums (+)= x @ chunk^T; meanwhile, with each block, `Lines` lines of what comes next are expanded, and `tokens` tokens
+// of what came before are finished. Where another thread shares the core tile instructions hardly overlap, and what is
+// done beside them is free; x is loaded past L1 (stream), for there the expanded weights must stay.
 template <bool Two, int Lines, Activation kind>
 FXPRUNE_OUTLINE void multiply_tiles(
     const Chunk& c, const TokenTiles& t, bool accumulate, Expander& rest, Finisher<kind>& made, int64_t tokens) {
