@@ -125,14 +125,26 @@ def nonzeros_linear_split_reference(
     return [part.clone(memory_format=torch.contiguous_format) for part in y.split(list(out_features), -1)]
 
 
-def register(name: str, arguments: str, results: str, reference: Callable[..., Any], shape: Callable[..., Any]) -> None:
-    """Define the op fxprune::`name`: by the C++ kernel where that runs, else by `reference`; `shape` is its fake."""
+def runs() -> bool:
+    """Whether the C++ kernels run on this machine."""
+    return load().available
+
+
+def register(
+    name: str,
+    arguments: str,
+    results: str,
+    reference: Callable[..., Any],
+    shape: Callable[..., Any],
+    runs: Callable[[], bool] = runs,
+) -> None:
+    """Define the op fxprune::`name`: by the C++ kernel where that `runs`, else by `reference`; `shape` is its fake."""
     _library.define(f"{name}({arguments}) -> {results}", tags=(torch.Tag.needs_fixed_stride_order,))
 
     def first_call(*given: Any) -> Any:
         # Registered below the CPU key: once the C++ kernel is loaded, the dispatcher never comes here again.
         first = given[0] if isinstance(given[0], Tensor) else given[0][0]
-        if first.device.type == "cpu" and load().available:
+        if first.device.type == "cpu" and runs():
             return getattr(torch.ops.fxprune, name).default(*given)
         return reference(*given)
 

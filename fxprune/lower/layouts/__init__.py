@@ -9,6 +9,7 @@ from .nonzeros import Nonzeros
 from .nonzeros8 import Nonzeros8
 from .semi24 import Semi24
 from .site import Layout
+from .tiles import TilesLayout
 
-_ALL: tuple[Layout, ...] = (Nonzeros(), Semi24(), CuSparseLt(), Blocks(), Nonzeros8(), Bitmap())
+_ALL: tuple[Layout, ...] = (Nonzeros(), Semi24(), CuSparseLt(), Blocks(), Nonzeros8(), Bitmap(), TilesLayout())
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in _ALL}

@@ -24,10 +24,20 @@ def predict_dense(site: Site, tokens: int) -> float:
 
 
 def best_dense(site: Site, x: Tensor) -> list[Callable[[], Tensor]]:
-    """The dense ways to compute this site for x [m, i] that a compiled model may use: torch's, and MKL's prepacked."""
+    """The dense ways to compute this site for x [m, i] that a compiled model may use.
+
+    Torch's, and with the weight laid out beforehand MKL's in float32 and oneDNN's in bfloat16, which on CPUs with AMX
+    takes a half to two thirds of torch's time.
+    """
     weight, bias = site.weight, site.bias
     ways: list[Callable[[], Tensor]] = [lambda: functional.linear(x, weight, bias)]
-    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkl.is_available() and len(x) > 0:
+    if x.device.type != "cpu" or len(x) == 0:
+        return ways
+    if x.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            reordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), len(x))
+            ways.append(lambda: torch.ops.mkldnn._linear_pointwise(x, reordered, bias, "none", [], ""))
+    if x.dtype == torch.float32 and torch.backends.mkl.is_available():
         packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, len(x))
         ways.append(lambda: torch.ops.mkl._mkl_linear(x, packed, weight, bias, len(x)))
     return ways
