@@ -76,7 +76,14 @@ class Runner:
             command, cwd=ROOT, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        self.answer: dict[str, Any] = self._read()
+        self._answer: dict[str, Any] | None = None
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        """What it says when it is ready, or why it will not be."""
+        if self._answer is None:
+            self._answer = self._read()
+        return self._answer
 
     def _read(self) -> Any:
         # A library may print lines of its own before an answer.
@@ -116,16 +123,27 @@ def measure(name: str, sparsity: float, threads: int, given: argparse.Namespace,
     runners: dict[str, Runner] = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for runtime in [*PLAIN, *(PEERS if given.peers else ())]:
-                if given.only and runtime not in (*given.only, OURS, "eager"):
-                    continue
-                command = [sys.executable, "-W", "ignore", "-m", "benchmarks.cpu_child"]
-                _start(runners, row, runtime, [*command, runtime, name, str(sparsity), str(threads), folder], threads)
+            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.cpu_child"]
+            case = [name, str(sparsity), str(threads), folder]
+            asked = [runtime for runtime in (*PLAIN, *(PEERS if given.peers else ())) if _is_asked(runtime, given.only)]
+
+            def start(names: Sequence[str]) -> None:
+                for runtime in names:
+                    runners[runtime] = Runner([*command, runtime, *case], threads)
+                for runtime in names:
+                    _wait(runners, row, runtime)
+
+            # The first one leaves the weights to the others, which get ready side by side; ours, which measures as it
+            # does, when they are still.
+            start(["eager"])
+            start([runtime for runtime in asked if runtime not in ("eager", OURS)])
             if given.deepsparse and not (Path(folder) / "deepsparse.onnx").exists():
                 row["failed"]["DeepSparse"] = row.pop("no deepsparse", "onnxruntime, which exports for it, was not run")
             elif given.deepsparse:
                 script = str(ROOT / "benchmarks" / "cpu_deepsparse.py")
-                _start(runners, row, "DeepSparse", [str(given.deepsparse), script, str(threads), folder], threads)
+                runners["DeepSparse"] = Runner([str(given.deepsparse), script, str(threads), folder], threads)
+                _wait(runners, row, "DeepSparse")
+            start([OURS])
             _compare(Path(folder), runners, row)
             rounds: dict[str, list[float]] = {runtime: [] for runtime in runners}
             for _ in range(given.rounds):
@@ -139,13 +157,17 @@ def measure(name: str, sparsity: float, threads: int, given: argparse.Namespace,
     return row
 
 
-def _start(runners: dict[str, Runner], row: Row, runtime: str, command: Sequence[str], threads: int) -> None:
-    runner = Runner(command, threads)
+def _is_asked(runtime: str, only: Sequence[str]) -> bool:
+    return not only or runtime in (*only, OURS, "eager")
+
+
+def _wait(runners: dict[str, Runner], row: Row, runtime: str) -> None:
+    """Until a runtime is ready; drops one that will not be."""
+    runner = runners[runtime]
     if "failed" in runner.answer:
         row["failed"][runtime] = runner.answer["failed"]
-        runner.close()
+        runners.pop(runtime).close()
         return
-    runners[runtime] = runner
     row |= runner.answer.get("facts", {})
 
 

@@ -70,11 +70,13 @@ def test_what_a_row_reaches_of_the_machine() -> None:
 
 
 def test_what_a_process_tells_is_in_the_row() -> None:
-    runners: dict[str, cpu.Runner] = {}
-    one = row()
-    cpu._start(runners, one, "fxprune", [sys.executable, "-c", ECHO], 1)
+    scripts = {"fxprune": ECHO, "OpenVINO": 'print(\'{"failed": "no reason"}\')'}
+    runners = {name: cpu.Runner([sys.executable, "-c", script], 1) for name, script in scripts.items()}
+    one = {**row(), "failed": {}}
+    for name in scripts:
+        cpu._wait(runners, one, name)
     runners["fxprune"].close()
-    assert one["bytes"] == 8
+    assert one["bytes"] == 8 and one["failed"] == {"OpenVINO": "no reason"} and list(runners) == ["fxprune"]
 
 
 def test_the_work_of_a_model_is_counted_by_nonzeros() -> None:

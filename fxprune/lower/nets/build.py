@@ -101,7 +101,11 @@ class Builder:
         forms = [_form(node.meta["val"]) for node in self.region.outputs]
         for node, form in zip(self.region.outputs, forms, strict=True):
             self._add(net.Exit(self.value[node], form))
-        tensors = {key: torch.cat(parts) for key, parts in zip(segments.Segments._fields, zip(*self.packed))}
+        tensors = {}
+        for key in segments.Segments._fields:
+            tensors[key] = torch.cat([getattr(packed, key) for packed in self.packed])
+            # What is joined need not be there twice.
+            self.packed = [packed._replace(**{key: tensors[key][:0]}) for packed in self.packed]
         tensors["dense"] = torch.cat(self.dense) if self.dense else torch.zeros(0)
         kind = "linears" if is_of_tokens(self.region) else "convolutions"
         together = f"one of {len(self.where)} {kind} in one call" if len(self.where) > 1 else "a call of its own"
