@@ -301,8 +301,8 @@ def test_fits_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     w = weight(4, 4, 0.5)
     for other, word in (
         (w.float(), "float32"),
-        (w.view(4, 4, 1), "no matrix"),
-        (w[:0], "no matrix"),
+        (w.view(4, 4, 1), "3 dimensions"),
+        (w[:0], "empty"),
         (w.to("meta"), "meta"),
     ):
         fit = layout.fits(site(other))

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def key(command: list[str]) -> str:
     digest = hashlib.sha256()
     for source in sorted([*SOURCES, *HERE.glob("*.h")]):
         digest.update(source.read_bytes())
-    for part in (*call(command, ""), version.stdout, torch.__version__, cpu()):
+    commands = [part for source in SOURCES for part in compiling(command, source, "")] + linking(command, [], "")
+    for part in (*commands, version.stdout, torch.__version__, cpu()):
         digest.update(b"\0" + part.encode())
     return digest.hexdigest()[:24]
 
@@ -92,17 +94,31 @@ def build() -> Path:
     return target
 
 
-def call(command: list[str], target: str) -> list[str]:
-    """The whole command that compiles SOURCES to `target`."""
-    home = Path(torch.__file__).parent
-    include, lib = f"-I{home / 'include'}", f"-L{home / 'lib'}"
+def compiling(command: list[str], source: Path, target: str) -> list[str]:
+    """The whole command that compiles one of SOURCES."""
+    include = f"-I{Path(torch.__file__).parent / 'include'}"
+    return [*command, *flags(), include, "-c", "-o", target, str(source)]
+
+
+def linking(command: list[str], parts: list[str], target: str) -> list[str]:
+    """The whole command that makes one object of what was compiled."""
+    lib = f"-L{Path(torch.__file__).parent / 'lib'}"
     # No rpath: by the time the object is loaded, torch's library is in the process and is found by its name.
-    return [*command, *flags(), include, "-o", target, *map(str, SOURCES), lib, "-ltorch_cpu"]
+    return [*command, *flags(), "-o", target, *parts, lib, "-ltorch_cpu"]
 
 
 def compile_to(command: list[str], target: str) -> None:
-    """Run the compiler on SOURCES; its first error line becomes the BuildError's reason."""
-    done = run(call(command, target))
+    """Run the compiler on SOURCES, side by side; its first error line becomes the BuildError's reason."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = [str(Path(folder) / f"{number}.o") for number in range(len(SOURCES))]
+        commands = [compiling(command, *each) for each in zip(SOURCES, parts, strict=True)]
+        for asked, done in zip(commands, pool.map(run, commands), strict=True):
+            _require_success(asked, done)
+        last = linking(command, parts, target)
+        _require_success(last, run(last))
+
+
+def _require_success(command: list[str], done: subprocess.CompletedProcess[str]) -> None:
     if done.returncode != 0:
         errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
         why = errors[0].strip() if errors else f"exit status {done.returncode}"
