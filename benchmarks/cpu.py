@@ -5,7 +5,8 @@
 
 Every runtime has the same weights, zeros included, and one process for each model, sparsity and number of threads.
 None is timed before its output equals the eager model's. Round by round each calls its model for a quarter of a second
-while the others wait; a figure is the median of the rounds' medians, and the ratio has the interval of half the rounds.
+while the others wait; a figure is the median of the rounds' medians. A ratio is the median of the rounds' ratios, with
+the interval of half of them.
 Beside them stand what a call reaches of the machine's peak in multiply-adds of nonzeros, and of its bandwidth in bytes
 of stored weights, both measured before; and the share of its time outside fxprune's ops.
 Figures go to results/cpu-<cpu>.json and .png, model by model: rows that are there and are not measured stay.
@@ -192,11 +193,14 @@ def best(row: Row, kinds: Sequence[str]) -> str | None:
 
 
 def ratio(row: Row, other: str) -> tuple[float, float, float]:
-    """How many times faster fxprune is than another runtime, with the quartiles over the rounds."""
+    """How many times faster fxprune is than another runtime, round by round: the median and the quartiles.
+
+    A machine that others use is faster in one minute than in the next, which both sides of a round see.
+    """
     rounds = row["rounds"]
     each = [a / b for a, b in zip(rounds[other], rounds[OURS])]
-    low, _, high = quantiles(each, n=4) if len(each) > 1 else (each[0],) * 3
-    return row["seconds"][other] / row["seconds"][OURS], low, high
+    low, middle, high = quantiles(each, n=4) if len(each) > 1 else (each[0],) * 3
+    return middle, low, high
 
 
 def format_rows(rows: Sequence[Row]) -> str:

@@ -1,4 +1,4 @@
-"""The CPU benchmark: runtimes take turns, nothing is timed that answers otherwise, and ratios are of medians."""
+"""The CPU benchmark: runtimes take turns, nothing is timed that answers otherwise, and ratios are of rounds."""
 
 from __future__ import annotations
 
