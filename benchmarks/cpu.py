@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import json
@@ -77,14 +78,11 @@ class Runner:
             command, cwd=ROOT, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        self._answer: dict[str, Any] | None = None
 
-    @property
+    @functools.cached_property
     def answer(self) -> dict[str, Any]:
         """What it says when it is ready, or why it will not be."""
-        if self._answer is None:
-            self._answer = self._read()
-        return self._answer
+        return self._read()
 
     def _read(self) -> Any:
         # A library may print lines of its own before an answer.
