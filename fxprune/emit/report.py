@@ -15,6 +15,7 @@ from fxprune.couple.coupling import Coupling
 from fxprune.couple.removal import Cuts, removal
 from fxprune.graph.note import Note
 from fxprune.graph.program import Program
+from fxprune.lower.layouts.site import Choice
 from fxprune.lower.lower import Lowered
 from fxprune.measure.model_timing import ModelTiming
 from fxprune.select.selection import Fit, Recovery, Selection
@@ -212,12 +213,18 @@ def _weights_table(weights: list[WeightReport]) -> str:
                 f"{1e3 * dense.measured:.3f}" if dense else "-",
                 f"{1e3 * taken.measured:.3f}" if taken else "-",
                 f"{1e3 * taken.predicted:.3f}" if taken else "-",
-                why + (" (timed on a weight alike)" if choice.reused else "") + _growth(w.lowered),
+                why + _timed(choice) + _growth(w.lowered),
             )
         )
     headers = ("weight", "shape", "asked", "zeros", "layout", "dense ms", "sparse ms", "predicted", "why")
     table = tabulate(rows, headers=headers, disable_numparse=True)
     return f"{table}\nall of these: {_refusals(dict(sorted(shared)))}" if shared else table
+
+
+def _timed(choice: Choice) -> str:
+    """What to tell of figures that are another weight's, or that were hard to take."""
+    alike = " (timed on a weight alike)" if choice.reused else ""
+    return alike if choice.steady else f"{alike} (timed while others wanted the cores, or samples disagreed)"
 
 
 def _growth(lowered: Lowered) -> str:

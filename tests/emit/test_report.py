@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ from torch import nn
 
 import fxprune
 from fxprune import Channels, Plan, Rule, Unstructured
+from fxprune.emit.report import _timed
 from fxprune.errors import CheckError
 from fxprune.graph.program import Program
 from fxprune.lower import lower
+from fxprune.lower.layouts.site import Choice
 from tests.oracle import HALF, QUICK, quick
 
 
@@ -49,6 +52,14 @@ def test_the_report_says_which_weights_have_grown() -> None:
         line.split()[0]: line for line in str(quick(perceptron(), X, plan=plan).report).splitlines() if ".w" in line
     }
     assert "x the bytes of the dense weight" in rows["0.weight"] and "bytes" not in rows["2.weight"]
+
+
+def test_a_choice_that_was_timed_on_a_busy_machine_says_so() -> None:
+    choice = Choice("nonzeros", "2.00x dense at 8 tokens", {}, ())
+    assert _timed(choice) == ""
+    assert "others wanted the cores" in _timed(dataclasses.replace(choice, steady=False))
+    both = _timed(dataclasses.replace(choice, steady=False, reused=True))
+    assert "timed on a weight alike" in both and "others wanted the cores" in both
 
 
 def test_without_check_the_report_says_so() -> None:
