@@ -67,8 +67,8 @@ class Made:
         self.packed.append(packed)
         at = self.put_dense(self.random(rows)) if bias else -1
         step = net.Conv(
-            x, rows, channels, taps, *blocks, first_value=where[0], first_segment=where[1], first_start=where[2],
-            bias=at, **more,
+            x, rows, channels, taps, *blocks, first_value=where[0], values=packed.values.numel(),
+            first_segment=where[1], first_start=where[2], bias=at, **more,
         )  # fmt: skip
         return self.add(step, (rows, *taps.out(size)))
 
@@ -78,11 +78,11 @@ class Made:
         step = net.Depthwise(x, channels, taps, weight=at, bias=bias, **more)
         return self.add(step, (channels, *taps.out(size)))
 
-    def arguments(self, inputs: list[Tensor]) -> tuple[Any, ...]:
+    def arguments(self, inputs: list[Tensor], **limits: int) -> tuple[Any, ...]:
         empty = Segments(torch.zeros(0), *(torch.zeros(0, dtype=torch.int16),) * 3, torch.zeros(0, dtype=torch.int64))
         tensors = [torch.cat(parts) for parts in zip(*(self.packed or [empty]))]
         dense = torch.cat(self.dense) if self.dense else torch.zeros(0)
-        return inputs, *tensors, dense, net.encode(self.steps)
+        return inputs, *tensors, dense, net.encode(self.steps, **limits)
 
 
 def _values(packed: Segments) -> Tensor:
@@ -103,8 +103,8 @@ def started(channels: int, height: int, width: int, tile: int = 4, seed: int = 0
     return made
 
 
-def agrees(made: Made, inputs: list[Tensor]) -> None:
-    arguments = made.arguments(inputs)
+def agrees(made: Made, inputs: list[Tensor], **limits: int) -> None:
+    arguments = made.arguments(inputs, **limits)
     got, wanted = op(*arguments), net.net_reference(*arguments)
     assert len(got) == len(wanted)
     for a, b in zip(got, wanted):
@@ -136,6 +136,11 @@ def test_nets_compute_what_plain_torch_does(data: st.DataObject) -> None:
     tile = st.sampled_from(net.TILES)
     size = draw(st.integers(1, 20)), draw(st.integers(1, 20))
     made = started(draw(small), *size, draw(tile), draw(st.integers(0, 1000)))
+    inputs = [made.shapes[0]]
+    if draw(st.booleans()):
+        # One image for all others.
+        made.add(net.Enter(1, draw(tile)), made.shapes[0])
+        inputs.append(made.shapes[0])
     kinds = ["conv", "conv", "depthwise", "pool", "add", "multiply", "activate", "concat", "mean", "repeat"]
     for _ in range(draw(st.integers(1, 7))):
         x = draw(st.integers(0, len(made.steps) - 1))
@@ -185,15 +190,66 @@ def test_nets_compute_what_plain_torch_does(data: st.DataObject) -> None:
     for x in {last, draw(st.integers(0, last))}:
         made.steps.append(net.Exit(x, draw(st.sampled_from(net.FORMS[:2]))))
     images = draw(st.sampled_from([1, 1, 2, 3, 5, 17]))
-    x = made.random(images, *made.shapes[0])
+    given = [made.random(images if number == 0 else 1, *shape) for number, shape in enumerate(inputs)]
     if draw(st.booleans()):
-        x = x.to(memory_format=torch.channels_last)
+        given = [x.to(memory_format=torch.channels_last) for x in given]
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(draw(st.sampled_from([1, 2, 3])))
-        agrees(made, [x])
+        # Of small maps none is large by itself.
+        agrees(made, given, large=draw(st.sampled_from([0, 0, 500, -1])), near=draw(st.sampled_from([-1, 8_000])))
     finally:
         torch.set_num_threads(threads)
+
+
+def long_net(height: int, width: int, tile: int) -> Made:
+    """Kernels of all kinds, a stride, a residual over several rows, maps joined, and one that is read at the end."""
+    made = started(3, height, width, tile)
+    around = Taps((3, 3), padding=(1, 1, 1, 1))
+    a = made.conv(0, 6, around, tile=tile, finish=Finish("relu"))
+    b = made.depthwise(a, around, tile=tile)
+    c = made.conv(b, 6, Taps(), tile=tile, residual=a)
+    wide = Taps((5, 5), (2, 2), (2, 2, 2, 2))
+    d = made.depthwise(c, wide, tile=tile)
+    e = made.conv(c, 6, Taps((3, 3), (2, 2), (1, 1, 1, 1)), tile=tile, residual=d)
+    f = made.add(net.Pool("max", e, around, tile), made.shapes[e])
+    g = made.add(net.Concat((e, f)), (12, *made.shapes[e][1:]))
+    h = made.conv(g, 5, Taps((3, 3), padding=(2, 2, 2, 2), dilation=(2, 2)), tile=tile)
+    i = made.add(net.Repeat(h, (2, 2), tile), (5, *(2 * size for size in made.shapes[h][1:])))
+    for value in (i, c):
+        made.steps.append(net.Exit(value))
+    return made
+
+
+@needs_kernel
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("size", [(40, 50), (97, 16), (9, 33), (64, 64)])
+def test_steps_run_depth_first_compute_the_same(size: tuple[int, int], threads: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for tile in (1, 4, 7):
+            made = long_net(*size, tile)
+            x = [made.random(2, 3, *size)]
+            one_by_one = op(*made.arguments(x, large=2**30))
+            # 100,000 bytes hold the rows of some of the steps only.
+            for near in (-1, 100_000):
+                for _ in range(3):
+                    found = op(*made.arguments(x, large=0, near=near))
+                    assert all(map(torch.equal, found, one_by_one))
+            agrees(made, x, large=0)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernel
+def test_one_image_stands_for_all_only_beside_others() -> None:
+    made = started(2, 3, 4)
+    made.add(net.Enter(1), (2, 3, 4))
+    made.steps += [net.Add(0, 1), net.Exit(2)]
+    agrees(made, [made.random(0, 2, 3, 4), made.random(1, 2, 3, 4)])
+    with pytest.raises(RuntimeError, match="same number of images"):
+        op(*made.arguments([made.random(3, 2, 3, 4), made.random(2, 2, 3, 4)]))
 
 
 @given(st.data())
@@ -290,16 +346,17 @@ def test_two_threads_call_at_once() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda p: [2, *p[1:]], "another version"),
+        (lambda p: [1, *p[1:]], "another version"),
+        (lambda p: [p[0], -2, *p[2:]], "out of range"),
         (lambda p: p[:-1], "ends too early"),
         (lambda p: [*p, 1], "goes on after"),
-        (lambda p: [*p[:2], 0, 5, *p[4:]], "no kernel has such tiles"),
-        (lambda p: [*p[:6], 77, *p[7:]], "unknown step|out of range"),
-        (lambda p: [*p[:9], 3, *p[10:]], "out of range"),
-        (lambda p: [*p[:11], 9, *p[12:]], "other channels"),
-        (lambda p: [*p[:12], 4, *p[13:]], "other channels"),
-        (lambda p: [*p[:13], 2**30, *p[14:]], "out of range"),
-        (lambda p: [*p[:24], 40000, *p[25:]], "too large for 16-bit"),
+        (lambda p: [*p[:4], 0, 5, *p[6:]], "no kernel has such tiles"),
+        (lambda p: [*p[:8], 77, *p[9:]], "unknown step|out of range"),
+        (lambda p: [*p[:11], 3, *p[12:]], "out of range"),
+        (lambda p: [*p[:13], 9, *p[14:]], "other channels"),
+        (lambda p: [*p[:14], 4, *p[15:]], "other channels"),
+        (lambda p: [*p[:15], 2**30, *p[16:]], "out of range"),
+        (lambda p: [*p[:26], 40000, *p[27:]], "too large for 16-bit"),
     ],
 )
 def test_a_program_that_is_wrong_is_refused(change: Any, words: str) -> None:
@@ -387,7 +444,7 @@ from fxprune.kernels.native import net
 torch.set_num_threads(2)
 weight = torch.randn(64, 64, 1, 1)
 packed = net.pack(weight, net.Taps(), 8, 16, 64)
-steps = [net.Enter(0, 8), net.Conv(0, 64, 64, net.Taps(), 16, 64, tile=8), net.Exit(1)]
+steps = [net.Enter(0, 8), net.Conv(0, 64, 64, net.Taps(), 16, 64, values=packed.values.numel(), tile=8), net.Exit(1)]
 arguments = [torch.randn(1, 64, 9, 40)], *packed, torch.zeros(0), net.encode(steps)
 before = torch.ops.fxprune.net(*arguments)[0]
 if child := os.fork():

@@ -105,7 +105,18 @@ def unet() -> nn.Module:
     return Model(run, a=conv(3, 8), b=conv(8, 8), c=conv(16, 4), d=conv(8, 4))
 
 
-MODELS = [plain, residual, inverted, squeezed, dense, grouped, same, unet]
+def constants() -> nn.Module:
+    def run(m: Model, x: Tensor) -> Tensor:
+        y = F.relu(m.a(x)) + m.place
+        return m.scale * m.b(y * m.place) + m.c(y)
+
+    model = Model(run, a=conv(3, 16), b=conv(16, 8), c=conv(16, 8, 1))
+    model.register_buffer("place", torch.randn(1, 16, 17, 21))
+    model.register_buffer("scale", torch.randn(1, 8, 1, 1))
+    return model
+
+
+MODELS = [plain, residual, inverted, squeezed, dense, grouped, same, unet, constants]
 
 
 def pruned(model: nn.Module, amount: float = 0.8) -> nn.Module:
@@ -233,6 +244,27 @@ def test_what_lies_between_stays_where_it_is(make: Callable[[], nn.Module], many
     for images in (1, 3):
         again = torch.randn(images, *x.shape[1:])
         torch.testing.assert_close(result(again.clone()), wanted(again.clone()), rtol=1e-4, atol=1e-5)
+
+
+@needs_kernel
+def test_what_dead_channels_leave_at_the_borders_is_added_in_the_net() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        conv(3, 16, 1), nn.ReLU(), conv(16, 16, groups=16), nn.ReLU(), conv(16, 8, 1), conv(8, 8)
+    ).eval()
+    model = pruned(model, 0.5)
+    with torch.no_grad():
+        model[0].weight[:8] = 0.0  # pyright: ignore
+        model[0].bias.fill_(1.0)  # pyright: ignore
+    x = torch.randn(1, 3, 20, 20)
+    options = {"layout": "nonzeros", "compile": False, "measure": False}
+    result = fxprune.transform(model, None, (x,), options=options, progress=False)
+    (call,) = nets(result)
+    assert [node.op for node in call.args[0]] == ["placeholder", "get_attr"]  # pyright: ignore
+    assert not left(result)
+    for images in (1, 3):
+        again = torch.randn(images, 3, 20, 20)
+        torch.testing.assert_close(result(again), model(again), rtol=1e-4, atol=1e-5)
 
 
 @needs_kernel

@@ -38,14 +38,20 @@ struct Map {
   Grid grid;
   int64_t storage = 0;                        // floats from the start of the arena
   int64_t all_channels = 0, first_channel = 0;  // of the storage, which several maps may share
+  // Where each row of tiles begins, in floats from the start of the storage; empty where they follow one another.
+  std::vector<int64_t> rows = {};
 
   int64_t tiles_x() const { return ceil_div(grid.bw, tile); }
   int64_t tiles() const { return grid.bh * tiles_x(); }
-  int64_t floats() const { return tiles() * all_channels * tile * kLanes; }
+  int64_t row_floats() const { return tiles_x() * all_channels * channel_stride(); }
+  int64_t floats() const { return grid.bh * row_floats(); }
   // Floats from one channel of a tile to the next.
   int64_t channel_stride() const { return tile * kLanes; }
+  int64_t row_at(int64_t y) const { return rows.empty() ? y * row_floats() : rows[y]; }
   // The first channel of a tile, and of one place, in floats from the start of the storage.
-  int64_t tile_at(int64_t t) const { return (t * all_channels + first_channel) * channel_stride(); }
+  int64_t tile_at(int64_t t) const {
+    return row_at(t / tiles_x()) + (t % tiles_x() * all_channels + first_channel) * channel_stride();
+  }
   int64_t place_at(int64_t y, int64_t x) const {
     return tile_at(y * tiles_x() + x / tile) + x % tile * kLanes;
   }
@@ -54,28 +60,33 @@ struct Map {
 // Places of a row of sub-blocks that are computed, tiles filled up.
 inline int64_t computed(const Grid& g, int64_t tile) { return g.bh * ceil_div(g.bw, tile) * tile; }
 
-// The grid for a map of this size on which the least is computed, and whose sub-blocks, times the stride, cover
-// an input of `least_h` by `least_w`. `like` is taken if it is as good within a tenth.
-inline Grid grid_for(
-    int64_t nb, int64_t h, int64_t w, int64_t tile, int64_t stride_h, int64_t stride_w, int64_t least_h,
-    int64_t least_w, const Grid* like) {
-  const auto sized = [&](int64_t ly, int64_t lx) {
-    return Grid{nb, ly, lx, std::max(ceil_div(h, ly), ceil_div(least_h, ly * stride_h)),
-                std::max(ceil_div(w, lx), ceil_div(least_w, lx * stride_w))};
-  };
-  Grid best = sized(1, 1);
-  for (int64_t ly = 1; nb * ly <= kLanes; ++ly)
-    for (int64_t lx = 1; nb * ly * lx <= kLanes; ++lx) {
-      const Grid g = sized(ly, lx);
-      if (computed(g, tile) < computed(best, tile)) best = g;
-    }
-  if (like && like->bh % stride_h == 0 && like->bw % stride_w == 0) {
-    const Grid g = {nb, like->ly, like->lx, like->bh / stride_h, like->bw / stride_w};
-    const bool covers = g.bh * g.ly >= h && g.bw * g.lx >= w && like->bh * g.ly >= least_h && like->bw * g.lx >= least_w;
-    if (covers && computed(g, tile) * 10 <= computed(best, tile) * 11) best = g;
+// A map that is cut into sub-blocks: its size, the width of its tiles, and what its sub-blocks must cover, times a
+// stride, of what it is made of.
+struct Cut {
+  int64_t nb, h, w, tile, stride_h, stride_w, least_h, least_w;
+
+  Grid into(int64_t ly, int64_t lx) const {
+    return {nb, ly, lx, std::max(ceil_div(h, ly), ceil_div(least_h, ly * stride_h)),
+            std::max(ceil_div(w, lx), ceil_div(least_w, lx * stride_w))};
   }
-  return best;
-}
+  bool covered_by(const Grid& g) const {
+    return g.bh * g.ly >= h && g.bw * g.lx >= w && g.bh * g.ly * stride_h >= least_h && g.bw * g.lx * stride_w >= least_w;
+  }
+  // Whether no more than `percent` of what is computed on another grid is computed on this one.
+  bool within(int64_t percent, const Grid& g, const Grid& other) const {
+    return computed(g, tile) * 100 <= computed(other, tile) * percent;
+  }
+  // The grid on which the least is computed.
+  Grid best() const {
+    Grid best = into(1, 1);
+    for (int64_t ly = 1; nb * ly <= kLanes; ++ly)
+      for (int64_t lx = 1; nb * ly * lx <= kLanes; ++lx) {
+        const Grid g = into(ly, lx);
+        if (computed(g, tile) < computed(best, tile)) best = g;
+      }
+    return best;
+  }
+};
 
 // Where each lane of a vector comes from: the lane of another vector, or the filling where it is below zero.
 struct Lanes {
@@ -185,6 +196,24 @@ inline std::vector<Window> windows(const Map& in, const Map& out, const Taps& ta
       result.push_back(std::move(window));
     }
   return result;
+}
+
+// The row of tiles of a map.
+struct Row {
+  int64_t map, y;
+};
+
+// The rows of map number `map`, which is `in`, that row y of tiles reads through a kernel.
+inline void add_rows(const Map& in, int64_t map, const Taps& taps, int64_t y, std::vector<Row>& rows) {
+  const Grid& g = in.grid;
+  for (int64_t a = 0; a < taps.kh; ++a) {
+    const int64_t r = y * taps.sh + a * taps.dh - taps.ph;
+    for (int64_t iy = 0; iy < g.ly; ++iy) {
+      if (iy * g.bh + r < 0 || iy * g.bh + r >= in.height) continue;
+      rows.push_back({map, r - floor_div(r, g.bh) * g.bh});
+      break;
+    }
+  }
 }
 
 // The block of `channels` channels from the map at `x` on.

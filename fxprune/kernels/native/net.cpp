@@ -31,16 +31,20 @@ struct Memory {
   }
 };
 
-void run(const Plan& plan, const Weights& weights, const std::vector<const float*>& inputs, const std::vector<float*>& outputs) {
+void run(
+    const Plan& plan, int64_t threads, const Weights& weights, const std::vector<const float*>& inputs,
+    const std::vector<float*>& outputs) {
   static thread_local Memory memory;
-  const int64_t threads = torch::stable::get_num_threads(), passes = plan.passes(), steps = plan.steps.size();
+  const int64_t passes = plan.passes(), steps = plan.steps.size();
   const int64_t arena = ceil_div(plan.arena, 1024) * 1024;
   // Passes are shared where each thread has one; else the steps of a pass are.
   const bool apart = passes >= threads;
   float* const base = memory.of((apart ? threads : 1) * arena + threads * plan.scratch);
   float* const scratch = base + (apart ? threads : 1) * arena;
+  std::vector<std::atomic<int>> flags(plan.flags * (apart ? 1 : passes));
   const auto frame = [&](int64_t pass, int64_t thread) {
-    return Frame{weights, inputs, outputs, pass * plan.nb, std::min(plan.nb, plan.images - pass * plan.nb), base + thread * arena};
+    return Frame{weights, inputs, outputs, pass * plan.nb, std::min(plan.nb, plan.images - pass * plan.nb), base + thread * arena,
+                 !apart && threads > 1, flags.data() + (apart ? 0 : pass * plan.flags)};
   };
   if (apart) {
     in_steps(threads, 1, [&](int64_t) { return passes; }, [&](int64_t, int64_t pass, int64_t thread) {
@@ -105,7 +109,8 @@ std::vector<Tensor> run_net(
   // A net of no images has the plan of one, for its sizes.
   std::vector<InputSize> planned = sizes;
   for (InputSize& size : planned) size.images = std::max<int64_t>(1, size.images);
-  const std::shared_ptr<const Plan> plan = plan_for(program, planned);
+  const int64_t threads = torch::stable::get_num_threads();
+  const std::shared_ptr<const Plan> plan = plan_for(program, planned, threads);
   for (const auto& step : plan->steps) step->check(w);
   std::vector<Tensor> results;
   std::vector<float*> written;
@@ -117,7 +122,7 @@ std::vector<Tensor> run_net(
     results.push_back(torch::stable::new_empty(held[0], shape));
     written.push_back(static_cast<float*>(results.back().mutable_data_ptr()));
   }
-  if (sizes[0].images > 0) run(*plan, w, pointers, written);
+  if (sizes[0].images > 0) run(*plan, threads, w, pointers, written);
   return results;
 }
 

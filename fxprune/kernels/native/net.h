@@ -5,6 +5,7 @@
 // later steps name by the step's number.
 #pragma once
 
+#include <atomic>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -54,6 +55,8 @@ struct Frame {
   const std::vector<float*>& outputs;
   int64_t image, images;  // the first image of the pass, and how many there are
   float* arena;
+  bool shared;  // several threads make each map
+  std::atomic<int>* flags;  // of what several threads may do, whether one does, or it is done
 };
 
 struct Plan;
@@ -81,10 +84,14 @@ struct Plan {
     Form form;
   };
   std::vector<Output> outputs;
-  int64_t images = 0, nb = 1, arena = 0, scratch = 0;
+  int64_t images = 0, nb = 1, arena = 0, scratch = 0, flags = 0;
   double work = 0;  // in vectors multiplied and added, for the choice of grids
 
   int64_t passes() const { return ceil_div(images, nb); }
+  // Whether a map has its storage to itself.
+  bool alone(int64_t map) const {
+    return std::count_if(maps.begin(), maps.end(), [&](const Map& m) { return m.storage == maps[map].storage; }) == 1;
+  }
 };
 
 // Tasks of a step for each thread, where there are that many: enough that none waits long for the last.
@@ -98,6 +105,35 @@ struct Share {
       : size(size), tasks(threads == 1 ? 1 : std::min(size, threads * kTasksPerThread)) {}
   int64_t begin(int64_t task) const { return size * task / tasks; }
   int64_t end(int64_t task) const { return size * (task + 1) / tasks; }
+};
+
+// One of some equal parts of the channels of a tile.
+struct Part {
+  int64_t index = 0, of = 1;
+
+  int64_t begin(int64_t channels) const { return channels * index / of; }
+  int64_t end(int64_t channels) const { return channels * (index + 1) / of; }
+};
+
+// A step that makes its map tile by tile.
+struct TileStep : Step {
+  int64_t value;
+  int64_t tiles = 0;
+
+  void prepare(Plan& plan) override { tiles = plan.maps[value].tiles(); }
+  virtual void make(const Plan& plan, const Frame& frame, int64_t tile, Part part, float* scratch) const = 0;
+  // Adds the rows of maps that row y of its tiles is made of.
+  virtual void add_reads(const Plan& plan, int64_t y, std::vector<Row>& rows) const = 0;
+  // The parts of a tile, where threads have too few tiles.
+  virtual int64_t most_parts(int64_t threads) const { return threads * 2; }
+
+  int64_t parts(int64_t threads) const { return threads == 1 || tiles >= threads * kTasksPerThread ? 1 : most_parts(threads); }
+  int64_t tasks(int64_t threads) const override { return Share(tiles, threads).tasks * parts(threads); }
+  void run(const Plan& plan, const Frame& f, int64_t task, int64_t threads, float* scratch) const override {
+    const Share share(tiles, threads);
+    const int64_t n = parts(threads);
+    for (int64_t t = share.begin(task / n); t < share.end(task / n); ++t) make(plan, f, t, {task % n, n}, scratch);
+  }
 };
 
 }  // namespace fxprune

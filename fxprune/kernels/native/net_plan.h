@@ -7,14 +7,16 @@
 
 #include "net_attention.h"
 #include "net_norm.h"
-#include "net_steps.h"
+#include "net_place.h"
 
 namespace fxprune {
 
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 // What it costs to move a vector whose lanes lie apart, in vectors multiplied; and how often a plan is made better.
-constexpr double kRelayWork = 30;
+constexpr double kRelayWork = 20;
 constexpr int kRounds = 4;
+// In percent: what more may be computed on a grid that is taken because its lanes are those of other maps.
+constexpr int64_t kLikeOthers = 110, kPreferred = 120;
 
 inline float float_of(int64_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits)); }
 
@@ -75,29 +77,35 @@ struct Reader {
 struct Planner {
   Plan plan;
   const std::vector<InputSize>& inputs;
-  struct Storage {
-    int64_t floats, first, last, at;
-  };
-  std::vector<Storage> storages;
+  int64_t storages = 0;
+  Limits limits;
   std::vector<int64_t> value_map;  // the map of each value; -1 for an output
-  std::vector<std::pair<int64_t, int64_t>> reads;  // (step, map)
+  std::vector<Use> uses;
+  std::vector<int64_t> like;  // of each value, the one whose grid it takes over
   // The grid in which each value was wanted elsewhere, and what another planner found so.
   std::map<int64_t, Grid> wanted;
   const std::map<int64_t, Grid>& wishes;
+  const int64_t prefers_y;  // sub-blocks down that are taken where little more is computed; 0 for none
 
-  Planner(const std::vector<InputSize>& inputs, int64_t images, int64_t nb, const std::map<int64_t, Grid>& wishes)
-      : inputs(inputs), wishes(wishes) {
+  Planner(const std::vector<InputSize>& inputs, int64_t images, int64_t nb, const std::map<int64_t, Grid>& wishes, int64_t prefers_y)
+      : inputs(inputs), wishes(wishes), prefers_y(prefers_y) {
     plan.images = images, plan.nb = nb;
   }
 
-  // The grid for the map of the value that is made next.
-  Grid grid_of(int64_t h, int64_t w, int64_t tile, int64_t sh, int64_t sw, int64_t least_h, int64_t least_w, const Grid* like) {
+  // The grid for the map of the value that is made next; that of `in`, its input, where it is as good.
+  Grid grid_of(const Cut& cut, const Grid* in) {
+    const Grid best = cut.best();
     const auto wish = wishes.find(value_map.size());
-    const Grid grid = grid_for(plan.nb, h, w, tile, sh, sw, least_h, least_w, like);
-    if (wish == wishes.end()) return grid;
-    const Grid& g = wish->second;
-    const bool covers = g.bh * g.ly * sh >= std::max(h * sh, least_h) && g.bw * g.lx * sw >= std::max(w * sw, least_w);
-    return covers && computed(g, tile) * 10 <= computed(grid, tile) * 11 ? g : grid;
+    if (wish != wishes.end() && cut.covered_by(wish->second) && cut.within(kLikeOthers, wish->second, best)) return wish->second;
+    if (in && in->bh % cut.stride_h == 0 && in->bw % cut.stride_w == 0) {
+      const Grid g = {cut.nb, in->ly, in->lx, in->bh / cut.stride_h, in->bw / cut.stride_w};
+      if (cut.covered_by(g) && cut.within(prefers_y ? kPreferred : kLikeOthers, g, best)) return g;
+    }
+    if (prefers_y) {
+      const Grid g = cut.into(prefers_y, kLanes / cut.nb / prefers_y);
+      if (cut.within(kPreferred, g, best)) return g;
+    }
+    return best;
   }
 
   int64_t add_map(int64_t channels, int64_t h, int64_t w, int64_t tile, const Grid& grid) {
@@ -105,8 +113,7 @@ struct Planner {
     Map map;
     map.channels = map.all_channels = channels, map.height = h, map.width = w, map.tile = tile, map.grid = grid;
     fits(map.floats());
-    map.storage = storages.size();
-    storages.push_back({0, -1, -1, 0});
+    map.storage = storages++;
     plan.maps.push_back(map);
     return plan.maps.size() - 1;
   }
@@ -123,8 +130,8 @@ struct Planner {
   void add_step(std::unique_ptr<Step> step, std::initializer_list<int64_t> reads_of, int64_t writes) {
     const int64_t now = plan.steps.size();
     for (const int64_t map : reads_of)
-      if (map >= 0) reads.push_back({now, map});
-    if (writes >= 0) reads.push_back({now, writes});
+      if (map >= 0) uses.push_back({now, map});
+    if (writes >= 0) uses.push_back({now, writes});
     plan.steps.push_back(std::move(step));
   }
 
@@ -149,7 +156,7 @@ struct Planner {
     const Map& m = at(map);
     if (m.grid == grid && (tile == 0 || m.tile == tile)) return map;
     const auto value = std::find(value_map.begin(), value_map.end(), map);
-    if (value != value_map.end()) wanted.emplace(value - value_map.begin(), grid);
+    if (value != value_map.end()) wanted.emplace(like[value - value_map.begin()], grid);
     return relay(map, m.height, m.width, tile ? tile : m.tile, grid, 1, 1);
   }
 
@@ -158,7 +165,7 @@ struct Planner {
     auto step = std::make_unique<Relay>();
     step->again_h = again_h, step->again_w = again_w;
     const int64_t to = add_map(at(map).channels, h, w, tile, grid);
-    step->from = map, step->to = to, step->channels = at(map).channels, step->sh = sh, step->sw = sw;
+    step->from = map, step->value = to, step->channels = at(map).channels, step->sh = sh, step->sw = sw;
     plan.work += kRelayWork * computed(grid, tile) * step->channels;
     add_step(std::move(step), {map}, to);
     return to;
@@ -173,7 +180,7 @@ struct Planner {
                 "a kernel is larger than its input");
     const bool same = taps.sh == 1 && taps.sw == 1 && h == in.height && w == in.width;
     const Grid grid = same && tile == in.tile
-        ? in.grid : grid_of(h, w, tile, taps.sh, taps.sw, in.height, in.width, &in.grid);
+        ? in.grid : grid_of({plan.nb, h, w, tile, taps.sh, taps.sw, in.height, in.width}, &in.grid);
     if (taps.kh * taps.kw == 1 && !taps.is_pointwise() && !taps.ph && !taps.pw && !taps.ph_end && !taps.pw_end) {
       // Of such a map most is never read.
       const int64_t less = relay(x, h, w, tile, grid, taps.sh, taps.sw);
@@ -196,16 +203,34 @@ struct Planner {
 
   void read(Reader& r) {
     require_net(r.next() == kVersion, "the program is of another version");
+    const int64_t large = r.size(-1), near = r.size(-1);
+    if (large >= 0) limits.large = large;
+    if (near >= 0) limits.near = near;
     const int64_t count = r.size(1, 1 << 20);
     for (int64_t s = 0; s < count; ++s) {
       const int64_t op = r.size(0, static_cast<int64_t>(Op::kAttention)), tile = r.size();
       require_net(std::find(std::begin(kTiles), std::end(kTiles), tile) != std::end(kTiles), "no kernel has such tiles");
       const size_t arguments = r.size(0), end = r.at + arguments;
       require_net(end <= r.program.size(), "the program ends too early");
-      value_map.push_back(step(static_cast<Op>(op), tile, r, end));
+      const int64_t map = step(static_cast<Op>(op), tile, r, end);
+      like.push_back(map < 0 ? value_map.size() : takes_grid_of(map));
+      value_map.push_back(map);
       require_net(r.at == end, "a step has too many or too few arguments");
     }
     require_net(r.at == r.program.size(), "the program goes on after its last step");
+  }
+
+  // The value whose grid a new map has without having been asked: the first of the same grid and size that it is made of.
+  int64_t takes_grid_of(int64_t map) const {
+    const Map& m = at(map);
+    const int64_t now = plan.steps.size() - 1;
+    for (size_t value = 0; value < value_map.size(); ++value) {
+      const int64_t other = value_map[value];
+      if (other < 0 || !(at(other).grid == m.grid) || at(other).height != m.height || at(other).width != m.width) continue;
+      for (auto use = uses.rbegin(); use != uses.rend() && use->step == now; ++use)
+        if (use->map == other) return like[value];
+    }
+    return value_map.size();
   }
 
   int64_t step(Op op, int64_t tile, Reader& r, size_t end) {
@@ -231,11 +256,10 @@ struct Planner {
     auto step = std::make_unique<Enter>();
     step->input = r.size(0, static_cast<int64_t>(inputs.size()) - 1);
     const InputSize& size = step->from = inputs[step->input];
-    require_net(size.images == plan.images, "inputs have not the same number of images");
-    fits(plan.nb * size.channels * size.height * size.width);
-    const Grid grid = grid_of(size.height, size.width, tile, 1, 1, 0, 0, nullptr);
+    require_net(size.images == plan.images || size.images == 1, "inputs have not the same number of images");
+    fits((size.images == 1 ? 1 : plan.nb) * size.channels * size.height * size.width);
+    const Grid grid = grid_of({plan.nb, size.height, size.width, tile, 1, 1, 0, 0}, nullptr);
     step->value = add_map(size.channels, size.height, size.width, tile, grid);
-    step->tiles = at(step->value).tiles();
     const int64_t value = step->value;
     add_step(std::move(step), {}, value);
     return value;
@@ -248,7 +272,7 @@ struct Planner {
     step->rows = r.size(), step->channels = r.size();
     step->taps = r.taps();
     step->row_block = r.size(1, INT16_MAX), step->k_block = r.size();
-    step->first_value = r.size(0), step->first_segment = r.size(0), step->first_start = r.size(0), step->bias = r.size(-1);
+    step->first_value = r.size(0), step->values = r.size(0), step->first_segment = r.size(0), step->first_start = r.size(0), step->bias = r.size(-1);
     step->finish = r.epilogue();
     require_net(at(x).channels == step->channels, "a convolution has other channels than its input");
     const int64_t places = step->taps.kh * static_cast<int64_t>(step->taps.columns(tile).size());
@@ -257,7 +281,7 @@ struct Planner {
     const auto [from, to] = through(x, step->taps, step->rows, tile);
     step->x = from, step->value = to;
     step->residual = residual_for(residual, to);
-    plan.work += static_cast<double>(computed(at(to).grid, tile)) * step->rows * step->channels * step->taps.kh * step->taps.kw;
+    plan.work += static_cast<double>(computed(at(to).grid, tile)) * step->values;
     const int64_t other = step->residual;
     add_step(std::move(step), {from, other}, to);
     return to;
@@ -278,7 +302,7 @@ struct Planner {
     const auto [from, to] = through(x, step->taps, step->channels, tile);
     step->x = from, step->value = to;
     step->residual = residual_for(residual, to);
-    plan.work += 2.0 * computed(at(to).grid, tile) * step->channels * taps;
+    plan.work += 1.2 * computed(at(to).grid, tile) * step->channels * taps;
     const int64_t other = step->residual;
     add_step(std::move(step), {from, other}, to);
     return to;
@@ -331,7 +355,7 @@ struct Planner {
     for (const int64_t part : parts) {
       Map& m = plan.maps[part];
       require_net(m.height == like.height && m.width == like.width, "two maps have not the same size");
-      if (m.grid == like.grid && m.tile == like.tile && m.storage != at(whole).storage && alone(part)) {
+      if (m.grid == like.grid && m.tile == like.tile && m.storage != at(whole).storage && plan.alone(part)) {
         // What makes this part writes it where it belongs.
         m.storage = at(whole).storage, m.all_channels = channels, m.first_channel = first;
       } else {
@@ -345,7 +369,7 @@ struct Planner {
       }
       first += at(part).channels;
     }
-    reads.push_back({static_cast<int64_t>(plan.steps.size()), whole});
+    uses.push_back({static_cast<int64_t>(plan.steps.size()), whole});
     return whole;
   }
 
@@ -362,7 +386,7 @@ struct Planner {
   int64_t repeat(int64_t tile, Reader& r) {
     const int64_t x = named(r), again_h = r.size(1, INT16_MAX), again_w = r.size(1, INT16_MAX);
     const int64_t h = at(x).height * again_h, w = at(x).width * again_w;
-    return relay(x, h, w, tile, grid_of(h, w, tile, 1, 1, 0, 0, nullptr), 1, 1, again_h, again_w);
+    return relay(x, h, w, tile, grid_of({plan.nb, h, w, tile, 1, 1, 0, 0}, nullptr), 1, 1, again_h, again_w);
   }
 
   int64_t layer_norm(Reader& r) {
@@ -422,89 +446,44 @@ struct Planner {
     add_step(std::move(step), {x}, -1);
     return -1;
   }
-
-  // Whether a map has its storage to itself.
-  bool alone(int64_t map) const {
-    return std::count_if(plan.maps.begin(), plan.maps.end(), [&](const Map& m) { return m.storage == at(map).storage; }) == 1;
-  }
-
-  bool is_whole(int64_t map) const { return at(map).all_channels == at(map).channels; }
-
-  // Each map gets its place in the arena, where what is alive at the same time does not overlap.
-  void place() {
-    // What takes over the place of a map that nobody reads later lies where that lay.
-    std::vector<int64_t> last(plan.maps.size(), -1);
-    for (const auto& [now, map] : reads) last[map] = std::max(last[map], now);
-    for (size_t now = 0; now < plan.steps.size(); ++now) {
-      const auto [made, old] = plan.steps[now]->takes_over();
-      if (made < 0 || old < 0 || !alone(made) || !is_whole(old) || last[old] != static_cast<int64_t>(now)) continue;
-      bool others_live = false;
-      for (size_t m = 0; m < plan.maps.size(); ++m)
-        others_live |= static_cast<int64_t>(m) != old && at(m).storage == at(old).storage && last[m] >= last[old];
-      if (others_live) continue;
-      const auto times = std::count_if(reads.begin(), reads.end(), [&](const auto& read) {
-        return read.first == static_cast<int64_t>(now) && read.second == old;
-      });
-      if (times == 1) plan.maps[made].storage = at(old).storage;
-    }
-    for (const auto& [now, map] : reads) {
-      Storage& s = storages[at(map).storage];
-      s.floats = std::max(s.floats, at(map).floats());
-      s.first = s.first < 0 ? now : std::min(s.first, now), s.last = std::max(s.last, now);
-    }
-    std::vector<Storage*> order;
-    for (Storage& s : storages)
-      if (s.first >= 0) order.push_back(&s);
-    std::stable_sort(order.begin(), order.end(), [](auto* a, auto* b) { return a->floats > b->floats; });
-    std::vector<Storage*> placed;
-    for (Storage* s : order) {
-      std::vector<Storage*> alive;
-      for (Storage* p : placed)
-        if (p->first <= s->last && s->first <= p->last) alive.push_back(p);
-      std::sort(alive.begin(), alive.end(), [](auto* a, auto* b) { return a->at < b->at; });
-      s->at = 0;
-      for (Storage* p : alive)
-        if (p->at < s->at + s->floats && s->at < p->at + p->floats) s->at = p->at + p->floats;
-      plan.arena = std::max(plan.arena, s->at + s->floats);
-      placed.push_back(s);
-    }
-    for (Map& m : plan.maps) m.storage = storages[m.storage].at;
-    for (const auto& step : plan.steps) step->prepare(plan);
-    for (const auto& step : plan.steps) plan.scratch = std::max(plan.scratch, step->scratch());
-    plan.scratch = ceil_div(plan.scratch, 1024) * 1024;
-  }
 };
 
-inline std::shared_ptr<const Plan> make_plan(const std::vector<int64_t>& program, const std::vector<InputSize>& inputs) {
+inline std::shared_ptr<const Plan> make_plan(
+    const std::vector<int64_t>& program, const std::vector<InputSize>& inputs, int64_t threads) {
   std::unique_ptr<Planner> best;
   const int64_t images = inputs.empty() ? 0 : inputs[0].images;
-  for (int64_t nb = 1; nb <= kLanes && nb < 2 * images; nb *= 2) {
-    // What is read in another grid than it is made in is made in that, next time.
-    std::map<int64_t, Grid> wishes;
-    for (int round = 0; round < kRounds; ++round) {
-      auto planner = std::make_unique<Planner>(inputs, images, nb, wishes);
-      Reader reader{program};
-      try {
-        planner->read(reader);
-      } catch (const Planner::TooLarge&) {
-        break;
+  for (int64_t nb = 1; nb <= kLanes && nb < 2 * images; nb *= 2)
+    for (int64_t prefers_y = 0; nb * prefers_y <= kLanes; prefers_y = std::max<int64_t>(1, 2 * prefers_y)) {
+      // What is read in another grid than it is made in is made in that, next time.
+      std::map<int64_t, Grid> wishes;
+      for (int round = 0; round < kRounds; ++round) {
+        auto planner = std::make_unique<Planner>(inputs, images, nb, wishes, prefers_y);
+        Reader reader{program};
+        try {
+          planner->read(reader);
+        } catch (const Planner::TooLarge&) {
+          break;
+        }
+        std::map<int64_t, Grid> wanted = planner->wanted;
+        const auto cost = [](const Planner& p) { return p.plan.work * p.plan.passes(); };
+        if (!best || cost(*planner) < cost(*best)) best = std::move(planner);
+        if (wanted.empty()) break;
+        wishes.merge(wanted);
       }
-      std::map<int64_t, Grid> wanted = planner->wanted;
-      const auto cost = [](const Planner& p) { return p.plan.work * p.plan.passes(); };
-      if (!best || cost(*planner) < cost(*best)) best = std::move(planner);
-      if (wanted.empty()) break;
-      wishes.merge(wanted);
     }
-  }
-  best->place();
-  return std::make_shared<const Plan>(std::move(best->plan));
+  Plan& plan = best->plan;
+  const int64_t bands = plan.passes() >= threads ? 1 : threads;
+  Placer(plan, std::move(best->uses), best->storages, bands, best->limits).place();
+  return std::make_shared<const Plan>(std::move(plan));
 }
 
 // Plans that were made, the last ones used; a plan depends on the program and the sizes, not on the weights.
-inline std::shared_ptr<const Plan> plan_for(const std::vector<int64_t>& program, const std::vector<InputSize>& inputs) {
+inline std::shared_ptr<const Plan> plan_for(
+    const std::vector<int64_t>& program, const std::vector<InputSize>& inputs, int64_t threads) {
   struct Made {
     std::vector<int64_t> program;
     std::vector<InputSize> inputs;
+    int64_t threads;
     std::shared_ptr<const Plan> plan;
   };
   constexpr size_t kKept = 64;
@@ -512,13 +491,13 @@ inline std::shared_ptr<const Plan> plan_for(const std::vector<int64_t>& program,
   static std::vector<Made> made;
   const std::lock_guard<std::mutex> lock(mutex);
   for (size_t i = 0; i < made.size(); ++i) {
-    if (made[i].inputs == inputs && made[i].program == program) {
+    if (made[i].threads == threads && made[i].inputs == inputs && made[i].program == program) {
       if (i > 0) std::rotate(made.begin(), made.begin() + i, made.begin() + i + 1);
       return made[0].plan;
     }
   }
-  auto plan = make_plan(program, inputs);
-  made.insert(made.begin(), {program, inputs, plan});
+  auto plan = make_plan(program, inputs, threads);
+  made.insert(made.begin(), {program, inputs, threads, plan});
   if (made.size() > kKept) made.pop_back();
   return plan;
 }

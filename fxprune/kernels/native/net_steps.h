@@ -1,6 +1,7 @@
 // The steps of a net: what each does for a task, on maps that the planner has placed.
 #pragma once
 
+#include "depthwise.h"
 #include "net.h"
 
 namespace fxprune {
@@ -9,55 +10,57 @@ namespace fxprune {
 constexpr int64_t kSumBytes = 256 << 10;
 // Rows that a task has at least where threads share them: a block of activations comes from further away for each task.
 constexpr int64_t kRowsPerTask = 192;
-struct Enter : Step {
-  int64_t input, value;
+
+// An input becomes a map; one image stands for all.
+struct Enter : TileStep {
+  int64_t input;
   InputSize from;
   std::vector<int32_t> index;
 
   void prepare(Plan& plan) override {
+    TileStep::prepare(plan);
     const Map& map = plan.maps[value];
     index = pixels(map);
     const int64_t plane = from.height * from.width;
+    if (from.images == 1)
+      for (int32_t& i : index) i = i < 0 ? i : i % plane;
     if (from.channels_last) {
       for (int32_t& i : index) i = i < 0 ? i : i * from.channels;
     } else {
       for (int32_t& i : index) i = i < 0 ? i : i / plane * plane * from.channels + i % plane;
     }
   }
-  // Some rows of tiles, all channels: neighbours in the input are neighbours in time.
-  int64_t tasks(int64_t threads) const override { return Share(tiles, threads).tasks; }
-  void run(const Plan& plan, const Frame& f, int64_t task, int64_t threads, float*) const override {
+  void add_reads(const Plan&, int64_t, std::vector<Row>&) const override {}
+  void make(const Plan& plan, const Frame& f, int64_t t, Part part, float*) const override {
     const Map& map = plan.maps[value];
-    const int64_t channel = from.channels_last ? 1 : from.height * from.width;
-    const float* x = f.inputs[input] + f.image * from.channels * from.height * from.width;
-    const int64_t absent = f.images < plan.nb ? f.images * from.channels * from.height * from.width : INT32_MAX;
-    const Share share(tiles, threads);
-    for (int64_t t = share.begin(task); t < share.end(task); ++t) {
-      float* out = f.arena + map.storage + map.tile_at(t);
-      for (int64_t c = 0; c < map.channels; ++c)
-        for (int64_t v = 0; v < map.tile; ++v, out += kLanes) {
-          const int32_t* from_here = index.data() + (t * map.tile + v) * kLanes;
-          if (absent == INT32_MAX) {
-            store(out, gathered(x + c * channel, from_here, 0.0f));
-          } else {
-            for (int64_t l = 0; l < kLanes; ++l)
-              out[l] = from_here[l] >= 0 && from_here[l] < absent ? x[c * channel + from_here[l]] : 0.0f;
-          }
+    const int64_t channel = from.channels_last ? 1 : from.height * from.width, begin = part.begin(map.channels);
+    const int64_t image = from.channels * from.height * from.width;
+    const float* x = f.inputs[input] + (from.images == 1 ? 0 : f.image * image);
+    const int64_t absent = f.images < plan.nb && from.images > 1 ? f.images * image : INT32_MAX;
+    float* out = f.arena + map.storage + map.tile_at(t) + begin * map.channel_stride();
+    for (int64_t c = begin; c < part.end(map.channels); ++c)
+      for (int64_t v = 0; v < map.tile; ++v, out += kLanes) {
+        const int32_t* from_here = index.data() + (t * map.tile + v) * kLanes;
+        if (absent == INT32_MAX) {
+          store(out, gathered(x + c * channel, from_here, 0.0f));
+        } else {
+          for (int64_t l = 0; l < kLanes; ++l)
+            out[l] = from_here[l] >= 0 && from_here[l] < absent ? x[c * channel + from_here[l]] : 0.0f;
         }
-    }
+      }
   }
-  int64_t tiles;
 };
 
 // A map with other sub-blocks, or another width of tiles; of each `sh` rows and `sw` columns the first, and each row
 // `again_h` times and each column `again_w` times.
-struct Relay : Step {
-  int64_t from, to, sh = 1, sw = 1, again_h = 1, again_w = 1;
+struct Relay : TileStep {
+  int64_t from, channels, sh = 1, sw = 1, again_h = 1, again_w = 1;
   std::vector<int32_t> index;
 
   void prepare(Plan& plan) override {
+    TileStep::prepare(plan);
     const std::vector<int32_t> source = floats_of(plan.maps[from]);
-    const Map &a = plan.maps[from], &b = plan.maps[to];
+    const Map &a = plan.maps[from], &b = plan.maps[value];
     index = pixels(b);
     for (int32_t& i : index) {
       if (i < 0) continue;
@@ -65,31 +68,30 @@ struct Relay : Step {
       i = source[(n * a.height + y * sh / again_h) * a.width + x * sw / again_w];
     }
   }
-  int64_t channels;
-  int64_t tasks(int64_t threads) const override { return Share(channels, threads).tasks; }
-  void run(const Plan& plan, const Frame& f, int64_t task, int64_t threads, float*) const override {
-    const Map &a = plan.maps[from], &b = plan.maps[to];
-    const Share share(channels, threads);
-    for (int64_t c = share.begin(task); c < share.end(task); ++c) {
-      const float* x = f.arena + a.storage + c * a.channel_stride();
-      for (int64_t t = 0; t < b.tiles(); ++t) {
-        float* out = f.arena + b.storage + b.tile_at(t) + c * b.channel_stride();
-        for (int64_t v = 0; v < b.tile; ++v)
-          store(out + v * kLanes, gathered(x, index.data() + (t * b.tile + v) * kLanes, 0.0f));
-      }
-    }
+  void add_reads(const Plan& plan, int64_t y, std::vector<Row>& rows) const override {
+    const Map &a = plan.maps[from], &b = plan.maps[value];
+    for (int64_t row = y; row < b.height; row += b.grid.bh) rows.push_back({from, row * sh / again_h % a.grid.bh});
+  }
+  void make(const Plan& plan, const Frame& f, int64_t t, Part part, float*) const override {
+    const Map &a = plan.maps[from], &b = plan.maps[value];
+    const float* x = f.arena + a.storage;
+    float* out = f.arena + b.storage + b.tile_at(t);
+    const int32_t* const places = index.data() + t * b.tile * kLanes;
+    for (int64_t c = part.begin(channels); c < part.end(channels); ++c)
+      for (int64_t v = 0; v < b.tile; ++v)
+        store(out + c * b.channel_stride() + v * kLanes, gathered(x + c * a.channel_stride(), places + v * kLanes, 0.0f));
   }
 };
 
-struct Conv : Step {
-  int64_t x, residual, value;
+struct Conv : TileStep {
+  int64_t x, residual;
   int64_t rows, channels, row_block, k_block;  // a K-block has k_block channels
-  int64_t first_value, first_segment, first_start, bias;
+  int64_t first_value, values, first_segment, first_start, bias;
   Taps taps;
   Finish finish;
   // From the maps.
   bool direct = false;
-  int64_t tiles = 0, tile = 0, places = 0;
+  int64_t tile = 0, places = 0;
   std::vector<Window> reads;
   RowKernels kernels;
 
@@ -98,7 +100,7 @@ struct Conv : Step {
     require_net(first_start + blocks < w.start_count, "a weight's blocks are not there");
     const int64_t* starts = w.starts + first_start;
     const bool rises = starts[0] == 0 && std::is_sorted(starts, starts + blocks + 1);
-    require_net(rises && first_value + starts[blocks] <= w.value_count, "a weight's nonzeros are not there");
+    require_net(rises && starts[blocks] == values && first_value + values <= w.value_count, "a weight's nonzeros are not there");
     require_net(first_segment + rows * k_blocks() <= w.segment_count, "a weight's segments are not there");
     require_net(bias < 0 || bias + rows <= w.dense_count, "a bias is not there");
   }
@@ -109,8 +111,9 @@ struct Conv : Step {
   int64_t k_blocks() const { return ceil_div(channels, k_block); }
 
   void prepare(Plan& plan) override {
+    TileStep::prepare(plan);
     const Map &in = plan.maps[x], &out = plan.maps[value];
-    tile = out.tile, tiles = out.tiles();
+    tile = out.tile;
     direct = taps.is_pointwise() && in.tile == tile;
     places = taps.kh * static_cast<int64_t>(taps.columns(tile).size());
     if (!direct) reads = windows(in, out, taps, plan.lanes);
@@ -123,22 +126,20 @@ struct Conv : Step {
     return sums + (direct ? 0 : k_block * places * kLanes);
   }
   // Where a step has few tiles its rows are shared as well.
-  int64_t parts(int64_t threads) const {
-    if (threads == 1 || tiles >= threads * kTasksPerThread) return 1;
+  int64_t most_parts(int64_t threads) const override {
     const int64_t wanted = std::clamp(ceil_div(rows, kRowsPerTask), threads, threads * kTasksPerThread);
     return std::min(row_blocks(), wanted);
   }
-  int64_t tasks(int64_t threads) const override { return Share(tiles, threads).tasks * parts(threads); }
-  void run(const Plan& plan, const Frame& f, int64_t task, int64_t threads, float* scratch) const override {
-    const int64_t n = parts(threads), part = task % n;
-    const Share share(tiles, threads);
-    const int64_t low = row_blocks() * part / n, high = row_blocks() * (part + 1) / n;
-    for (int64_t t = share.begin(task / n); t < share.end(task / n); ++t)
-      for (int64_t block = low; block < high; block += together())
-        run_tile(plan, f, t, block, std::min(high, block + together()), threads > 1, scratch);
+  void add_reads(const Plan& plan, int64_t y, std::vector<Row>& rows) const override {
+    add_rows(plan.maps[x], x, taps, y, rows);
+    if (residual >= 0) rows.push_back({residual, y});
   }
-  void run_tile(
-      const Plan& plan, const Frame& f, int64_t t, int64_t low, int64_t high, bool shared, float* scratch) const {
+  void make(const Plan& plan, const Frame& f, int64_t t, Part part, float* scratch) const override {
+    const int64_t high = part.end(row_blocks());
+    for (int64_t block = part.begin(row_blocks()); block < high; block += together())
+      make_rows(plan, f, t, block, std::min(high, block + together()), scratch);
+  }
+  void make_rows(const Plan& plan, const Frame& f, int64_t t, int64_t low, int64_t high, float* scratch) const {
     const Map &in = plan.maps[x], &out = plan.maps[value];
     const Weights& w = f.weights;
     const int64_t stride = in.channel_stride(), last = k_blocks() - 1;
@@ -157,7 +158,7 @@ struct Conv : Step {
         fill_block(reads[t], plan.lanes.data(), from + first * stride, stride, many, 0.0f, block);
       }
       // What another thread made lies in its cache.
-      const bool asks = direct && shared && k < last;
+      const bool asks = direct && f.shared && k < last;
       const int64_t next = std::min(k_block, channels - first - many) * stride / kLine;
       const int64_t lines = asks ? ceil_div(next, std::min(high * row_block, rows) - low * row_block) : 0;
       const MultiplyRows multiply = kernels.of[k == 0][k == last];
@@ -183,60 +184,72 @@ struct Conv : Step {
   }
 };
 
-struct Depthwise : Step {
-  int64_t x, residual, value, channels, weight, bias;
+struct Depthwise : TileStep {
+  int64_t x, residual, channels, weight, bias;
   Taps taps;
   Finish finish;
   std::vector<Window> reads;
   std::vector<uint16_t> offsets;
   RowKernels kernels;
-  int64_t tiles = 0, places = 0;
+  DepthwiseTile depthwise_tile = nullptr;  // for the usual kernels; the others go through a block
+  int64_t places = 0;
 
   void check(const Weights& w) const override {
     require_net(weight + channels * taps.kh * taps.kw <= w.dense_count, "a weight is not there");
     require_net(bias < 0 || bias + channels <= w.dense_count, "a bias is not there");
   }
   void prepare(Plan& plan) override {
+    TileStep::prepare(plan);
     const Map &in = plan.maps[x], &out = plan.maps[value];
-    tiles = out.tiles();
     reads = windows(in, out, taps, plan.lanes);
     places = reads[0].entries.size();
     for (const int64_t offset : taps.offsets(out.tile)) offsets.push_back(offset);
     kernels = row_kernels(out.tile);
+    const bool square = taps.kh == taps.kw && taps.sh == taps.sw && taps.dh == 1 && taps.dw == 1;
+    if (square) depthwise_tile = depthwise_tile_for(out.tile, taps.kh, taps.sh);
   }
   int64_t scratch() const override { return places * kLanes; }
-  int64_t parts(int64_t threads) const { return threads == 1 || tiles >= threads * kTasksPerThread ? 1 : threads * 2; }
-  int64_t tasks(int64_t threads) const override { return Share(tiles, threads).tasks * parts(threads); }
-  void run(const Plan& plan, const Frame& f, int64_t task, int64_t threads, float* scratch) const override {
+  void add_reads(const Plan& plan, int64_t y, std::vector<Row>& rows) const override {
+    add_rows(plan.maps[x], x, taps, y, rows);
+    if (residual >= 0) rows.push_back({residual, y});
+  }
+  void make(const Plan& plan, const Frame& f, int64_t t, Part part, float* scratch) const override {
     const Map &in = plan.maps[x], &out = plan.maps[value];
-    const Share share(tiles, threads);
-    const int64_t n = parts(threads), part = task % n, stride = in.channel_stride(), step = out.channel_stride();
-    const int16_t row = 0, count = taps.kh * taps.kw;
     const Map* const other = residual >= 0 ? &plan.maps[residual] : nullptr;
-    for (int64_t t = share.begin(task / n); t < share.end(task / n); ++t)
-      for (int64_t c = channels * part / n; c < channels * (part + 1) / n; ++c) {
-        fill_block(reads[t], plan.lanes.data(), f.arena + in.storage + c * stride, stride, 1, 0.0f, scratch);
-        const Segments s = {f.weights.dense + weight + c * count, offsets.data(), &row, &count, 1};
-        const float* add = other ? f.arena + other->storage + other->tile_at(t) + c * step : nullptr;
-        float* y = f.arena + out.storage + out.tile_at(t) + c * step;
-        const float* b = bias >= 0 ? f.weights.dense + bias + c : nullptr;
-        kernels.of[1][1](s, scratch, {b, nullptr, y, add, step, step, finish});
-      }
+    const int64_t stride = in.channel_stride(), step = out.channel_stride();
+    const int16_t row = 0, count = taps.kh * taps.kw;
+    const float* const from = f.arena + in.storage;
+    const float* const add = other ? f.arena + other->storage + other->tile_at(t) : nullptr;
+    float* const to = f.arena + out.storage + out.tile_at(t);
+    if (depthwise_tile) {
+      const int64_t first = part.begin(channels);
+      const Rows rows = {bias >= 0 ? f.weights.dense + bias + first : nullptr, nullptr, to + first * step,
+                         add ? add + first * step : nullptr, step, step, finish};
+      depthwise_tile(reads[t], plan.lanes.data(), from + first * stride, stride, part.end(channels) - first,
+                     f.weights.dense + weight + first * count, rows);
+      return;
+    }
+    for (int64_t c = part.begin(channels); c < part.end(channels); ++c) {
+      fill_block(reads[t], plan.lanes.data(), from + c * stride, stride, 1, 0.0f, scratch);
+      const Segments s = {f.weights.dense + weight + c * count, offsets.data(), &row, &count, 1};
+      const float* const b = bias >= 0 ? f.weights.dense + bias + c : nullptr;
+      kernels.of[1][1](s, scratch, {b, nullptr, to + c * step, add ? add + c * step : nullptr, step, step, finish});
+    }
   }
 };
 
-struct Pooling : Step {
+struct Pooling : TileStep {
   Pool kind;
-  int64_t x, value, channels;
+  int64_t x, channels;
   Taps taps;
   std::vector<Window> reads;
   std::vector<int64_t> offsets;
   std::vector<float> shares;  // by tile, place and lane
-  int64_t tiles = 0, places = 0;
+  int64_t places = 0;
 
   void prepare(Plan& plan) override {
+    TileStep::prepare(plan);
     const Map &in = plan.maps[x], &out = plan.maps[value];
-    tiles = out.tiles();
     reads = windows(in, out, taps, plan.lanes);
     places = reads[0].entries.size();
     offsets = taps.offsets(out.tile);
@@ -254,32 +267,32 @@ struct Pooling : Step {
     }
   }
   int64_t scratch() const override { return places * kLanes; }
-  int64_t parts(int64_t threads) const { return threads == 1 || tiles >= threads * kTasksPerThread ? 1 : threads * 2; }
-  int64_t tasks(int64_t threads) const override { return Share(tiles, threads).tasks * parts(threads); }
-  void run(const Plan& plan, const Frame& f, int64_t task, int64_t threads, float* scratch) const override {
+  void add_reads(const Plan& plan, int64_t y, std::vector<Row>& rows) const override {
+    add_rows(plan.maps[x], x, taps, y, rows);
+  }
+  void make(const Plan& plan, const Frame& f, int64_t t, Part part, float* scratch) const override {
     const Map &in = plan.maps[x], &out = plan.maps[value];
-    const Share share(tiles, threads);
-    const int64_t n = parts(threads), part = task % n, stride = in.channel_stride(), step = out.channel_stride();
+    const int64_t stride = in.channel_stride();
     const float filling = kind == Pool::kMax ? -std::numeric_limits<float>::infinity() : 0.0f;
-    for (int64_t t = share.begin(task / n); t < share.end(task / n); ++t)
-      for (int64_t c = channels * part / n; c < channels * (part + 1) / n; ++c) {
-        fill_block(reads[t], plan.lanes.data(), f.arena + in.storage + c * stride, stride, 1, filling, scratch);
-        float* y = f.arena + out.storage + out.tile_at(t) + c * step;
-        for (int64_t v = 0; v < out.tile; ++v) {
-          Lane best = load<Lane>(scratch + (offsets[0] + v) * kLanes);
-          for (size_t k = 1; k < offsets.size(); ++k) {
-            const Lane next = load<Lane>(scratch + (offsets[k] + v) * kLanes);
-            if (kind == Pool::kMax) {
-              // As torch has it, nan is the greatest.
-              best = (next > best) | (next != next) ? next : best;
-            } else {
-              best += next;
-            }
+    const float* const from = f.arena + in.storage;
+    float* const to = f.arena + out.storage + out.tile_at(t);
+    for (int64_t c = part.begin(channels); c < part.end(channels); ++c) {
+      fill_block(reads[t], plan.lanes.data(), from + c * stride, stride, 1, filling, scratch);
+      for (int64_t v = 0; v < out.tile; ++v) {
+        Lane best = load<Lane>(scratch + (offsets[0] + v) * kLanes);
+        for (size_t k = 1; k < offsets.size(); ++k) {
+          const Lane next = load<Lane>(scratch + (offsets[k] + v) * kLanes);
+          if (kind == Pool::kMax) {
+            // As torch has it, nan is the greatest.
+            best = (next > best) | (next != next) ? next : best;
+          } else {
+            best += next;
           }
-          if (kind != Pool::kMax) best *= load<Lane>(shares.data() + (t * out.tile + v) * kLanes);
-          store(y + v * kLanes, best);
         }
+        if (kind != Pool::kMax) best *= load<Lane>(shares.data() + (t * out.tile + v) * kLanes);
+        store(to + c * out.channel_stride() + v * kLanes, best);
       }
+    }
   }
 };
 
@@ -295,43 +308,42 @@ inline void finish_floats(float* y, int64_t floats, const Finish& finish) {
 }
 
 // Addition, multiplication, an activation alone, and a copy: place by place.
-struct Pointwise : Step {
+struct Pointwise : TileStep {
   Op op;
-  int64_t x, other, value;
+  int64_t x, other;
   Finish finish;
-  std::pair<int64_t, int64_t> takes_over() const override { return {value, x}; }
   bool spreads = false;  // `other` has one place, which all of its image's take
   Lanes image_of;
-  int64_t tiles = 0;
 
+  std::pair<int64_t, int64_t> takes_over() const override { return {value, x}; }
   void prepare(Plan& plan) override {
-    tiles = plan.maps[x].tiles();
+    TileStep::prepare(plan);
     if (!spreads) return;
     const Grid& g = plan.maps[x].grid;
     for (int64_t l = 0; l < kLanes; ++l) image_of.from[l] = l / (g.ly * g.lx) < g.nb ? l / (g.ly * g.lx) : -1;
   }
-  int64_t tasks(int64_t threads) const override { return Share(tiles, threads).tasks; }
-  void run(const Plan& plan, const Frame& f, int64_t task, int64_t threads, float*) const override {
+  void add_reads(const Plan&, int64_t y, std::vector<Row>& rows) const override {
+    rows.push_back({x, y});
+    if (other >= 0) rows.push_back({other, spreads ? 0 : y});
+  }
+  void make(const Plan& plan, const Frame& f, int64_t t, Part part, float*) const override {
     const Map &a = plan.maps[x], &out = plan.maps[value];
     const Map* b = other >= 0 ? &plan.maps[other] : nullptr;
-    const Share share(tiles, threads);
-    const int64_t floats = a.channels * a.channel_stride();
-    for (int64_t t = share.begin(task); t < share.end(task); ++t) {
-      const float* p = f.arena + a.storage + a.tile_at(t);
-      const float* q = !b ? nullptr : f.arena + b->storage + b->tile_at(spreads ? 0 : t);
-      float* y = f.arena + out.storage + out.tile_at(t);
-      for (int64_t n = 0; n < floats; n += kLanes) {
-        Lane v = load<Lane>(p + n);
-        if (spreads) {
-          const Lane one = permuted(load<Lane>(q + n / a.channel_stride() * b->channel_stride()), image_of, 0.0f);
-          v = op == Op::kMultiply ? v * one : v + one;
-        } else if (q) {
-          v = op == Op::kMultiply ? v * load<Lane>(q + n) : v + load<Lane>(q + n);
-        }
-        store(y + n, v);
+    const float* const p = f.arena + a.storage + a.tile_at(t);
+    const float* const q = !b ? nullptr : f.arena + b->storage + b->tile_at(spreads ? 0 : t);
+    float* const y = f.arena + out.storage + out.tile_at(t);
+    const int64_t stride = a.channel_stride(), begin = part.begin(a.channels) * stride, end = part.end(a.channels) * stride;
+    for (int64_t n = begin; n < end; n += kLanes) {
+      Lane v = load<Lane>(p + n);
+      if (spreads) {
+        const Lane one = permuted(load<Lane>(q + n / stride * b->channel_stride()), image_of, 0.0f);
+        v = op == Op::kMultiply ? v * one : v + one;
+      } else if (q) {
+        v = op == Op::kMultiply ? v * load<Lane>(q + n) : v + load<Lane>(q + n);
       }
-      finish_floats(y, floats, finish);
+      store(y + n, v);
     }
+    finish_floats(y + begin, end - begin, finish);
   }
 };
 

@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from fxprune.graph.program import Program, fetch, owner, sizes
 from fxprune.kernels import native
@@ -81,7 +81,7 @@ class Builder:
         if parts[user].kind != "add" or kinds not in ([], ["activate"]) or len(set(parts[user].maps)) < 2:
             return None
         (other,) = [source for source in parts[user].maps if source is not last]
-        whole = [sizes(source.meta["val"].shape) for source in parts[user].maps]
+        whole = [sizes(source.meta["val"].shape)[1:] for source in parts[user].maps]
         # What is added must be there; of two convolutions that are added the later one adds.
         if whole[0] != whole[1] or (other in order and order[other] > order[chain[0]] and _is_conv(parts[other])):
             return None
@@ -198,8 +198,8 @@ class Builder:
         self.region = dataclasses.replace(self.region, masks=tuple(kept))
         return {mask: len(self.region.inputs) + number for number, mask in enumerate(kept)}
 
-    def _put(self, packed: segments.Segments, part: Part) -> tuple[int, int, int]:
-        place = self.at["values"], self.at["segments"], self.at["starts"]
+    def _put(self, packed: segments.Segments, part: Part) -> tuple[int, int, int, int]:
+        place = self.at["values"], packed.values.numel(), self.at["segments"], self.at["starts"]
         self.packed.append(packed)
         self.at["values"] += packed.values.numel()
         self.at["segments"] += packed.order.numel()
@@ -220,12 +220,16 @@ class Builder:
         graph, region = self.program.graph, self.region
         first, *_ = [node for node in graph.nodes if node in region.nodes]
         place = {node: number for number, node in enumerate(graph.nodes)}
-        before = max([*region.inputs, *region.masks, first.prev], key=place.__getitem__).next
+        sources = [node for node in (*region.inputs, *region.masks) if node.op != "get_attr"]
+        before = max([*sources, first.prev], key=place.__getitem__).next
         while before.op == "placeholder":
             before = before.next
         with graph.inserting_before(before):
             operands = [graph.get_attr(f"{holder}.{key}") for key in tensors]
-            inputs = [*region.inputs, *(put_scores(graph, mask) for mask in region.masks)]
+            inputs = [
+                *(_here(graph, node) for node in region.inputs),
+                *(put_scores(graph, mask) for mask in region.masks),
+            ]
             call = graph.call_function(torch.ops.fxprune.net.default, (inputs, *operands, net.encode(self.steps)))
             results = []
             made = []
@@ -243,6 +247,15 @@ class Builder:
             node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in region.nodes)
         for node in [node for node in reversed(graph.nodes) if node in region.nodes]:
             graph.erase_node(node)
+
+
+def _here(graph: Graph, node: Node) -> Node:
+    """The node, or where it reads a constant another that reads it at this place of the graph."""
+    if node.op != "get_attr":
+        return node
+    again = graph.get_attr(str(node.target))
+    again.meta = dict(node.meta)
+    return again
 
 
 def _is_conv(part: Part) -> bool:

@@ -140,11 +140,15 @@ def _binary(kind: str) -> Callable[[Node], Part | None]:
             return None
         if same_shape(a, b):
             return Part(kind, (a, b))
-        if is_tokens(a):
-            return None
         for x, other in ((a, b), (b, a)):
-            full, one = sizes(x.meta["val"].shape), sizes(other.meta["val"].shape)
-            if one == (*full[:2], 1, 1) and (node.target not in _IN_PLACE or x is a):
+            full, less = sizes(x.meta["val"].shape), sizes(other.meta["val"].shape)
+            # An image for all images, a place for all places, or both.
+            one_place = is_map(a) and less[1:] == (full[1], 1, 1)
+            if (
+                less[0] in (1, full[0])
+                and (one_place or less[1:] == full[1:])
+                and (node.target not in _IN_PLACE or x is a)
+            ):
                 return Part(kind, (x, other))
         return None
 

@@ -17,7 +17,8 @@ from .read import read, written
 class Region:
     """Nodes that become one net: `parts` in the order of the graph, what they read from outside, what others read.
 
-    `inputs` are maps, `masks` what is added to scores. `nodes` are the parts and all that they stand for.
+    `inputs` are maps, those of one image for all last; `masks` what is added to scores. `nodes` are the parts and all
+    that they stand for.
     """
 
     parts: dict[Node, Part]
@@ -101,8 +102,9 @@ def _region(graph: Graph, parts: dict[Node, Part]) -> list[Region]:
     nodes = _with_inside(parts)
     outputs = tuple(node for node in parts if any(user not in nodes for user in node.users))
     place = {node: number for number, node in enumerate(graph.nodes)}
-    ready = max((place[node] for node in (*inputs, *masks)), default=-1)
-    if any(_images(node) != _images(next(iter(parts))) for node in inputs):
+    ready = max((place[node] for node in (*inputs, *masks) if node.op != "get_attr"), default=-1)
+    images = _images(next(iter(parts)))
+    if any(_images(node) not in (images, 1) for node in inputs) or all(_images(node) != images for node in inputs):
         return []
     if any(place[user] < ready for node in outputs for user in node.users if user not in nodes):
         return []
@@ -111,7 +113,9 @@ def _region(graph: Graph, parts: dict[Node, Part]) -> list[Region]:
     for node in graph.nodes:
         if ready < place[node] < last and node not in parts and _mutates(node):
             return []
-    return [Region(parts, tuple(inputs), tuple(masks), outputs, nodes)]
+    # The first says how many images there are.
+    ordered = sorted(inputs, key=lambda node: _images(node) != images)
+    return [Region(parts, tuple(ordered), tuple(masks), outputs, nodes)]
 
 
 def _with_inside(parts: dict[Node, Part]) -> frozenset[Node]:

@@ -23,13 +23,18 @@ def tile_for(height: int, width: int) -> int:
     """The width of tiles on which a map of one image costs least.
 
     A nonzero costs two loads, its own and its offset, and one for each vector of the tile, of which a core does two at
-    a time.
+    a time. Where two widths cost the same within a twentieth, that whose rows are finer is taken: fewer bytes are kept
+    where steps are run depth first.
     """
 
-    def cost(tile: int) -> float:
-        return min(ceil(height / ly) * ceil(ceil(width / lx) / tile) * (tile + 2) for ly, lx in _grids())
+    def cost(tile: int) -> tuple[float, int]:
+        return min(
+            (ceil(height / ly) * ceil(ceil(width / lx) / tile) * (tile + 2), -ceil(height / ly)) for ly, lx in _grids()
+        )
 
-    return min(TILES, key=lambda tile: (cost(tile), -tile))
+    least = min(cost(tile)[0] for tile in TILES)
+    alike = [tile for tile in TILES if cost(tile)[0] <= least * 1.05]
+    return min(alike, key=lambda tile: (cost(tile)[1], cost(tile)[0], -tile))
 
 
 def _grids() -> list[tuple[int, int]]:

@@ -63,6 +63,7 @@ def net_reference(
         match step:
             case Enter():
                 y = inputs[step.input]
+                y = y.expand(len(inputs[0]), *y.shape[1:]) if len(y) == 1 else y
                 y = y.transpose(1, 2).unsqueeze(2) if y.dim() == 3 else y
             case Conv():
                 y = F.conv2d(

@@ -28,7 +28,7 @@ from .steps import (
 )
 from .taps import Finish, Taps, bits_of, float_of
 
-VERSION = 1
+VERSION = 2
 
 
 def _arguments(step: Step) -> list[int]:
@@ -36,9 +36,9 @@ def _arguments(step: Step) -> list[int]:
         case Enter():
             return [step.input]
         case Conv():
-            where = [step.row_block, step.k_block, step.first_value, step.first_segment, step.first_start, step.bias]
+            where = [step.row_block, step.k_block, step.first_value, step.values, step.first_segment, step.first_start]
             finish = [*step.finish.integers(), int(step.finish.adds_last)]
-            return [step.x, step.residual, step.rows, step.channels, *step.taps.integers(), *where, *finish]
+            return [step.x, step.residual, step.rows, step.channels, *step.taps.integers(), *where, step.bias, *finish]
         case Depthwise():
             finish = [*step.finish.integers(), int(step.finish.adds_last)]
             return [step.x, step.residual, step.channels, *step.taps.integers(), step.weight, step.bias, *finish]
@@ -64,9 +64,13 @@ def _arguments(step: Step) -> list[int]:
             return [step.q, step.k, step.v, *first, step.heads, step.size, step.v_size, *how]
 
 
-def encode(steps: Sequence[Step]) -> list[int]:
-    """The program of these steps."""
-    program = [VERSION, len(steps)]
+def encode(steps: Sequence[Step], *, large: int = -1, near: int = -1) -> list[int]:
+    """The program of these steps.
+
+    Steps between which maps of `large` bytes and more pass are run depth first, as long as their rows and weights fit
+    into `near` bytes; -1 is what the machine's caches ask for.
+    """
+    program = [VERSION, large, near, len(steps)]
     for step in steps:
         arguments = _arguments(step)
         program += [step.code, step.tile, len(arguments), *arguments]
@@ -77,7 +81,7 @@ def decode(program: Sequence[int]) -> list[Step]:
     """The steps of a program. Raises InputError where it is none."""
     steps: list[Step] = []
     try:
-        version, count, *rest = program
+        version, _, _, count, *rest = program
         if version != VERSION:
             raise ValueError(f"version {version}")
         numbers = iter(rest)
@@ -100,9 +104,9 @@ def _step(code: int, tile: int, a: list[int]) -> Step:
             (source,) = a
             return Enter(source, tile)
         case Conv.code:
-            taps, where, finish = Taps.of(a[4:14]), a[14:20], Finish.of(a[20:23], adds_last=a[23])
-            rows, channels, value, segment, start, bias = where
-            blocks = (rows, channels, a[1], value, segment, start, bias)
+            taps, where, finish = Taps.of(a[4:14]), a[14:21], Finish.of(a[21:24], adds_last=a[24])
+            row_block, k_block, value, values, segment, start, bias = where
+            blocks = (row_block, k_block, a[1], value, values, segment, start, bias)
             return Conv(a[0], a[2], a[3], taps, *blocks, finish, tile)
         case Depthwise.code:
             finish = Finish.of(a[15:18], adds_last=a[18])

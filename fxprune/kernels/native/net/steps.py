@@ -20,7 +20,7 @@ FORMS = ("channels first", "channels last", "tokens")
 
 @dataclasses.dataclass(frozen=True)
 class Enter:
-    """Input number `input`, [n, c, h, w] or tokens [n, w, c], becomes a map."""
+    """Input number `input`, [n, c, h, w] or tokens [n, w, c], becomes a map; one image stands for all."""
 
     input: int
     tile: int = 7
@@ -31,7 +31,7 @@ class Enter:
 class Conv:
     """A convolution by nonzeros; `rows` and `channels` are those of its weight, the rest says where it is stored.
 
-    `k_block` counts channels. `bias` is -1 where there is none, and so is `residual`.
+    `k_block` counts channels, and `values` nonzeros. `bias` is -1 where there is none, and so is `residual`.
     """
 
     x: int
@@ -42,6 +42,7 @@ class Conv:
     k_block: int
     residual: int = -1
     first_value: int = 0
+    values: int = 0
     first_segment: int = 0
     first_start: int = 0
     bias: int = -1

@@ -49,7 +49,7 @@ def weight_of(step: Conv, packed: Segments) -> Tensor:
     """The weight [o, i, kh, kw] of one convolution of a net, from the packed tensors of all."""
     row_blocks, k_blocks = -(-step.rows // step.row_block), -(-step.channels // step.k_block)
     starts = packed.starts[step.first_start :][: row_blocks * k_blocks + 1]
-    values = slice(step.first_value, step.first_value + int(starts[-1]))
+    values = slice(step.first_value, step.first_value + step.values)
     ranks = slice(step.first_segment, step.first_segment + step.rows * k_blocks)
     own = Segments(packed.values[values], packed.columns[values], packed.order[ranks], packed.counts[ranks], starts)
     return unpack(own, (step.rows, step.channels), step.taps, step.tile, step.row_block, step.k_block)
