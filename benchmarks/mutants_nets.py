@@ -96,8 +96,8 @@ NETS = (
     ),
     Mutant(
         "fxprune/kernels/native/net_depth_first.h",
-        "if (writes(user, row)) needs_[item].push_back(user);",
-        "if (writes(user, row) && user % 8 != 0) needs_[item].push_back(user);",
+        "if (user != item && writes(user, row)) needs_[item].push_back(user);",
+        "if (user != item && writes(user, row) && user % 8 != 0) needs_[item].push_back(user);",
         "a row is read before it is made",
         f"{_KERNEL}",
     ),

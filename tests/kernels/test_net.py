@@ -141,7 +141,7 @@ def test_nets_compute_what_plain_torch_does(data: st.DataObject) -> None:
         # One image for all others.
         made.add(net.Enter(1, draw(tile)), made.shapes[0])
         inputs.append(made.shapes[0])
-    kinds = ["conv", "conv", "depthwise", "pool", "add", "multiply", "activate", "concat", "mean", "repeat"]
+    kinds = ["conv", "conv", "depthwise", "pool", "add", "multiply", "activate", "concat", "mean", "repeat", "shuffle"]
     for _ in range(draw(st.integers(1, 7))):
         x = draw(st.integers(0, len(made.steps) - 1))
         shape = made.shapes[x]
@@ -184,6 +184,12 @@ def test_nets_compute_what_plain_torch_does(data: st.DataObject) -> None:
                 times = draw(st.integers(1, 3)), draw(st.integers(1, 3))
                 if shape[1] * shape[2] < 500:
                     made.add(net.Repeat(x, times, draw(tile)), (shape[0], shape[1] * times[0], shape[2] * times[1]))
+            case "shuffle":
+                th, tw = (draw(st.integers(1, 3)) for _ in range(2))
+                cut = draw(st.integers(0, th - 1)), draw(st.integers(0, tw - 1))
+                size = shape[1] * th - cut[0], shape[2] * tw - cut[1]
+                if shape[0] % (th * tw) == 0 and min(size) > 0 and size[0] * size[1] < 2000:
+                    made.add(net.Shuffle(x, (th, tw), cut, draw(tile)), (shape[0] // (th * tw), *size))
             case _:
                 made.add(net.Mean(x), (shape[0], 1, 1))
     last = len(made.steps) - 1
@@ -203,7 +209,10 @@ def test_nets_compute_what_plain_torch_does(data: st.DataObject) -> None:
 
 
 def long_net(height: int, width: int, tile: int) -> Made:
-    """Kernels of all kinds, a stride, a residual over several rows, maps joined, and one that is read at the end."""
+    """Kernels of all kinds, a stride, a residual over several rows, maps joined, and one that is read at the end.
+
+    One of the joined maps is another one times itself: it reads a row twice and writes beside it.
+    """
     made = started(3, height, width, tile)
     around = Taps((3, 3), padding=(1, 1, 1, 1))
     a = made.conv(0, 6, around, tile=tile, finish=Finish("relu"))
@@ -213,7 +222,8 @@ def long_net(height: int, width: int, tile: int) -> Made:
     d = made.depthwise(c, wide, tile=tile)
     e = made.conv(c, 6, Taps((3, 3), (2, 2), (1, 1, 1, 1)), tile=tile, residual=d)
     f = made.add(net.Pool("max", e, around, tile), made.shapes[e])
-    g = made.add(net.Concat((e, f)), (12, *made.shapes[e][1:]))
+    squares = made.add(net.Multiply(e, e, Finish("relu", 0.0, 1.0)), made.shapes[e])
+    g = made.add(net.Concat((e, f, squares)), (18, *made.shapes[e][1:]))
     h = made.conv(g, 5, Taps((3, 3), padding=(2, 2, 2, 2), dilation=(2, 2)), tile=tile)
     i = made.add(net.Repeat(h, (2, 2), tile), (5, *(2 * size for size in made.shapes[h][1:])))
     for value in (i, c):
@@ -289,6 +299,7 @@ def test_a_program_is_read_as_it_was_written() -> None:
         net.Mean(1),
         net.Exit(1, "channels last"),
         net.Repeat(1, (2, 3), 4),
+        net.Shuffle(1, (2, 2), (1, 0), 4),
     ]
     assert net.decode(net.encode(made.steps)) == made.steps
 

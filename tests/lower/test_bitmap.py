@@ -66,6 +66,34 @@ def test_unpack_gives_back_every_bit(o: int, i: int, density: float, dtype: torc
     assert packed.tensors["rows"][-1] == counted == len(packed.tensors["values"]) - bitmap.WORD
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_a_float32_weight_of_16_bits_is_stored_so_without_loss(stored: torch.dtype) -> None:
+    torch.manual_seed(0)
+    w = sparse(70, 90, 0.5, torch.float32, "cpu").to(stored).float()
+    w[3, 4], w[5, 6], w[7, 8] = -0.0, torch.inf, 2.0**-14
+    packed = layout.pack(site(w))
+    assert packed.tensors["values"].dtype == stored and packed.bytes() < 1.1 * layout.bytes_of(w)
+    assert same_bits(layout.unpack(packed), w)
+    w[1, 2] = 1.0 + 2.0**-23  # needs all bits
+    for each in (w, w.masked_fill(w == torch.inf, 1e-30)):
+        packed = layout.pack(site(each))
+        assert packed.tensors["values"].dtype == torch.float32 and same_bits(layout.unpack(packed), each)
+
+
+def test_a_float32_model_of_16_bits_is_right_and_small() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 200), nn.GELU(), nn.Linear(200, 100)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_((p * (torch.rand_like(p) < 0.5)).bfloat16().float())
+    options: dict[str, Any] = {"layout": "bitmap", "compile": False, "measure": False}
+    fast = fxprune.transform(model, None, (torch.randn(1, 300),), options=options, progress=False)
+    values = [value for name, value in fast.state_dict().items() if name.endswith("values")]
+    assert [value.dtype for value in values] == [torch.bfloat16] * 2
+    x = torch.randn(3, 300)
+    torch.testing.assert_close(fast(x), model(x))
+
+
 def test_rows_packed_in_several_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     w = sparse(50, 70, 0.5, torch.float32, "cpu")
     whole = bitmap.pack(w)

@@ -200,6 +200,17 @@ def test_a_race_is_won_by_the_fastest_and_tells_who_did_not_run() -> None:
     assert won.seconds["b"] < won.seconds["a"] < won.seconds["c"]
 
 
+def test_who_beats_another_was_faster_in_three_of_four_rounds() -> None:
+    def samples(*warm: float) -> Samples:
+        return Samples(list(warm), list(warm))
+
+    other = samples(2.0, 2.0, 2.0, 2.0)
+    assert samples(1.0, 1.0, 9.0, 1.0).beats(other) and not samples(1.0, 1.0, 9.0, 2.0).beats(other)
+    # Medians alone would say the opposite here.
+    assert not samples(1.9, 1.9, 1.0, 9.0, 9.0).beats(samples(2.0, 2.0, 2.0, 8.0, 2.0))
+    assert not other.beats(other)
+
+
 def test_a_duel_that_is_close_is_fought_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     fought: list[float] = []
 

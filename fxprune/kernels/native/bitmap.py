@@ -71,6 +71,25 @@ def unpack(packed: Bitmap) -> Tensor:
     return weight
 
 
+def narrowed(weight: Tensor) -> Tensor:
+    """A float32 weight [o, i] in bfloat16 or float16 where that loses no bit; any other as it is."""
+    if weight.dtype != torch.float32:
+        return weight
+    blocks = weight.view(torch.int32).split(max(1, _ELEMENTS // max(1, weight.shape[1])))
+    if not any((block & 0xFFFF).any() for block in blocks):
+        return torch.cat([(block >> 16).to(torch.int16) for block in blocks]).view(torch.bfloat16)
+    if all(torch.equal(block.view(torch.float32).half().float().view(torch.int32), block) for block in blocks):
+        return weight.half()
+    return weight
+
+
+def widened(weight: Tensor) -> Tensor:
+    """What was `narrowed`, in float32 again, bit for bit."""
+    if weight.dtype == torch.bfloat16:
+        return (weight.view(torch.int16).to(torch.int32) << 16).view(torch.float32)
+    return weight.float()
+
+
 def bitmap_linear_reference(
     x: Tensor, bits: Tensor, values: Tensor, rows: Tensor, bias: Tensor | None, out_features: int, activation: str
 ) -> Tensor:

@@ -19,7 +19,7 @@
 namespace fxprune {
 
 enum class Op : int64_t { kEnter, kConv, kDepthwise, kPool, kAdd, kMultiply, kActivate, kConcat, kMean, kExit, kRepeat,
-                         kLayerNorm, kAttention };
+                         kLayerNorm, kAttention, kShuffle };
 enum class Pool : int64_t { kMax, kMean, kMeanInside };
 // How an output stands in memory: [n, c, h, w], [n, h, w, c], or, where there is one row, [n, w, c].
 enum class Form : int64_t { kChannelsFirst, kChannelsLast, kTokens };

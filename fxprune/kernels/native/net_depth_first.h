@@ -164,9 +164,9 @@ class Bands {
         steps_[s]->add_reads(plan_, y, rows);
         for (const Row& row : rows) {
           std::vector<int32_t>& users = place(row).users;
-          // Until now these are what writes the row, and what reads it too.
+          // Until now these are what writes the row, and what reads it too: this item, if it reads the row twice.
           for (const int32_t user : users)
-            if (writes(user, row)) needs_[item].push_back(user);
+            if (user != item && writes(user, row)) needs_[item].push_back(user);
           users.push_back(item);
         }
         place({steps_[s]->value, y}).users.push_back(item);

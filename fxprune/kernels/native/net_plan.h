@@ -208,7 +208,7 @@ struct Planner {
     if (near >= 0) limits.near = near;
     const int64_t count = r.size(1, 1 << 20);
     for (int64_t s = 0; s < count; ++s) {
-      const int64_t op = r.size(0, static_cast<int64_t>(Op::kAttention)), tile = r.size();
+      const int64_t op = r.size(0, static_cast<int64_t>(Op::kShuffle)), tile = r.size();
       require_net(std::find(std::begin(kTiles), std::end(kTiles), tile) != std::end(kTiles), "no kernel has such tiles");
       const size_t arguments = r.size(0), end = r.at + arguments;
       require_net(end <= r.program.size(), "the program ends too early");
@@ -248,6 +248,7 @@ struct Planner {
       case Op::kRepeat: return repeat(tile, r);
       case Op::kLayerNorm: return layer_norm(r);
       case Op::kAttention: return attention(r);
+      case Op::kShuffle: return shuffle(tile, r);
     }
     throw std::runtime_error("net: unknown step");
   }
@@ -387,6 +388,22 @@ struct Planner {
     const int64_t x = named(r), again_h = r.size(1, INT16_MAX), again_w = r.size(1, INT16_MAX);
     const int64_t h = at(x).height * again_h, w = at(x).width * again_w;
     return relay(x, h, w, tile, grid_of({plan.nb, h, w, tile, 1, 1, 0, 0}, nullptr), 1, 1, again_h, again_w);
+  }
+
+  int64_t shuffle(int64_t tile, Reader& r) {
+    auto step = std::make_unique<Relay>();
+    const int64_t x = step->from = named(r);
+    step->shuffles = true;
+    step->again_h = r.size(1, INT16_MAX), step->again_w = r.size(1, INT16_MAX);
+    const int64_t cut_h = r.size(0, step->again_h - 1), cut_w = r.size(0, step->again_w - 1);
+    const Map in = at(x);
+    require_net(in.channels % (step->again_h * step->again_w) == 0, "channels cannot be shuffled into so many places");
+    step->channels = in.channels / (step->again_h * step->again_w);
+    const int64_t h = in.height * step->again_h - cut_h, w = in.width * step->again_w - cut_w;
+    const int64_t to = step->value = add_map(step->channels, h, w, tile, grid_of({plan.nb, h, w, tile, 1, 1, 0, 0}, nullptr));
+    plan.work += kRelayWork * computed(at(to).grid, tile) * step->channels;
+    add_step(std::move(step), {x}, to);
+    return to;
   }
 
   int64_t layer_norm(Reader& r) {

@@ -52,9 +52,10 @@ struct Enter : TileStep {
 };
 
 // A map with other sub-blocks, or another width of tiles; of each `sh` rows and `sw` columns the first, and each row
-// `again_h` times and each column `again_w` times.
+// `again_h` times and each column `again_w` times. Where it shuffles, these times are by turns of different channels.
 struct Relay : TileStep {
   int64_t from, channels, sh = 1, sw = 1, again_h = 1, again_w = 1;
+  bool shuffles = false;
   std::vector<int32_t> index;
 
   void prepare(Plan& plan) override {
@@ -65,7 +66,8 @@ struct Relay : TileStep {
     for (int32_t& i : index) {
       if (i < 0) continue;
       const int64_t n = i / (b.height * b.width), y = i / b.width % b.height, x = i % b.width;
-      i = source[(n * a.height + y * sh / again_h) * a.width + x * sw / again_w];
+      const int64_t channel = shuffles ? y % again_h * again_w + x % again_w : 0;
+      i = source[(n * a.height + y * sh / again_h) * a.width + x * sw / again_w] + channel * a.channel_stride();
     }
   }
   void add_reads(const Plan& plan, int64_t y, std::vector<Row>& rows) const override {
@@ -77,9 +79,10 @@ struct Relay : TileStep {
     const float* x = f.arena + a.storage;
     float* out = f.arena + b.storage + b.tile_at(t);
     const int32_t* const places = index.data() + t * b.tile * kLanes;
+    const int64_t stride = (shuffles ? again_h * again_w : 1) * a.channel_stride();
     for (int64_t c = part.begin(channels); c < part.end(channels); ++c)
       for (int64_t v = 0; v < b.tile; ++v)
-        store(out + c * b.channel_stride() + v * kLanes, gathered(x + c * a.channel_stride(), places + v * kLanes, 0.0f));
+        store(out + c * b.channel_stride() + v * kLanes, gathered(x + c * stride, places + v * kLanes, 0.0f));
   }
 };
 

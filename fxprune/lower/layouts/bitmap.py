@@ -28,7 +28,10 @@ _PER_CALL = 4e-6
 
 
 class CpuBitmap(CpuLayout):
-    """Pays from a third of zeros; `kernels.native.bitmap` has the format."""
+    """Pays from a third of zeros; `kernels.native.bitmap` has the format.
+
+    A float32 weight that is one of bfloat16 or float16 in fact, as a model's is that was stored so, is stored so.
+    """
 
     name = "bitmap"
     tensors = ("bits", "values", "rows")
@@ -46,11 +49,14 @@ class CpuBitmap(CpuLayout):
     def pack(self, site: Site) -> Packed:
         """Its bits, values and rows."""
         weight = site.weight.detach().contiguous()
-        return Packed(self.name, (weight.shape[0], weight.shape[1]), native.pack(weight)._asdict())
+        stored = native.narrowed(weight)
+        shape = (weight.shape[0], weight.shape[1])
+        return Packed(self.name, shape, native.pack(stored)._asdict(), narrow=stored.dtype != weight.dtype)
 
     def unpack(self, packed: Packed) -> Tensor:
         """The weight [o, i], bit for bit as it was packed."""
-        return native.unpack(native.Bitmap(*(packed.tensors[name] for name in self.tensors)))
+        weight = native.unpack(native.Bitmap(*(packed.tensors[name] for name in self.tensors)))
+        return native.widened(weight) if packed.narrow else weight
 
     def predict(self, site: Site, tokens: int) -> float:
         """Seconds of one call: the bytes of the weight, or its expansion and products where these take longer."""
@@ -60,7 +66,8 @@ class CpuBitmap(CpuLayout):
 
     def bytes_of(self, weight: Tensor) -> float:
         """A bit an element, 8 bytes a row, and the values."""
-        return weight.numel() / 8 + 8 * len(weight) + int(torch.count_nonzero(weight)) * weight.element_size()
+        size = native.narrowed(weight.detach().contiguous()).element_size()
+        return weight.numel() / 8 + 8 * len(weight) + int(torch.count_nonzero(weight)) * size
 
 
 class CudaBitmap(GpuLayout):

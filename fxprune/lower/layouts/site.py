@@ -39,11 +39,15 @@ class Verdict:
 
 @dataclasses.dataclass
 class Packed:
-    """A weight [o, i] in a layout: plain tensors whose names are the save format."""
+    """A weight [o, i] in a layout: plain tensors whose names are the save format.
+
+    `narrow` says that a float32 weight's values are stored in 16 bits, without loss.
+    """
 
     layout: str
     shape: tuple[int, int]
     tensors: dict[str, Tensor]
+    narrow: bool = False
 
     def bytes(self) -> int:
         """Bytes of all tensors."""

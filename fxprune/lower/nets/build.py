@@ -18,9 +18,10 @@ from fxprune.kernels.native.net import Finish, Step
 from .gain import places_of, weight_of
 from .known import gain_of
 from .masks import hides_nothing, put_scores
-from .part import Heads, Part, channels_of
+from .part import WEIGHED, Heads, Part, channels_of
 from .regions import Region
 from .tiles import k_block, row_block, tile_for
+from .transposed import plain_weight
 
 aten = torch.ops.aten
 
@@ -78,6 +79,9 @@ class Builder:
         kinds = [parts[node].kind for node in chain[1:]]
         if parts[user].kind == "activate" and kinds in ([], ["add"]):
             return user
+        if parts[chain[0]].kind == "transposed conv":
+            # Its sums are not yet where another map could be added.
+            return None
         if parts[user].kind != "add" or kinds not in ([], ["activate"]) or len(set(parts[user].maps)) < 2:
             return None
         (other,) = [source for source in parts[user].maps if source is not last]
@@ -146,6 +150,8 @@ class Builder:
                 return net.Attention(x, k, v, heads.count, heads.size, heads.v_size, *how)
             case "repeat":
                 return net.Repeat(x, part.times, _tile(node))
+            case "shuffle":
+                return net.Shuffle(x, part.times, tile=_tile(node))
             case kind:
                 return net.Pool(kind, x, part.taps, _tile(node))
 
@@ -162,9 +168,10 @@ class Builder:
             seen = node
         kinds = [parts[node].kind for node in rest]
         finish = dataclasses.replace(finish, adds_last=kinds == ["activate", "add"])
-        part, tile = parts[conv], _tile(conv)
+        part = parts[conv]
+        tile = _tile(part.maps[0] if part.as_plain is not None else conv)
         weight = self._weight(part)
-        bias = -1 if part.bias is None else self._put_dense(self._fetch(part.bias))
+        bias = -1 if part.bias is None else self._put_dense(self._bias(part, len(weight)))
         x = self.value[part.maps[0]]
         if part.kind == "depthwise":
             at = self._put_dense(weight.flatten())
@@ -172,13 +179,24 @@ class Builder:
         rows, channels = weight.shape[:2]
         blocks = row_block(rows), k_block(part.taps, tile, channels)
         where = self._put(net.pack(weight, part.taps, tile, *blocks), part)
-        return self._add(net.Conv(x, rows, channels, part.taps, *blocks, residual, *where, bias, finish, tile))
+        value = self._add(net.Conv(x, rows, channels, part.taps, *blocks, residual, *where, bias, finish, tile))
+        if part.as_plain is None:
+            return value
+        return self._add(net.Shuffle(value, part.times, part.as_plain.cut, _tile(conv)))
+
+    def _bias(self, part: Part, rows: int) -> Tensor:
+        """The bias of each row: those of a transposed convolution are one after another for the places of a channel."""
+        assert part.bias is not None
+        bias = self._fetch(part.bias)
+        return bias.repeat_interleave(rows // len(bias))
 
     def _weight(self, part: Part) -> Tensor:
         """The weight [o, i, kh, kw]; of a convolution by groups with the zeros between its groups."""
         weight = weight_of(self.program, part)
         if part.kind == "linear":
             return weight[:, :, None, None]
+        if part.as_plain is not None:
+            return plain_weight(weight, part.groups, part.as_plain)
         channels = channels_of(part.maps[0])
         groups = channels // weight.shape[1]
         if part.kind == "depthwise" or groups == 1:
@@ -259,7 +277,7 @@ def _here(graph: Graph, node: Node) -> Node:
 
 
 def _is_conv(part: Part) -> bool:
-    return part.kind in ("conv", "depthwise", "linear")
+    return part.kind in (*WEIGHED, "depthwise")
 
 
 def _form(value: Tensor) -> str:
@@ -289,7 +307,7 @@ def _hold(program: Program, name: str, tensors: dict[str, Tensor]) -> str:
 
 def weights_in(region: Region) -> dict[str, str]:
     """The weights of a region's convolutions and linears by name, and the node of each."""
-    parts = {node: part for node, part in region.parts.items() if part.kind in ("conv", "linear")}
+    parts = {node: part for node, part in region.parts.items() if part.kind in WEIGHED}
     return {str(part.weight.target): node.name for node, part in parts.items() if part.weight is not None}
 
 

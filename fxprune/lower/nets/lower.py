@@ -14,7 +14,7 @@ from fxprune.graph.program import Program, arguments, fetch
 from ..layouts.site import LEAST_ZEROS
 from .build import Builder, Net, is_of_tokens, weights_in
 from .gain import places_of, sizes_of
-from .part import Part
+from .part import WEIGHED, Part
 from .regions import Region, regions
 from .tiles import lanes
 
@@ -77,14 +77,16 @@ def _drop_dropouts(graph: Graph) -> None:
 def _work(node: Node, part: Part) -> int:
     """Multiply-adds of a convolution or a linear for an image, zeros included."""
     assert part.weight is not None
-    return part.weight.meta["val"].numel() * math.prod(places_of(node))
+    # Each tap of a transposed convolution meets each place of its input.
+    places = places_of(part.maps[0] if part.kind == "transposed conv" else node)
+    return part.weight.meta["val"].numel() * math.prod(places)
 
 
 def _zeros(program: Program, region: Region) -> float:
     """The share of zeros in the weights of convolutions and linears, each weighed by its work."""
     work = zeros = 0.0
     for node, part in region.parts.items():
-        if part.kind in ("conv", "linear"):
+        if part.kind in WEIGHED:
             work += _work(node, part)
             zeros += _work(node, part) * _zeros_of(program, part)
     return zeros / max(work, 1.0)

@@ -11,7 +11,11 @@ from torch.fx import Node
 
 from fxprune.kernels.native.net import Finish, Taps
 
+from .transposed import Transposed
+
 _ONE, _AS_IT_IS = Taps(), Finish()
+# Kinds whose weights are stored by their nonzeros.
+WEIGHED = ("conv", "transposed conv", "linear")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +35,11 @@ class Part:
     """An op as a step of a net: its kind, the maps that it reads, and how a kernel lies or what is applied.
 
     `inside` are nodes before it that it stands for as well, such as the views around an attention. A `transposed`
-    weight is [i, o].
+    weight is [i, o]. A transposed convolution has the plain one, of so many groups, in `as_plain`.
     """
 
-    # conv, depthwise, linear, max, mean, mean inside, add, multiply, activate, concat, global mean, repeat, layer norm,
-    # attention
+    # conv, depthwise, transposed conv, linear, max, mean, mean inside, add, multiply, activate, concat, global mean,
+    # repeat, shuffle, layer norm, attention
     kind: str
     maps: tuple[Node, ...]
     taps: Taps = _ONE
@@ -44,6 +48,8 @@ class Part:
     bias: Node | None = None
     times: tuple[int, int] = (1, 1)
     transposed: bool = False
+    as_plain: Transposed | None = None
+    groups: int = 1
     epsilon: float = 0.0
     heads: Heads | None = None
     mask: Node | None = None

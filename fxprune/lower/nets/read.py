@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Node
@@ -16,6 +16,7 @@ from fxprune.kernels.native.net import Finish, Taps
 from .part import Part, is_map, is_tokens
 from .read_tokens import read_attention, read_layer_norm, read_linear
 from .replay import VIEWS
+from .transposed import plain
 
 aten = torch.ops.aten
 
@@ -66,6 +67,28 @@ def _conv(node: Node) -> Part | None:
     if given["groups"] == channels == o and i == 1 and channels > 1:
         return Part("depthwise", (x,), taps, weight=weight, bias=bias)
     return Part("conv", (x,), taps, weight=weight, bias=bias)
+
+
+def _transposed(node: Node) -> Part | None:
+    given = arguments(node)
+    x, weight, bias = given["input"], given["weight"], given["bias"]
+    pairs = [_pair(given[name]) for name in ("stride", "padding", "dilation", "output_padding")]
+    held = _is_constant(weight) and (bias is None or _is_constant(bias))
+    if not (is_map(x) and held) or None in pairs or weight.meta["val"].dtype != torch.float32:
+        return None
+    stride, padding, dilation, more = cast(list[tuple[int, int]], pairs)
+    kh, kw = weight.meta["val"].shape[2:]
+    found = plain(Taps((kh, kw), stride, (padding[0], padding[0], padding[1], padding[1]), dilation), more)
+    if found is None:
+        return None
+    kind = {"as_plain": found, "groups": given["groups"]}
+    return Part("transposed conv", (x,), found.taps, weight=weight, bias=bias, times=found.times, **kind)
+
+
+def _shuffle(node: Node) -> Part | None:
+    given = arguments(node)
+    times = given["upscale_factor"]
+    return Part("shuffle", (given["self"],), times=(times, times)) if is_map(given["self"]) else None
 
 
 def _pool(kind: Callable[[dict[str, Any]], str]) -> Callable[[Node], Part | None]:
@@ -209,6 +232,8 @@ _IN_PLACE: set[Any] = {aten.add_.Tensor, aten.mul_.Tensor}
 _READERS: dict[Any, Callable[[Node], Part | None]] = {
     aten.conv2d.default: _conv,
     aten.conv2d.padding: _conv,
+    aten.conv_transpose2d.input: _transposed,
+    aten.pixel_shuffle.default: _shuffle,
     aten.max_pool2d.default: _pool(lambda _: "max"),
     aten.avg_pool2d.default: _pool(_average),
     aten.adaptive_avg_pool2d.default: _global_mean,

@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
-from .part import Part
+from .part import WEIGHED, Part
 from .read import read, written
 
 
@@ -71,7 +71,7 @@ def _pieces(nodes: dict[Node, Part]) -> list[dict[Node, Part]]:
     """Nodes that hang together and that a convolution is among or before, each as a dictionary in order."""
     begun: set[Node] = set()
     for node, part in nodes.items():
-        if part.kind in ("conv", "depthwise", "linear") or any(source in begun for source in part.maps):
+        if part.kind in (*WEIGHED, "depthwise") or any(source in begun for source in part.maps):
             begun.add(node)
     group: dict[Node, Node] = {}
 
@@ -94,7 +94,7 @@ def _pieces(nodes: dict[Node, Part]) -> list[dict[Node, Part]]:
 
 def _region(graph: Graph, parts: dict[Node, Part]) -> list[Region]:
     """The region of these nodes, unless one call cannot stand for them."""
-    weighs = any(part.kind in ("conv", "linear") for part in parts.values())
+    weighs = any(part.kind in WEIGHED for part in parts.values())
     if not weighs or len({_images(node) for node in parts}) > 1:
         return []
     inputs = dict.fromkeys(source for part in parts.values() for source in part.maps if source not in parts)

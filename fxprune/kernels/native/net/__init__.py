@@ -35,6 +35,7 @@ from .steps import (
     Multiply,
     Pool,
     Repeat,
+    Shuffle,
     Step,
 )
 from .taps import ACTIVATIONS, Finish, Taps
@@ -42,8 +43,8 @@ from .weights import pack, unpack, weight_of
 
 __all__ = [
     "ACTIVATIONS", "FORMS", "POOLS", "TILES", "VERSION", "Activate", "Add", "Attention", "Concat", "Conv", "Depthwise",
-    "Enter", "Exit", "Finish", "LayerNorm", "Mean", "Multiply", "Pool", "Repeat", "Step", "Taps", "decode", "encode",
-    "net_reference", "pack", "unpack", "weight_of",
+    "Enter", "Exit", "Finish", "LayerNorm", "Mean", "Multiply", "Pool", "Repeat", "Shuffle", "Step", "Taps", "decode",
+    "encode", "net_reference", "pack", "unpack", "weight_of",
 ]  # fmt: skip
 
 
@@ -95,6 +96,8 @@ def net_reference(
                 y = made[step.x].mean((2, 3), keepdim=True)
             case Repeat():
                 y = made[step.x].repeat_interleave(step.times[0], 2).repeat_interleave(step.times[1], 3)
+            case Shuffle():
+                y = _shuffle(step, made[step.x])
             case LayerNorm():
                 channels = made[step.x].shape[1]
                 weight, bias = vector(step.weight, channels), vector(step.bias, channels)
@@ -107,6 +110,14 @@ def net_reference(
                 results.append(_formed(y, step.form).clone(memory_format=torch.contiguous_format))
         made.append(y)
     return results
+
+
+def _shuffle(step: Shuffle, x: Tensor) -> Tensor:
+    n, channels, height, width = x.shape
+    (th, tw), (rows, columns) = step.times, step.cut
+    y = x.view(n, channels // (th * tw), th, tw, height, width).permute(0, 1, 4, 2, 5, 3)
+    y = y.reshape(n, channels // (th * tw), height * th, width * tw)
+    return y[:, :, : height * th - rows, : width * tw - columns]
 
 
 def _formed(y: Tensor, form: str) -> Tensor:
@@ -179,6 +190,10 @@ def _shapes(inputs: Sequence[Tensor], *packed_and_program: Any) -> list[Tensor]:
             case Repeat():
                 channels, height, width = shapes[step.x]
                 shape = (channels, height * step.times[0], width * step.times[1])
+            case Shuffle():
+                channels, height, width = shapes[step.x]
+                (th, tw), (rows, columns) = step.times, step.cut
+                shape = (channels // (th * tw), height * th - rows, width * tw - columns)
             case Exit():
                 shape = channels, height, width = shapes[step.x]
                 size = {"tokens": (width, channels), "channels last": (height, width, channels)}.get(step.form, shape)

@@ -24,6 +24,7 @@ from .steps import (
     Multiply,
     Pool,
     Repeat,
+    Shuffle,
     Step,
 )
 from .taps import Finish, Taps, bits_of, float_of
@@ -56,6 +57,8 @@ def _arguments(step: Step) -> list[int]:
             return [step.x, FORMS.index(step.form)]
         case Repeat():
             return [step.x, *step.times]
+        case Shuffle():
+            return [step.x, *step.times, *step.cut]
         case LayerNorm():
             return [step.x, step.weight, step.bias, bits_of(step.epsilon)]
         case Attention():
@@ -130,6 +133,9 @@ def _step(code: int, tile: int, a: list[int]) -> Step:
         case Repeat.code:
             x, down, right = a
             return Repeat(x, (down, right), tile)
+        case Shuffle.code:
+            x, down, right, *cut = a
+            return Shuffle(x, (down, right), (cut[0], cut[1]), tile)
         case LayerNorm.code:
             x, weight, bias, epsilon = a
             return LayerNorm(x, weight, bias, float_of(epsilon), tile)

@@ -184,6 +184,34 @@ class Attention:
     code: ClassVar[int] = 12
 
 
+@dataclasses.dataclass(frozen=True)
+class Shuffle:
+    """Channels become places: (y, x) of channel c * th * tw + a * tw + b is (y * th + a, x * tw + b) of channel c.
+
+    Of the last rows and columns `cut` are left out. It is torch's pixel_shuffle, and the end of a transposed
+    convolution.
+    """
+
+    x: int
+    times: tuple[int, int]
+    cut: tuple[int, int] = (0, 0)
+    tile: int = 7
+    code: ClassVar[int] = 13
+
+
 Step = (
-    Enter | Conv | Depthwise | Pool | Add | Multiply | Activate | Concat | Mean | Exit | Repeat | LayerNorm | Attention
+    Enter
+    | Conv
+    | Depthwise
+    | Pool
+    | Add
+    | Multiply
+    | Activate
+    | Concat
+    | Mean
+    | Exit
+    | Repeat
+    | LayerNorm
+    | Attention
+    | Shuffle
 )
