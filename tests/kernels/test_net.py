@@ -40,7 +40,12 @@ class Made:
     steps: list[Step] = dataclasses.field(default_factory=list)
     shapes: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
     packed: list[Segments] = dataclasses.field(default_factory=list)
+    panels: list[net.Panels] = dataclasses.field(default_factory=list)
     dense: list[Tensor] = dataclasses.field(default_factory=list)
+    all_starts: list[Tensor] = dataclasses.field(default_factory=list)
+
+    def _starts(self) -> int:
+        return sum(map(len, self.all_starts))
 
     def random(self, *size: int) -> Tensor:
         return torch.randn(size, generator=self.generator)
@@ -63,14 +68,28 @@ class Made:
         weight[torch.rand(weight.shape, generator=self.generator) < zeros] = 0.0
         tile = more.setdefault("tile", 4)
         packed = net.pack(weight, taps, tile, *blocks)
-        where = [sum(field(p).numel() for p in self.packed) for field in (_values, _order, _starts)]
+        where = [sum(field(p).numel() for p in self.packed) for field in (_values, _order)]
+        where.append(self._starts())
         self.packed.append(packed)
+        self.all_starts.append(packed.starts)
         at = self.put_dense(self.random(rows)) if bias else -1
         step = net.Conv(
             x, rows, channels, taps, *blocks, first_value=where[0], values=packed.values.numel(),
             first_segment=where[1], first_start=where[2], bias=at, **more,
         )  # fmt: skip
         return self.add(step, (rows, *taps.out(size)))
+
+    def product(self, x: int, rows: int, *, zeros: float = 0.6, bias: bool = True, **more: Any) -> int:
+        channels, *size = self.shapes[x]
+        weight = self.random(rows, channels)
+        weight[torch.rand(weight.shape, generator=self.generator) < zeros] = 0.0
+        packed = net.pack_panels(weight.bfloat16())
+        value, word = (sum(len(p[field]) for p in self.panels) for field in (1, 0))
+        at = self.put_dense(self.random(rows)) if bias else -1
+        where = {"first_value": value, "values": len(packed.values), "first_word": word, "first_start": self._starts()}
+        self.panels.append(packed)
+        self.all_starts.append(packed.starts)
+        return self.add(net.Product(x, rows, channels, bias=at, **where, **more), (rows, *size))
 
     def depthwise(self, x: int, taps: Taps, **more: Any) -> int:
         channels, *size = self.shapes[x]
@@ -81,8 +100,11 @@ class Made:
     def arguments(self, inputs: list[Tensor], **limits: int) -> tuple[Any, ...]:
         empty = Segments(torch.zeros(0), *(torch.zeros(0, dtype=torch.int16),) * 3, torch.zeros(0, dtype=torch.int64))
         tensors = [torch.cat(parts) for parts in zip(*(self.packed or [empty]))]
+        tensors[-1] = torch.cat(self.all_starts or [empty.starts])
         dense = torch.cat(self.dense) if self.dense else torch.zeros(0)
-        return inputs, *tensors, dense, net.encode(self.steps, **limits)
+        words = torch.cat([torch.zeros(0, dtype=torch.int32), *(p.words for p in self.panels)])
+        brains = torch.cat([*(p.values for p in self.panels), torch.zeros(32, dtype=torch.bfloat16)])
+        return inputs, *tensors, dense, words, brains, net.encode(self.steps, **limits)
 
 
 def _values(packed: Segments) -> Tensor:
@@ -91,10 +113,6 @@ def _values(packed: Segments) -> Tensor:
 
 def _order(packed: Segments) -> Tensor:
     return packed.order
-
-
-def _starts(packed: Segments) -> Tensor:
-    return packed.starts
 
 
 def started(channels: int, height: int, width: int, tile: int = 4, seed: int = 0) -> Made:
@@ -141,7 +159,20 @@ def test_nets_compute_what_plain_torch_does(data: st.DataObject) -> None:
         # One image for all others.
         made.add(net.Enter(1, draw(tile)), made.shapes[0])
         inputs.append(made.shapes[0])
-    kinds = ["conv", "conv", "depthwise", "pool", "add", "multiply", "activate", "concat", "mean", "repeat", "shuffle"]
+    kinds = [
+        "conv",
+        "conv",
+        "product",
+        "depthwise",
+        "pool",
+        "add",
+        "multiply",
+        "activate",
+        "concat",
+        "mean",
+        "repeat",
+        "shuffle",
+    ]
     for _ in range(draw(st.integers(1, 7))):
         x = draw(st.integers(0, len(made.steps) - 1))
         shape = made.shapes[x]
@@ -162,6 +193,14 @@ def test_nets_compute_what_plain_torch_does(data: st.DataObject) -> None:
                     made.conv(x, rows, taps, zeros=zeros, blocks=blocks, bias=draw(st.booleans()), **more)
                 else:
                     made.depthwise(x, taps, **more)
+            case "product":
+                # Of what is computed the kernel and plain torch may round a number to two neighbours.
+                x, shape = 0, made.shapes[0]
+                rows = draw(st.sampled_from([1, 3, 8, 33, 70]))
+                others = [-1, *(v for v, other in enumerate(made.shapes) if other == (rows, *shape[1:]))]
+                finish = dataclasses.replace(finish, adds_last=draw(st.booleans()))
+                more = {"residual": draw(st.sampled_from(others)), "finish": finish, "bias": draw(st.booleans())}
+                made.product(x, rows, zeros=draw(st.sampled_from([0.0, 0.7, 1.0])), **more)
             case "pool":
                 kind, taps = draw(st.sampled_from(net.POOLS)), draw(any_taps(*shape[1:]))
                 if kind != "max":
@@ -388,7 +427,15 @@ def test_operands_that_are_wrong_are_refused() -> None:
     with pytest.raises(RuntimeError, match="nonzeros are not there"):
         op(inputs, packed[0][:-1], packed[1][:-1], *packed[2:], program)
     with pytest.raises(RuntimeError, match="bias is not there"):
-        op(inputs, *packed[:-1], packed[-1][:-1], program)
+        op(inputs, *packed[:5], packed[5][:-1], *packed[6:], program)
+    tiled = started(3, 2, 2)
+    tiled.product(0, 5)
+    tiled.steps.append(net.Exit(1))
+    inputs, *packed, program = tiled.arguments([made.random(1, 3, 2, 2)])
+    for at, what in ((4, "panels"), (5, "a bias is"), (6, "bits"), (7, "values")):
+        less = [each[:-1] if number == at else each for number, each in enumerate(packed)]
+        with pytest.raises(RuntimeError, match=f"{what}.* not there"):
+            op(inputs, *less, program)
     with pytest.raises(RuntimeError, match="larger than its input"):
         large = started(3, 2, 2)
         large.conv(0, 2, Taps((3, 3)))
@@ -456,7 +503,8 @@ torch.set_num_threads(2)
 weight = torch.randn(64, 64, 1, 1)
 packed = net.pack(weight, net.Taps(), 8, 16, 64)
 steps = [net.Enter(0, 8), net.Conv(0, 64, 64, net.Taps(), 16, 64, values=packed.values.numel(), tile=8), net.Exit(1)]
-arguments = [torch.randn(1, 64, 9, 40)], *packed, torch.zeros(0), net.encode(steps)
+none = torch.zeros(0), torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.bfloat16)
+arguments = [torch.randn(1, 64, 9, 40)], *packed, *none, net.encode(steps)
 before = torch.ops.fxprune.net(*arguments)[0]
 if child := os.fork():
     print(os.waitpid(child, 0)[1])

@@ -111,6 +111,42 @@ def test_an_encoder_layer(images: int, width: int, threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("rows", [1, 16, 33, 100])
+@pytest.mark.parametrize("channels", [1, 31, 64, 400, 801])
+@pytest.mark.parametrize("tile", net.TILES)
+def test_products_by_tiles(rows: int, channels: int, tile: int) -> None:
+    # 400 columns are expanded in two goes, 801 in three.
+    made = started(40, channels, tile)
+    other = made.add(net.Enter(1, tile), (rows, 1, 40))
+    y = made.product(0, rows, residual=other, finish=Finish("relu", -1.0, 3.0))
+    z = made.product(0, rows, zeros=0.95, bias=False, finish=Finish("silu", adds_last=True), residual=y)
+    leave(made, z)
+    before = torch.get_num_threads()
+    try:
+        for threads, images in ((1, 1), (2, 1), (2, 3)):
+            torch.set_num_threads(threads)
+            agrees(made, [made.random(images, 40, channels), made.random(images, 40, rows)])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_products_round_what_they_read_to_the_nearest_bfloat16() -> None:
+    made = started(17, 32)
+    weight = torch.eye(32)
+    packed = net.pack_panels(weight.bfloat16())
+    made.panels.append(packed)
+    made.all_starts.append(packed.starts)
+    leave(made, made.add(net.Product(0, 32, 32, values=len(packed.values)), (32, 1, 17)))
+    x = made.random(1, 17, 32)
+    x[0, 0] = 1.0 + 2.0**-8 * torch.arange(32)  # half way between two, every other time
+    (y,) = op(*made.arguments([x]))
+    assert torch.equal(y, x.bfloat16().float())
+    x[0, 5, 3] = math.nan
+    (y,) = op(*made.arguments([x]))
+    # A zero of the weight is multiplied, as in a dense product.
+    assert y[0, 5].isnan().all() and not y[0, :5].isnan().any() and not y[0, 6:].isnan().any()
+
+
 def test_a_query_that_sees_no_key_gets_zeros_as_in_torch() -> None:
     made = started(6, 4)
     leave(made, attention(made, 0, 0, 0, 1, mask=1))

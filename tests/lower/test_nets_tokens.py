@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import fxprune
 from fxprune import Plan, Rule, Unstructured
 from fxprune.kernels import native
+from fxprune.kernels.native import net, tiles
 from fxprune.lower.nets import build, lower
 
 from .test_nets import left, nets
@@ -110,6 +111,50 @@ def test_layers_become_one_net(attend: Callable[..., Tensor], before: bool) -> N
     for images in (1, 2, 5, 17):
         x = torch.randn(images, 10, 24)
         torch.testing.assert_close(result(x), wanted(x), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_in_bfloat16_are_one_net_and_no_further_from_the_truth_than_torch() -> None:
+    torch.manual_seed(0)
+    wanted = pruned(nn.Sequential(Block(apart), Block(together, before=True)).eval().bfloat16())
+    result = result_of(wanted, torch.randn(2, 10, 24).bfloat16(), plan=Plan([]))
+    (call,) = nets(result)
+    kinds = {type(step) for step in net.decode(call.args[-1])}
+    assert (net.Product if tiles.isa() == "AMX" else net.Conv) in kinds
+    truth = copy.deepcopy(wanted).double()
+    for images in (1, 2, 5):
+        x = torch.randn(images, 10, 24).bfloat16()
+        got, theirs, exact = result(x), wanted(x), truth(x.double())
+        assert got.dtype == torch.bfloat16
+        assert (got - exact).abs().max() <= 1.5 * (theirs - exact).abs().max()
+
+
+def test_convolutions_in_bfloat16_are_one_net() -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 24, 1), nn.ReLU(), nn.Conv2d(24, 8, 3)
+    model = nn.Sequential(*layers).eval().bfloat16()
+    with torch.no_grad():
+        for conv in layers[::2]:
+            conv.weight.masked_fill_(torch.rand_like(conv.weight) < 0.6, 0.0)  # pyright: ignore
+    result = result_of(model, torch.randn(2, 3, 12, 13).bfloat16(), plan=Plan([]))
+    assert len(nets(result)) == 1 and not any("conv" in name for name in left(result))
+    x, truth = torch.randn(3, 3, 12, 13).bfloat16(), copy.deepcopy(model).double()
+    assert (result(x) - truth(x.double())).abs().max() <= 1.5 * (model(x) - truth(x.double())).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_region_has_one_dtype(dtype: torch.dtype) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(24, 24).to(dtype), nn.Linear(24, 24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).float() + 1.0)
+
+    model, x = Mixed().eval(), torch.randn(1, 20, 24, dtype=dtype)
+    result = result_of(model, x)
+    assert result(x).dtype == torch.float32
+    torch.testing.assert_close(result(x), pruned(model)(x), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 10, 10), (1, 3, 10, 10), (2, 1, 1, 10), (10, 10)])

@@ -81,7 +81,8 @@ bool is_channels_last(const Tensor& x) {
 
 std::vector<Tensor> run_net(
     const std::vector<Tensor>& inputs, const Tensor& values, const Tensor& columns, const Tensor& order,
-    const Tensor& counts, const Tensor& starts, const Tensor& dense, const std::vector<int64_t>& program) {
+    const Tensor& counts, const Tensor& starts, const Tensor& dense, const Tensor& words, const Tensor& brains,
+    const std::vector<int64_t>& program) {
   Weights w = {};
   w.values = data<float>(values, ScalarType::Float, "values must be contiguous float32");
   w.columns = data<uint16_t>(columns, ScalarType::Short, "columns must be contiguous int16");
@@ -89,6 +90,9 @@ std::vector<Tensor> run_net(
   w.counts = data<int16_t>(counts, ScalarType::Short, "counts must be contiguous int16");
   w.starts = data<int64_t>(starts, ScalarType::Long, "starts must be contiguous int64");
   w.dense = data<float>(dense, ScalarType::Float, "dense must be contiguous float32");
+  w.words = reinterpret_cast<const uint32_t*>(data<int32_t>(words, ScalarType::Int, "words must be contiguous int32"));
+  w.brains = data<uint16_t>(brains, ScalarType::BFloat16, "brains must be contiguous bfloat16");
+  w.word_count = words.numel(), w.brain_count = brains.numel();
   require_net(values.numel() == columns.numel() && order.numel() == counts.numel(), "the packed tensors do not fit together");
   w.value_count = values.numel(), w.segment_count = order.numel(), w.start_count = starts.numel(), w.dense_count = dense.numel();
 

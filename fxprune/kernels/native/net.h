@@ -19,7 +19,7 @@
 namespace fxprune {
 
 enum class Op : int64_t { kEnter, kConv, kDepthwise, kPool, kAdd, kMultiply, kActivate, kConcat, kMean, kExit, kRepeat,
-                         kLayerNorm, kAttention, kShuffle };
+                         kLayerNorm, kAttention, kShuffle, kProduct };
 enum class Pool : int64_t { kMax, kMean, kMeanInside };
 // How an output stands in memory: [n, c, h, w], [n, h, w, c], or, where there is one row, [n, w, c].
 enum class Form : int64_t { kChannelsFirst, kChannelsLast, kTokens };
@@ -45,7 +45,9 @@ struct Weights {
   const int16_t* counts;
   const int64_t* starts;
   const float* dense;  // biases, weights of norms, and the taps of depthwise convolutions
-  int64_t value_count, segment_count, start_count, dense_count;
+  const uint32_t* words;   // of products, the bits
+  const uint16_t* brains;  // and the values, bfloat16
+  int64_t value_count, segment_count, start_count, dense_count, word_count, brain_count;
 };
 
 // A call: what its steps read and write.
@@ -71,6 +73,8 @@ struct Step {
   virtual void run(const Plan& plan, const Frame& frame, int64_t task, int64_t threads, float* scratch) const = 0;
   // The map that a step makes and the one whose place it may take, if nothing reads that later; -1 for none.
   virtual std::pair<int64_t, int64_t> takes_over() const { return {-1, -1}; }
+  // Of the weights that it reads for each tile.
+  virtual int64_t weight_bytes() const { return 0; }
   // Floats that a thread needs for a task.
   virtual int64_t scratch() const { return 0; }
 };

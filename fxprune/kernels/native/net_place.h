@@ -65,12 +65,11 @@ class Placer {
 
   bool is_large(const Storage& s) const { return s.floats * int64_t{sizeof(float)} >= limits_.large * bands_; }
 
-  // Bytes of the nonzeros of steps [first, end).
+  // Bytes of the weights of steps [first, end).
   int64_t weight_bytes(int64_t first, int64_t end) const {
-    int64_t values = 0;
-    for (int64_t s = first; s < end; ++s)
-      if (const auto* conv = dynamic_cast<const Conv*>(plan_.steps[s].get())) values += conv->values;
-    return values * int64_t{sizeof(float) + sizeof(uint16_t)};
+    int64_t bytes = 0;
+    for (int64_t s = first; s < end; ++s) bytes += plan_.steps[s]->weight_bytes();
+    return bytes;
   }
 
   // Bytes of large maps that do not leave a core's cache where steps [first, end) are run depth first; -1 where their

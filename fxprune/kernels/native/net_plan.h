@@ -8,12 +8,14 @@
 #include "net_attention.h"
 #include "net_norm.h"
 #include "net_place.h"
+#include "net_product.h"
 
 namespace fxprune {
 
 constexpr int64_t kVersion = 2;
-// What it costs to move a vector whose lanes lie apart, in vectors multiplied; and how often a plan is made better.
-constexpr double kRelayWork = 20;
+// What it costs to move a vector whose lanes lie apart, and to multiply one by tiles, in vectors multiplied.
+constexpr double kRelayWork = 20, kProductWork = 1.0 / 16;
+// How often a plan is made better.
 constexpr int kRounds = 4;
 // In percent: what more may be computed on a grid that is taken because its lanes are those of other maps.
 constexpr int64_t kLikeOthers = 110, kPreferred = 120;
@@ -208,7 +210,7 @@ struct Planner {
     if (near >= 0) limits.near = near;
     const int64_t count = r.size(1, 1 << 20);
     for (int64_t s = 0; s < count; ++s) {
-      const int64_t op = r.size(0, static_cast<int64_t>(Op::kShuffle)), tile = r.size();
+      const int64_t op = r.size(0, static_cast<int64_t>(Op::kProduct)), tile = r.size();
       require_net(std::find(std::begin(kTiles), std::end(kTiles), tile) != std::end(kTiles), "no kernel has such tiles");
       const size_t arguments = r.size(0), end = r.at + arguments;
       require_net(end <= r.program.size(), "the program ends too early");
@@ -249,6 +251,7 @@ struct Planner {
       case Op::kLayerNorm: return layer_norm(r);
       case Op::kAttention: return attention(r);
       case Op::kShuffle: return shuffle(tile, r);
+      case Op::kProduct: return product(r);
     }
     throw std::runtime_error("net: unknown step");
   }
@@ -285,6 +288,23 @@ struct Planner {
     plan.work += static_cast<double>(computed(at(to).grid, tile)) * step->values;
     const int64_t other = step->residual;
     add_step(std::move(step), {from, other}, to);
+    return to;
+  }
+
+  int64_t product(Reader& r) {
+    auto step = std::make_unique<Product>();
+    const int64_t x = step->x = named(r);
+    const int64_t residual = named_residual(r);
+    step->rows = r.size(), step->channels = r.size();
+    step->first_value = r.size(0), step->values = r.size(0), step->first_word = r.size(0), step->first_start = r.size(0);
+    step->bias = r.size(-1);
+    step->finish = r.epilogue();
+    const Map in = at(x);
+    require_net(in.channels == step->channels, "a product has other channels than its input");
+    const int64_t to = step->value = add_map(step->rows, in.height, in.width, in.tile, in.grid);
+    const int64_t other = step->residual = residual_for(residual, to);
+    plan.work += kProductWork * static_cast<double>(computed(in.grid, in.tile)) * step->rows * step->channels;
+    add_step(std::move(step), {x, other}, to);
     return to;
   }
 

@@ -110,6 +110,7 @@ struct Conv : TileStep {
   std::pair<int64_t, int64_t> takes_over() const override {
     return {value, finish.apply && finish.adds_last ? -1 : residual};
   }
+  int64_t weight_bytes() const override { return values * (sizeof(float) + sizeof(uint16_t)); }
   int64_t row_blocks() const { return ceil_div(rows, row_block); }
   int64_t k_blocks() const { return ceil_div(channels, k_block); }
 

@@ -14,11 +14,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#ifdef FXPRUNE_AMX
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -146,13 +141,6 @@ void run_few(const Problem& p, int64_t token, int64_t tokens, int64_t begin, int
 }
 
 #ifdef FXPRUNE_AMX
-
-// Linux keeps tiles from processes that have not asked for them.
-bool may_use_tiles() {
-  constexpr long kRequest = 0x1023, kTileData = 18;
-  static const bool may = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-  return may;
-}
 
 // The blocks of the panels [begin, end), so many at a time; a panel without blocks has one chunk, which is empty.
 struct Chunks {

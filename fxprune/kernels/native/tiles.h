@@ -20,6 +20,11 @@
 
 #include <immintrin.h>
 
+#ifdef FXPRUNE_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fxprune {
 
 constexpr int kLines = 16;             // of a tile
@@ -152,6 +157,13 @@ struct Finisher {
 };
 
 #ifdef FXPRUNE_AMX
+
+// Linux keeps tiles from processes that have not asked for them.
+inline bool may_use_tiles() {
+  constexpr long kRequest = 0x1023, kTileData = 18;
+  static const bool may = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return may;
+}
 
 // The compiler does not know what tile instructions read and write.
 FXPRUNE_INLINE void settle() { asm volatile("" ::: "memory"); }

@@ -12,13 +12,13 @@ from torch.fx import Graph, Node
 
 from fxprune.graph.program import Program, fetch, owner, sizes
 from fxprune.kernels import native
-from fxprune.kernels.native import net, segments
-from fxprune.kernels.native.net import Finish, Step
+from fxprune.kernels.native import net, segments, tiles
+from fxprune.kernels.native.net import Finish, Step, Taps
 
 from .gain import places_of, weight_of
 from .known import gain_of
-from .masks import hides_nothing, put_scores
-from .part import WEIGHED, Heads, Part, channels_of
+from .masks import as_dtype, hides_nothing, put_scores
+from .part import WEIGHED, Heads, Part, channels_of, dtype_of
 from .regions import Region
 from .tiles import k_block, row_block, tile_for
 from .transposed import plain_weight
@@ -27,6 +27,8 @@ aten = torch.ops.aten
 
 # A net must beat its ops by this, which compiled are faster than they are one by one.
 MARGIN = 1.3
+# The share of nonzeros from which on tiles multiply a weight with its zeros faster than its nonzeros are multiplied.
+LEAST_FOR_TILES = 1 / 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +48,12 @@ class Builder:
         self.program, self.region = program, region
         self.steps: list[Step] = []
         self.value: dict[Node, int] = {}
+        self.dtype = dtype_of(region.outputs[0])
         self.packed: list[segments.Segments] = []
+        self.panels: list[net.Panels] = []
+        self.starts: list[Tensor] = []
         self.dense: list[Tensor] = []
-        self.at = {"values": 0, "segments": 0, "starts": 0, "dense": 0}
+        self.at = {"values": 0, "segments": 0, "starts": 0, "dense": 0, "words": 0, "brains": 0}
         self.where = weights_in(region)
         self.bytes: dict[str, int] = {}
         self.ends = self._fusions()
@@ -105,12 +110,7 @@ class Builder:
         forms = [_form(node.meta["val"]) for node in self.region.outputs]
         for node, form in zip(self.region.outputs, forms, strict=True):
             self._add(net.Exit(self.value[node], form))
-        tensors = {}
-        for key in segments.Segments._fields:
-            tensors[key] = torch.cat([getattr(packed, key) for packed in self.packed])
-            # What is joined need not be there twice.
-            self.packed = [packed._replace(**{key: tensors[key][:0]}) for packed in self.packed]
-        tensors["dense"] = torch.cat(self.dense) if self.dense else torch.zeros(0)
+        tensors = self._tensors()
         kind = "linears" if is_of_tokens(self.region) else "convolutions"
         together = f"one of {len(self.where)} {kind} in one call" if len(self.where) > 1 else "a call of its own"
         if forced:
@@ -123,6 +123,21 @@ class Builder:
             return Net(False, why, self.where, self.bytes)
         self._store(tensors, forms)
         return Net(True, f"{together}, {gain:.2f}x its ops one by one", self.where, self.bytes)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What all weights are stored in, as the op takes it. What is joined does not stay twice."""
+        tensors = {}
+        for key in ("values", "columns", "order", "counts"):
+            dtype = torch.float32 if key == "values" else torch.int16
+            tensors[key] = torch.cat([torch.zeros(0, dtype=dtype), *(getattr(packed, key) for packed in self.packed)])
+            self.packed = [packed._replace(**{key: tensors[key][:0]}) for packed in self.packed]
+        tensors["starts"] = torch.cat(self.starts)
+        tensors["dense"] = torch.cat([torch.zeros(0), *self.dense])
+        tensors["words"] = torch.cat([torch.zeros(0, dtype=torch.int32), *(panels.words for panels in self.panels)])
+        spare = torch.zeros(net.SPARE if self.panels else 0, dtype=torch.bfloat16)
+        tensors["brains"] = torch.cat([*(panels.values for panels in self.panels), spare])
+        self.panels = []
+        return tensors
 
     def _add(self, step: Step) -> int:
         self.steps.append(step)
@@ -177,12 +192,22 @@ class Builder:
             at = self._put_dense(weight.flatten())
             return self._add(net.Depthwise(x, len(weight), part.taps, residual, at, bias, finish, tile))
         rows, channels = weight.shape[:2]
+        if self._pays_by_tiles(part, weight):
+            where = self._put_panels(net.pack_panels(weight.bfloat16().flatten(1)), part)
+            return self._add(net.Product(x, rows, channels, residual, *where, bias, finish))
         blocks = row_block(rows), k_block(part.taps, tile, channels)
         where = self._put(net.pack(weight, part.taps, tile, *blocks), part)
         value = self._add(net.Conv(x, rows, channels, part.taps, *blocks, residual, *where, bias, finish, tile))
         if part.as_plain is None:
             return value
         return self._add(net.Shuffle(value, part.times, part.as_plain.cut, _tile(conv)))
+
+    def _pays_by_tiles(self, part: Part, weight: Tensor) -> bool:
+        """Whether a weight of bfloat16 is multiplied faster with its zeros, by tiles."""
+        is_product = part.kind in ("linear", "conv") and part.taps == Taps()
+        if self.dtype != torch.bfloat16 or not is_product or tiles.isa() != "AMX":
+            return False
+        return int(torch.count_nonzero(weight)) >= LEAST_FOR_TILES * weight.numel()
 
     def _bias(self, part: Part, rows: int) -> Tensor:
         """The bias of each row: those of a transposed convolution are one after another for the places of a channel."""
@@ -192,7 +217,7 @@ class Builder:
 
     def _weight(self, part: Part) -> Tensor:
         """The weight [o, i, kh, kw]; of a convolution by groups with the zeros between its groups."""
-        weight = weight_of(self.program, part)
+        weight = weight_of(self.program, part).float()
         if part.kind == "linear":
             return weight[:, :, None, None]
         if part.as_plain is not None:
@@ -208,7 +233,7 @@ class Builder:
         return whole.reshape(len(weight), channels, *weight.shape[2:])
 
     def _fetch(self, node: Node) -> Tensor:
-        return fetch(self.program, str(node.target))
+        return fetch(self.program, str(node.target)).float()
 
     def _masks(self) -> dict[Node | None, int]:
         """Which input each mask is; those that hide nothing are none."""
@@ -221,10 +246,22 @@ class Builder:
         self.packed.append(packed)
         self.at["values"] += packed.values.numel()
         self.at["segments"] += packed.order.numel()
-        self.at["starts"] += packed.starts.numel()
+        self._put_starts(packed.starts, packed, part)
+        return place
+
+    def _put_panels(self, packed: net.Panels, part: Part) -> tuple[int, int, int, int]:
+        place = self.at["brains"], len(packed.values), self.at["words"], self.at["starts"]
+        self.panels.append(packed)
+        self.at["brains"] += len(packed.values)
+        self.at["words"] += len(packed.words)
+        self._put_starts(packed.starts, packed, part)
+        return place
+
+    def _put_starts(self, starts: Tensor, packed: tuple[Tensor, ...], part: Part) -> None:
+        self.starts.append(starts)
+        self.at["starts"] += len(starts)
         name = str(part.weight.target)  # pyright: ignore[reportOptionalMemberAccess]
         self.bytes[name] = self.bytes.get(name, 0) + sum(t.numel() * t.element_size() for t in packed)
-        return place
 
     def _put_dense(self, values: Tensor) -> int:
         at = self.at["dense"]
@@ -244,18 +281,18 @@ class Builder:
             before = before.next
         with graph.inserting_before(before):
             operands = [graph.get_attr(f"{holder}.{key}") for key in tensors]
-            inputs = [
-                *(_here(graph, node) for node in region.inputs),
-                *(put_scores(graph, mask) for mask in region.masks),
-            ]
+            inputs = [as_dtype(graph, _here(graph, node), torch.float32) for node in region.inputs]
+            inputs += [put_scores(graph, mask) for mask in region.masks]
             call = graph.call_function(torch.ops.fxprune.net.default, (inputs, *operands, net.encode(self.steps)))
             results = []
             made = []
             for number, (node, form) in enumerate(zip(region.outputs, forms, strict=True)):
                 result = graph.call_function(operator.getitem, (call, number))
                 as_last = form == "channels last"
-                made.append(node.meta["val"].permute(0, 2, 3, 1) if as_last else node.meta["val"])
+                value = node.meta["val"].float()
+                made.append(value.permute(0, 2, 3, 1) if as_last else value)
                 result.meta = {**node.meta, "val": made[-1]}
+                result = as_dtype(graph, result, self.dtype)
                 if as_last:
                     result = graph.call_function(aten.permute.default, (result, [0, 3, 1, 2]))
                     result.meta = {**node.meta}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
@@ -16,11 +17,12 @@ from fxprune.measure.timing import interleave_steady
 
 from ..layouts.nonzeros import Nonzeros
 from ..layouts.site import Site
+from ..layouts.tiles import TilesLayout
 from .masks import with_four_dimensions
-from .part import Part
+from .part import Part, dtype_of
 from .regions import Region
 
-_NONZEROS = Nonzeros()
+_LAYOUTS = {torch.float32: Nonzeros(), torch.bfloat16: TilesLayout()}
 
 SECONDS = 0.3
 # Ops around packed linears lose less by running one by one than others do: what else is compiled with them is little.
@@ -46,14 +48,20 @@ def measure_gain(program: Program, region: Region, operands: Sequence[Any]) -> t
     """
     # A generator of its own, so that the user's random numbers go on as if nothing had been timed.
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(sizes_of(node), generator=generator) for node in region.inputs]
+    inputs = [torch.randn(sizes_of(node), generator=generator).to(dtype_of(node)) for node in region.inputs]
     if not all(x.numel() for x in inputs):
         return 0.0, True
     given = dict(zip(region.inputs, inputs, strict=True))
     masks = [with_four_dimensions(torch.zeros(sizes_of(node))) for node in region.masks]
     packed = any(part.kind == "linear" for part in region.parts.values())
+    dtype = dtype_of(region.outputs[0])
+
+    def net() -> list[Tensor]:
+        found = torch.ops.fxprune.net([*(x.float() for x in inputs), *masks], *operands)
+        return [y.to(dtype) for y in found]
+
     ways = [
-        lambda: torch.ops.fxprune.net([*inputs, *masks], *operands),
+        net,
         _ops(program, region, given, torch.contiguous_format),
     ]
     if packed:
@@ -108,11 +116,14 @@ def _made_up(node: Node) -> Any:
 
 
 def _packed(program: Program, node: Node, part: Part) -> Callable[[Tensor], Tensor]:
-    """A linear whose weight is stored by its nonzeros."""
+    """A linear whose weight is stored as it is without nets, where it can be."""
     bias = None if part.bias is None else fetch(program, str(part.bias.target))
-    tokens = math.prod(sizes_of(node)[:2])
-    packed = _NONZEROS.pack(Site("", node.name, weight_of(program, part), bias, (tokens,)))
-    return lambda x: _NONZEROS.call(x, packed, bias)
+    site = Site("", node.name, weight_of(program, part), bias, (math.prod(sizes_of(node)[:2]),))
+    layout = _LAYOUTS[dtype_of(node)]
+    if not layout.fits(site).ok:
+        return lambda x: F.linear(x, site.weight, bias)
+    packed = layout.pack(site)
+    return lambda x: layout.call(x, packed, bias)
 
 
 def weight_of(program: Program, part: Part) -> Tensor:

@@ -44,6 +44,7 @@ def _likeness(program: Program, region: Region, net: Sequence[int]) -> str:
 
 
 def _without_places(step: Any) -> Any:
-    """The step, wherever its weight begins: that depends on how many nonzeros there are before it."""
-    places = [field.name for field in dataclasses.fields(step) if field.name.startswith("first_")]
+    """The step without how many nonzeros its weight has, and how many there are before it."""
+    names = [field.name for field in dataclasses.fields(step)]
+    places = [name for name in names if name.startswith("first_") or name == "values"]
     return dataclasses.replace(step, **dict.fromkeys(places, 0))

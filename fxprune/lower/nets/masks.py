@@ -28,11 +28,22 @@ def put_scores(graph: Graph, mask: Node) -> Node:
     if value.dtype == torch.bool:
         node = graph.call_function(aten.where.Scalar, (mask, 0.0, -math.inf))
         node.meta = {"val": value.new_empty(value.shape, dtype=torch.float32)}
+    elif value.dtype != torch.float32:
+        node = as_dtype(graph, mask, torch.float32)
     for _ in range(4 - value.dim()):
         below = node
         node = graph.call_function(aten.unsqueeze.default, (below, 0))
         node.meta = {"val": below.meta["val"].unsqueeze(0)}
     return node
+
+
+def as_dtype(graph: Graph, node: Node, dtype: torch.dtype) -> Node:
+    """The node, or one that is its tensor in this dtype."""
+    if node.meta["val"].dtype == dtype:
+        return node
+    cast = graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
+    cast.meta = {**node.meta, "val": node.meta["val"].to(dtype)}
+    return cast
 
 
 def hides_nothing(program: Program, mask: Node) -> bool:

@@ -16,6 +16,8 @@ from .transposed import Transposed
 _ONE, _AS_IT_IS = Taps(), Finish()
 # Kinds whose weights are stored by their nonzeros.
 WEIGHED = ("conv", "transposed conv", "linear")
+# In bfloat16 a net computes as in float32, or multiplies by tiles, and rounds what it hands out.
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,20 +64,25 @@ class Part:
 
 
 def is_map(node: Any) -> bool:
-    """Whether the node has float32 images [n, c, h, w] on the CPU, of known channels, and some places each."""
+    """Whether the node has images [n, c, h, w] in one of DTYPES on the CPU, of known channels, and some places each."""
     return _is_float(node, 4) and isinstance(node.meta["val"].shape[1], int)
 
 
 def is_tokens(node: Any) -> bool:
-    """Whether the node has float32 tokens [n, w, c] on the CPU, of known channels."""
+    """Whether the node has tokens [n, w, c] in one of DTYPES on the CPU, of known channels."""
     return _is_float(node, 3) and isinstance(node.meta["val"].shape[2], int)
 
 
 def _is_float(node: Any, dims: int) -> bool:
     value = node.meta.get("val") if isinstance(node, Node) else None
-    if not isinstance(value, Tensor) or value.dim() != dims or value.dtype != torch.float32:
+    if not isinstance(value, Tensor) or value.dim() != dims or value.dtype not in DTYPES:
         return False
     return value.device.type == "cpu" and 0 not in value.shape[1:]
+
+
+def dtype_of(node: Node) -> torch.dtype:
+    """The dtype of a node's tensor."""
+    return node.meta["val"].dtype
 
 
 def channels_of(node: Node) -> int:

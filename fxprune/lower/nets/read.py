@@ -13,7 +13,7 @@ from torch.fx import Node
 from fxprune.graph.program import arguments, same_shape, sizes
 from fxprune.kernels.native.net import Finish, Taps
 
-from .part import Part, is_map, is_tokens
+from .part import Part, dtype_of, is_map, is_tokens
 from .read_tokens import read_attention, read_layer_norm, read_linear
 from .replay import VIEWS
 from .transposed import plain
@@ -52,7 +52,7 @@ def _conv(node: Node) -> Part | None:
         return None
     stride, dilation = _pair(given["stride"]), _pair(given["dilation"])
     o, i, *kernel = weight.meta["val"].shape
-    if stride is None or dilation is None or len(kernel) != 2 or weight.meta["val"].dtype != torch.float32:
+    if stride is None or dilation is None or len(kernel) != 2 or dtype_of(weight) != dtype_of(x):
         return None
     if isinstance(given["padding"], str):
         around = [step * (k - 1) if given["padding"] == "same" else 0 for step, k in zip(dilation, kernel)]
@@ -74,7 +74,7 @@ def _transposed(node: Node) -> Part | None:
     x, weight, bias = given["input"], given["weight"], given["bias"]
     pairs = [_pair(given[name]) for name in ("stride", "padding", "dilation", "output_padding")]
     held = _is_constant(weight) and (bias is None or _is_constant(bias))
-    if not (is_map(x) and held) or None in pairs or weight.meta["val"].dtype != torch.float32:
+    if not (is_map(x) and held) or None in pairs or dtype_of(weight) != dtype_of(x):
         return None
     stride, padding, dilation, more = cast(list[tuple[int, int]], pairs)
     kh, kw = weight.meta["val"].shape[2:]

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from fxprune.graph.program import arguments, sizes
 
-from .part import Heads, Part, is_tokens
+from .part import DTYPES, Heads, Part, dtype_of, is_tokens
 from .replay import VIEWS, replay, sizes_for, views_above
 
 aten = torch.ops.aten
@@ -28,7 +28,7 @@ def read_linear(node: Node) -> Part | None:
     held, views = views_above(weight)
     if not (is_tokens(x) and is_tokens(node) and _is_held(held) and (bias is None or _is_held(bias))):
         return None
-    if held.meta["val"].dim() != 2 or held.meta["val"].dtype != torch.float32:
+    if held.meta["val"].dim() != 2 or dtype_of(held) != dtype_of(x):
         return None
     numbers = torch.arange(held.meta["val"].numel(), dtype=torch.int32).view(held.meta["val"].shape)
     found = replay(views, held, numbers)
@@ -118,7 +118,7 @@ def _is_mask(node: Any) -> bool:
     value = node.meta.get("val") if isinstance(node, Node) else None
     if not isinstance(value, Tensor) or value.device.type != "cpu" or value.dim() not in (2, 4):
         return False
-    return value.dtype in (torch.bool, torch.float32)
+    return value.dtype in (torch.bool, *DTYPES)
 
 
 def _is_held(node: Any) -> bool:

@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
-from .part import WEIGHED, Part
+from .part import WEIGHED, Part, dtype_of
 from .read import read, written
 
 
@@ -98,6 +98,8 @@ def _region(graph: Graph, parts: dict[Node, Part]) -> list[Region]:
     if not weighs or len({_images(node) for node in parts}) > 1:
         return []
     inputs = dict.fromkeys(source for part in parts.values() for source in part.maps if source not in parts)
+    if len({dtype_of(node) for node in (*parts, *inputs)}) > 1:
+        return []
     masks = dict.fromkeys(part.mask for part in parts.values() if part.mask is not None)
     nodes = _with_inside(parts)
     outputs = tuple(node for node in parts if any(user not in nodes for user in node.users))

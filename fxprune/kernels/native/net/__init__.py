@@ -34,23 +34,25 @@ from .steps import (
     Mean,
     Multiply,
     Pool,
+    Product,
     Repeat,
     Shuffle,
     Step,
 )
 from .taps import ACTIVATIONS, Finish, Taps
-from .weights import pack, unpack, weight_of
+from .weights import SPARE, Panels, pack, pack_panels, panels_of, unpack, weight_of
 
 __all__ = [
-    "ACTIVATIONS", "FORMS", "POOLS", "TILES", "VERSION", "Activate", "Add", "Attention", "Concat", "Conv", "Depthwise",
-    "Enter", "Exit", "Finish", "LayerNorm", "Mean", "Multiply", "Pool", "Repeat", "Shuffle", "Step", "Taps", "decode",
-    "encode", "net_reference", "pack", "unpack", "weight_of",
+    "ACTIVATIONS", "FORMS", "POOLS", "SPARE", "TILES", "VERSION", "Activate", "Add", "Attention", "Concat",
+    "Conv", "Depthwise", "Enter", "Exit", "Finish", "LayerNorm", "Mean", "Multiply", "Panels", "Pool", "Product",
+    "Repeat", "Shuffle", "Step", "Taps", "decode", "encode", "net_reference", "pack", "pack_panels", "panels_of",
+    "unpack", "weight_of",
 ]  # fmt: skip
 
 
 def net_reference(
     inputs: Sequence[Tensor], values: Tensor, columns: Tensor, order: Tensor, counts: Tensor, starts: Tensor,
-    dense: Tensor, program: Sequence[int],
+    dense: Tensor, words: Tensor, brains: Tensor, program: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
     """What a net computes, in plain torch: the definition, and the fallback."""
     packed = Segments(values, columns, order, counts, starts)
@@ -75,6 +77,10 @@ def net_reference(
                     0,
                     step.taps.dilation,
                 )
+                y = step.finish.apply(y, made[step.residual] if step.residual >= 0 else None)
+            case Product():
+                weight = panels_of(step, words, brains, starts)[:, :, None, None].float()
+                y = F.conv2d(made[step.x].bfloat16().float(), weight, vector(step.bias, step.rows))
                 y = step.finish.apply(y, made[step.residual] if step.residual >= 0 else None)
             case Depthwise():
                 per = math.prod(step.taps.kernel)
@@ -176,6 +182,8 @@ def _shapes(inputs: Sequence[Tensor], *packed_and_program: Any) -> list[Tensor]:
                 shape = (given[2], 1, given[1]) if len(given) == 3 else tuple(given[1:])
             case Conv():
                 shape = (step.rows, *step.taps.out(shapes[step.x][1:]))
+            case Product():
+                shape = (step.rows, *shapes[step.x][1:])
             case Depthwise() | Pool():
                 channels, *size = shapes[step.x]
                 shape = (channels, *step.taps.out(size))
@@ -205,7 +213,7 @@ def _shapes(inputs: Sequence[Tensor], *packed_and_program: Any) -> list[Tensor]:
 register(
     "net",
     "Tensor[] inputs, Tensor values, Tensor columns, Tensor order, Tensor counts, Tensor starts, Tensor dense, "
-    "int[] program",
+    "Tensor words, Tensor brains, int[] program",
     "Tensor[]",
     net_reference,
     _shapes,

@@ -23,6 +23,7 @@ from .steps import (
     Mean,
     Multiply,
     Pool,
+    Product,
     Repeat,
     Shuffle,
     Step,
@@ -40,6 +41,10 @@ def _arguments(step: Step) -> list[int]:
             where = [step.row_block, step.k_block, step.first_value, step.values, step.first_segment, step.first_start]
             finish = [*step.finish.integers(), int(step.finish.adds_last)]
             return [step.x, step.residual, step.rows, step.channels, *step.taps.integers(), *where, step.bias, *finish]
+        case Product():
+            where = [step.first_value, step.values, step.first_word, step.first_start, step.bias]
+            finish = [*step.finish.integers(), int(step.finish.adds_last)]
+            return [step.x, step.residual, step.rows, step.channels, *where, *finish]
         case Depthwise():
             finish = [*step.finish.integers(), int(step.finish.adds_last)]
             return [step.x, step.residual, step.channels, *step.taps.integers(), step.weight, step.bias, *finish]
@@ -111,6 +116,10 @@ def _step(code: int, tile: int, a: list[int]) -> Step:
             row_block, k_block, value, values, segment, start, bias = where
             blocks = (row_block, k_block, a[1], value, values, segment, start, bias)
             return Conv(a[0], a[2], a[3], taps, *blocks, finish, tile)
+        case Product.code:
+            x, residual, rows, channels, value, values, word, start, bias, *finish = a
+            where = (residual, value, values, word, start, bias)
+            return Product(x, rows, channels, *where, Finish.of(finish[:3], adds_last=finish[3]), tile)
         case Depthwise.code:
             finish = Finish.of(a[15:18], adds_last=a[18])
             return Depthwise(a[0], a[2], Taps.of(a[3:13]), a[1], a[13], a[14], finish, tile)

@@ -199,6 +199,27 @@ class Shuffle:
     code: ClassVar[int] = 13
 
 
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A linear, or a convolution of one tap, in bfloat16: what it reads is rounded, sums are in float32.
+
+    Its weight is stored by bits and `values` bfloat16 values (weights.py); `bias` and `residual` are -1 for none.
+    """
+
+    x: int
+    rows: int
+    channels: int
+    residual: int = -1
+    first_value: int = 0
+    values: int = 0
+    first_word: int = 0
+    first_start: int = 0
+    bias: int = -1
+    finish: Finish = AS_IT_IS
+    tile: int = 1
+    code: ClassVar[int] = 14
+
+
 Step = (
     Enter
     | Conv
@@ -214,4 +235,5 @@ Step = (
     | LayerNorm
     | Attention
     | Shuffle
+    | Product
 )

@@ -1,18 +1,20 @@
-"""weights: the weight of a convolution as the kernel of a net reads it."""
+"""weights: the weight of a convolution, or of a product, as the kernel of a net reads it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxprune.errors import InputError
 
 from .. import segments
 from ..segments import Segments
-from .steps import Conv
+from .steps import Conv, Product
 from .taps import Taps
 
 
@@ -53,3 +55,49 @@ def weight_of(step: Conv, packed: Segments) -> Tensor:
     ranks = slice(step.first_segment, step.first_segment + step.rows * k_blocks)
     own = Segments(packed.values[values], packed.columns[values], packed.order[ranks], packed.counts[ranks], starts)
     return unpack(own, (step.rows, step.channels), step.taps, step.tile, step.row_block, step.k_block)
+
+
+class Panels(NamedTuple):
+    """A bfloat16 weight [o, i] of a product: panels of 32 rows, of blocks of 32 columns, of two tiles of 16 rows.
+
+    words   int32 [panels * blocks * 32]   the bits of each row of a tile, by (panel, block, tile, row)
+    values  bf16  [nonzeros]               of the bits that are set, by (panel, tile, block, row)
+    starts  int64 [2 panels + 1]           where each panel's first and second tiles begin in values, and the end
+    """
+
+    words: Tensor
+    values: Tensor
+    starts: Tensor
+
+
+_PANEL, _BLOCK = 32, 32
+# Values after the last one of all products: lines are read a vector at a time.
+SPARE = 32
+
+
+def pack_panels(weight: Tensor) -> Panels:
+    """The elements with any bit set (so -0.0 too) of a bfloat16 weight [o, i]."""
+    o, i = weight.shape
+    panels, blocks = -(-o // _PANEL), -(-i // _BLOCK)
+    words, values, sizes = [], [], []
+    # Panel by panel, so that temporaries stay small beside the weight.
+    for panel in range(panels):
+        rows = weight[panel * _PANEL : (panel + 1) * _PANEL]
+        rows = F.pad(rows, (0, blocks * _BLOCK - i, 0, _PANEL - len(rows)))
+        lines = rows.view(2, 16, blocks, _BLOCK).transpose(1, 2).contiguous()
+        kept = lines.view(torch.int16) != 0
+        values.append(lines[kept])
+        words.append((kept.long() << torch.arange(_BLOCK)).sum(-1).transpose(0, 1).flatten().to(torch.int32))
+        sizes.append(kept.sum((1, 2, 3)))
+    return Panels(torch.cat(words), torch.cat(values), F.pad(torch.cat(sizes).cumsum(0), (1, 0)))
+
+
+def panels_of(step: Product, words: Tensor, brains: Tensor, starts: Tensor) -> Tensor:
+    """The weight [o, i] of one product of a net, bit for bit as it was packed, from the packed tensors of all."""
+    panels, blocks = -(-step.rows // _PANEL), -(-step.channels // _BLOCK)
+    own = words[step.first_word :][: panels * blocks * 2 * 16].view(panels, blocks, 2, 16, 1)
+    kept = (own >> torch.arange(_BLOCK, dtype=torch.int32) & 1).bool().transpose(1, 2)
+    lines = brains.new_zeros(kept.shape)
+    lines[kept] = brains[step.first_value :][: step.values]
+    weight = lines.transpose(2, 3).reshape(panels * _PANEL, blocks * _BLOCK)
+    return weight[: step.rows, : step.channels].contiguous()
