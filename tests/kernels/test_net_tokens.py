@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -89,6 +90,37 @@ def test_attention(case: tuple[Made, list[Tensor]]) -> None:
     agrees(*case)
 
 
+@settings(max_examples=120, deadline=None)
+@given(any_attention(), st.sampled_from([1, 2]))
+def test_attention_of_bfloat16_numbers(case: tuple[Made, list[Tensor]], threads: int) -> None:
+    made, inputs = case
+    inputs = [inputs[0][:1], *(x[:1] for x in inputs[1:])]  # tiles have one image
+    steps = [dataclasses.replace(s, rounds=True) if isinstance(s, net.Attention) else s for s in made.steps]
+    made.steps = steps
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        arguments = made.arguments(inputs)
+        (got,), (wanted,) = op(*arguments), net.net_reference(*arguments)
+    finally:
+        torch.set_num_threads(before)
+    # Scores are off by 2^-8 of sums of up to nine products of normal numbers, and shares by what that comes to.
+    torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.15)
+    assert (got - wanted).abs().mean() < 0.01
+
+
+@pytest.mark.parametrize(("size", "v_size"), [(64, 64), (32, 40), (80, 33)])
+@pytest.mark.parametrize("width", [1, 31, 128, 200])
+def test_long_heads_of_bfloat16_numbers(size: int, v_size: int, width: int) -> None:
+    made = started(width, 2 * (2 * size + v_size), tile=8)
+    where = {"first_k": 2 * size, "first_v": 4 * size, "size": size, "v_size": v_size, "scale": size**-0.5}
+    leave(made, attention(made, 0, 0, 0, 2, causal=True, rounds=True, **where))
+    x = made.random(1, width, 2 * (2 * size + v_size))
+    arguments = made.arguments([x])
+    (got,), (wanted,) = op(*arguments), net.net_reference(*arguments)
+    torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.03)
+
+
 @pytest.mark.parametrize("images", [1, 3, 16])
 @pytest.mark.parametrize("width", [1, 5, 16, 33, 128])
 @pytest.mark.parametrize("threads", [1, 2])
@@ -116,9 +148,8 @@ def test_an_encoder_layer(images: int, width: int, threads: int) -> None:
 @pytest.mark.parametrize("tile", net.TILES)
 def test_products_by_tiles(rows: int, channels: int, tile: int) -> None:
     # 400 columns are expanded in two goes, 801 in three.
-    made = started(40, channels, tile)
-    other = made.add(net.Enter(1, tile), (rows, 1, 40))
-    y = made.product(0, rows, residual=other, finish=Finish("relu", -1.0, 3.0))
+    made = started(40, channels, rows, tile=tile)
+    y = made.product(0, rows, residual=1, finish=Finish("relu", -1.0, 3.0))
     z = made.product(0, rows, zeros=0.95, bias=False, finish=Finish("silu", adds_last=True), residual=y)
     leave(made, z)
     before = torch.get_num_threads()

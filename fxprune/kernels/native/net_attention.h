@@ -5,6 +5,7 @@
 #include <array>
 
 #include "net.h"
+#include "net_attention_tiles.h"
 
 namespace fxprune {
 
@@ -132,6 +133,7 @@ struct Attention : Step {
   int64_t first_q, first_k, first_v, heads, size, v_size;
   int64_t mask;  // which input, [n or 1, heads or 1, queries or 1, keys or 1]; -1 for none
   bool causal;
+  bool rounds;  // products may be of bfloat16 numbers
   float scale;
   std::array<int64_t, 4> mask_steps = {};  // floats from image to image, head to head, query to query, key to key
   std::vector<Token> k_tokens, v_tokens;
@@ -139,6 +141,8 @@ struct Attention : Step {
   std::vector<int32_t> number, mask_at;
   int64_t tiles = 0;
   bool one = true;
+  bool by_tiles = false;
+  std::vector<int32_t> k_at, v_at, keys;  // by vectors of keys, and their lanes
 
   // The tokens of a map of one row.
   std::vector<Token> tokens_of(const Map& map, const Map& queries) {
@@ -173,13 +177,34 @@ struct Attention : Step {
       number.push_back(pixel < 0 ? INT32_MAX : pixel % queries.width);
       mask_at.push_back(pixel < 0 ? -1 : pixel / queries.width * mask_steps[0] + pixel % queries.width * mask_steps[2]);
     }
+#ifdef FXPRUNE_AMX
+    const Map &mk = plan.maps[k], &mv = plan.maps[v];
+    by_tiles = rounds && one && mk.grid == mv.grid && mk.tile == mv.tile && may_use_tiles();
+    if (!by_tiles) return;
+    keys = pixels(mk);
+    for (int64_t n = 0; n < mk.tiles() * mk.tile; ++n) {
+      k_at.push_back(mk.tile_at(n / mk.tile) + n % mk.tile * kLanes);
+      v_at.push_back(mv.tile_at(n / mv.tile) + n % mv.tile * kLanes);
+    }
+#endif
   }
-  int64_t scratch() const override { return k_tokens.size() * 4 * kLanes; }
+  int64_t scratch() const override {
+#ifdef FXPRUNE_AMX
+    if (by_tiles) return tiled_head().scratch();
+#endif
+    return k_tokens.size() * 4 * kLanes;
+  }
   int64_t tasks(int64_t threads) const override { return Share(heads * tiles, threads).tasks; }
 
   void run(const Plan& plan, const Frame& f, int64_t task, int64_t threads, float* scratch) const override {
     const Map& queries = plan.maps[q];
     const Share share(heads * tiles, threads);
+#ifdef FXPRUNE_AMX
+    if (by_tiles) {
+      for (int64_t now = share.begin(task); now < share.end(task); ++now) run_tiled(plan, f, now / tiles, now % tiles, scratch);
+      return;
+    }
+#endif
     for (int64_t now = share.begin(task); now < share.end(task); ++now)
       for (int64_t first = 0, many; first < queries.tile; first += many) {
         const int64_t left = queries.tile - first;
@@ -187,6 +212,35 @@ struct Attention : Step {
         run_group(plan, f, now / tiles, now % tiles, first, many, scratch);
       }
   }
+
+#ifdef FXPRUNE_AMX
+  TiledHead tiled_head() const {
+    TiledHead a = {};
+    a.size = size, a.v_size = v_size;
+    a.k_at = k_at.data(), a.v_at = v_at.data(), a.keys = keys.data(), a.vectors = k_at.size();
+    a.scale = scale;
+    return a;
+  }
+
+  void run_tiled(const Plan& plan, const Frame& f, int64_t head, int64_t tile, float* scratch) const {
+    const Map &mq = plan.maps[q], &mk = plan.maps[k], &mv = plan.maps[v], &out = plan.maps[value];
+    const int64_t place = tile * mq.tile * kLanes;
+    TiledHead a = tiled_head();
+    a.q = f.arena + mq.storage + mq.tile_at(tile) + (first_q + head * size) * mq.channel_stride();
+    a.k = f.arena + mk.storage + (first_k + head * size) * mk.channel_stride();
+    a.v = f.arena + mv.storage + (first_v + head * v_size) * mv.channel_stride();
+    a.q_stride = mq.channel_stride(), a.k_stride = mk.channel_stride(), a.v_stride = mv.channel_stride();
+    a.places = mq.tile;
+    a.number = causal ? number.data() + place : nullptr;
+    if (mask >= 0) {
+      const auto [image, mask_head, query, key] = mask_steps;
+      a.mask = f.inputs[mask] + f.image * image + head * mask_head;
+      a.mask_step = key;
+      a.mask_at = query ? mask_at.data() + place : nullptr;
+    }
+    a.run(scratch, f.arena + out.storage + out.tile_at(tile) + head * v_size * out.channel_stride(), out.channel_stride());
+  }
+#endif
 
   void run_group(const Plan& plan, const Frame& f, int64_t head, int64_t tile, int64_t first, int64_t many, float* scratch) const {
     const Map &mq = plan.maps[q], &mk = plan.maps[k], &mv = plan.maps[v], &out = plan.maps[value];

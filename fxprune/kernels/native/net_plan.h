@@ -444,7 +444,7 @@ struct Planner {
     step->first_q = r.size(0), step->first_k = r.size(0), step->first_v = r.size(0);
     step->heads = r.size(), step->size = r.size(), step->v_size = r.size();
     step->mask = r.size(-1, static_cast<int64_t>(inputs.size()) - 1);
-    step->causal = r.size(0, 1), step->scale = float_of(r.next());
+    step->causal = r.size(0, 1), step->rounds = r.size(0, 1), step->scale = float_of(r.next());
     const Map q = at(step->q), k = at(step->k), v = at(step->v);
     require_net(q.height == 1 && k.height == 1 && v.height == 1 && k.width == v.width, "attention is over tokens in one row");
     require_net(step->first_q + step->heads * step->size <= q.channels && step->first_k + step->heads * step->size <= k.channels &&

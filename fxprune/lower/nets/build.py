@@ -161,7 +161,8 @@ class Builder:
                 return net.LayerNorm(x, weight, bias, part.epsilon)
             case "attention":
                 heads, (k, v) = cast(Heads, part.heads), others
-                how = (*heads.firsts, self.masks.get(part.mask, -1), heads.causal, heads.scale)
+                rounds = self.dtype == torch.bfloat16
+                how = (*heads.firsts, self.masks.get(part.mask, -1), heads.causal, rounds, heads.scale)
                 return net.Attention(x, k, v, heads.count, heads.size, heads.v_size, *how)
             case "repeat":
                 return net.Repeat(x, part.times, _tile(node))

@@ -68,7 +68,7 @@ def _arguments(step: Step) -> list[int]:
             return [step.x, step.weight, step.bias, bits_of(step.epsilon)]
         case Attention():
             first = [step.first_q, step.first_k, step.first_v]
-            how = [step.mask, int(step.causal), bits_of(step.scale)]
+            how = [step.mask, int(step.causal), int(step.rounds), bits_of(step.scale)]
             return [step.q, step.k, step.v, *first, step.heads, step.size, step.v_size, *how]
 
 
@@ -149,7 +149,7 @@ def _step(code: int, tile: int, a: list[int]) -> Step:
             x, weight, bias, epsilon = a
             return LayerNorm(x, weight, bias, float_of(epsilon), tile)
         case Attention.code:
-            q, k, v, first_q, first_k, first_v, heads, size, v_size, mask, causal, scale = a
+            q, k, v, first_q, first_k, first_v, heads, size, v_size, mask, causal, rounds, scale = a
             sizes = (heads, size, v_size, first_q, first_k, first_v)
-            return Attention(q, k, v, *sizes, mask, bool(causal), float_of(scale), tile)
+            return Attention(q, k, v, *sizes, mask, bool(causal), bool(rounds), float_of(scale), tile)
     raise ValueError(f"there is no step {code}")

@@ -165,7 +165,7 @@ class Attention:
 
     A head is `size` channels of q and k and `v_size` of v; the first begins at channel `first_q`, `first_k`, `first_v`.
     `mask` is the number of an input [n or 1, heads or 1, queries or 1, keys or 1], -1 for none. `causal` hides later
-    keys.
+    keys. Where it `rounds`, products may be of bfloat16 numbers.
     """
 
     q: int
@@ -179,6 +179,7 @@ class Attention:
     first_v: int = 0
     mask: int = -1
     causal: bool = False
+    rounds: bool = False
     scale: float = 1.0
     tile: int = 1
     code: ClassVar[int] = 12
