@@ -105,6 +105,16 @@ def fxprune(model: nn.Module, inputs: tuple[Tensor, ...], threads: int) -> Call:
     return lambda: fast(*inputs)
 
 
+def fxprune_bf16(model: nn.Module, inputs: tuple[Tensor, ...], threads: int) -> Call:
+    """The same of the model in bfloat16."""
+    package = importlib.import_module("fxprune")
+    plan = package.Plan([package.Rule("*", package.Existing())])
+    inputs = tuple(x.bfloat16() if x.is_floating_point() else x for x in inputs)
+    fast = package.transform(model.bfloat16(), plan, inputs, progress=False)
+    told["facts"]["report bf16"] = str(fast.report).splitlines()[:6]
+    return lambda: fast(*inputs)
+
+
 told: dict[str, Any] = {"facts": {}}
 RUNTIMES: dict[str, Callable[[nn.Module, tuple[Tensor, ...], int], Call]] = {
     "eager": eager,
@@ -115,6 +125,7 @@ RUNTIMES: dict[str, Callable[[nn.Module, tuple[Tensor, ...], int], Call]] = {
     "torch bf16": bfloat16,
     "OpenVINO bf16": openvino_bf16,
     "fxprune": fxprune,
+    "fxprune bf16": fxprune_bf16,
 }
 
 

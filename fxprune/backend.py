@@ -233,7 +233,7 @@ def _pack(traced: Traced, inputs: Sequence[Any], settings: Settings, chooser: Ch
     is_fixed = settings.constant_weights
     on_gpu = _on_gpu([inputs[i] for i in traced.static])
     chooser.watched = {} if is_fixed or on_gpu else {name: tensors([name]) for name in selection.mask}
-    result, lowered = lower(folded, selection.mask, chooser)
+    result, lowered = lower(folded, selection.mask, chooser, rounds=settings.dtype is not None)
     packed = [w.name for w in lowered if w.choice.layout != "dense"]
     if on_gpu and not is_fixed and packed:
         warn_once(

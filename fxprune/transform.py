@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from tqdm import tqdm
@@ -18,7 +19,7 @@ from fxprune.capture.capture import Capture
 from fxprune.capture.several import differing
 from fxprune.check.calls import Call, dynamic_sizes
 from fxprune.check.capture_checked import capture_checked
-from fxprune.check.compare import CheckRow, nothing_compared
+from fxprune.check.compare import TOLERANCE, CheckRow, nothing_compared
 from fxprune.check.proof import Expected, Proof
 from fxprune.couple.coupling import Coupling
 from fxprune.emit.deliver import deliver, deliver_trainable
@@ -264,7 +265,10 @@ def _lower(job: Job) -> Iterable[str]:
     chooser = Chooser(only=job.settings.layout, model_bytes=size)
     examples = [dynamic_sizes(job.captured, call) for call in (job.example, *job.others)]
     sizes = batches(job.captured, examples, job.settings.tune_for)
-    job.program, job.lowered = lower(job.program, job.shrunk[1].mask, chooser, sizes)
+    rounds = job.settings.dtype is not None
+    job.program, job.lowered = lower(job.program, job.shrunk[1].mask, chooser, sizes, rounds=rounds)
+    if rounds and job.expected is not None:
+        job.expected = dataclasses.replace(job.expected, allowed=TOLERANCE[torch.bfloat16])
     return [f"{w.name}: {w.choice.layout}, {w.choice.why}" for w in job.lowered]
 
 

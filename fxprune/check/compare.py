@@ -101,12 +101,18 @@ def outputs(function: Any, call: Call) -> list[Any]:
 
 
 def compare(
-    what: str, call: Call, expected: Sequence[Any], got: Sequence[Any], rounding: Sequence[float] | None = None
+    what: str,
+    call: Call,
+    expected: Sequence[Any],
+    got: Sequence[Any],
+    rounding: Sequence[float] | None = None,
+    *,
+    asked: float = 0.0,
 ) -> CheckRow:
     """The output tensors held against those expected; outputs that are no floating tensors must be equal.
 
     `rounding` is how far the model is off itself in float64, for each output: four times that is allowed where it is
-    more than what the dtype is.
+    more than what the dtype is. What was `asked` for is allowed as well.
     """
     worst, tolerance = 0.0, TOLERANCE[torch.float32]
     if len(expected) != len(got):
@@ -116,10 +122,11 @@ def compare(
     for place, one in enumerate(found):
         error = math.inf if math.isnan(one.error) else one.error
         own = ROUNDINGS * rounding[place] if rounding is not None else 0.0
-        limit = max(one.limit, own)
+        limit = max(one.limit, own, asked)
         if error / limit > worst / tolerance:
             worst, tolerance = error, limit
             note = f"allowed is {ROUNDINGS:.0f} times the model's own rounding" if own > one.limit else ""
+            note = "products in bfloat16 were asked for" if asked > max(one.limit, own) else note
     elements, compared = sum(one.elements for one in found), sum(one.compared for one in found)
     blind = tuple(place for place, one in enumerate(found) if one.elements and not one.compared)
     return CheckRow(what, call.label, worst, tolerance, compared / elements if elements else 0.0, blind, note)

@@ -30,6 +30,7 @@ class Expected:
     wide      the same in float32 where the model is in half precision and something shrinks: rounding hides nothing
     oracle    what answered them
     unpacked  what the result is made of, before weights were folded or packed, and what is left to apply to it
+    allowed   the error that the user allowed by asking for another precision
     """
 
     proof: Proof
@@ -38,6 +39,7 @@ class Expected:
     wide: list[list[Any]]
     is_wide: bool = False
     unpacked: tuple[Program, Selection] | None = None
+    allowed: float = 0.0
 
     def shrunk(self, program: Program, selection: Selection, what: str = "shrunk = zeroed") -> CheckRow:
         """A shrunk program with its masks, held against the oracle: the worst of all calls; half types in float32."""
@@ -55,7 +57,7 @@ class Expected:
         Raises CheckError, which names the stage, where it departs.
         """
         got = Oracle(program, left).outputs(self.proof.example)
-        row = compare(f"after {name} = pruned model", self.proof.example, self.outputs[0], got)
+        row = compare(f"after {name} = pruned model", self.proof.example, self.outputs[0], got, asked=self.allowed)
         if not row.ok:
             raise refuse(row, f"The stage {name} is at fault: please report it with FXPRUNE_TRACE=<dir>.")
         return row
@@ -76,7 +78,7 @@ class Expected:
         self, what: str, call: Call, expected: list[Any], got: list[Any], graph: Oracle | None = None
     ) -> CheckRow:
         """A comparison, which the model's own rounding judges where it fails; `graph` is then held in float64."""
-        row = compare(what, call, expected, got)
+        row = compare(what, call, expected, got, asked=self.allowed)
         if graph is None and self.unpacked is not None:
             graph = Oracle(*self.unpacked)
         if row.ok or graph is None:

@@ -46,10 +46,13 @@ def lower(
     names: Iterable[str],
     chooser: Chooser,
     batches: Mapping[sympy.Symbol, tuple[int, ...]] | None = None,
+    *,
+    rounds: bool = False,
 ) -> tuple[Program, list[Lowered]]:
     """A copy of a folded program in which the weights `names` are packed where that is faster.
 
     `batches` gives the sizes to tune for, symbol by symbol; a symbol that is not named counts with its example's size.
+    Where it `rounds`, products may be of bfloat16 numbers.
     """
     warn_of_one_thread()
     result = copy_program(program)
@@ -59,11 +62,11 @@ def lower(
     names = list(names)
     refused: dict[str, str] = {}
     if chooser.only in (None, "nonzeros"):
-        lowered |= _nets(result, names, refused, forced=chooser.only is not None)
+        lowered |= _nets(result, names, refused, forced=chooser.only is not None, rounds=rounds)
     for name in names:
         if name in lowered:
             continue
-        lowered[name] = _choose(result, name, found.get(name, []), chooser, batches or {}, chosen)
+        lowered[name] = _choose(result, name, found.get(name, []), chooser, batches or {}, chosen, rounds)
         if name in refused:
             # A convolution has no other kernel; a linear was chosen one for by itself.
             choice, is_linear = lowered[name].choice, all(use.kind == "linear" for use in found.get(name, []))
@@ -81,11 +84,13 @@ def lower(
     return result, [lowered[name] for name in names]
 
 
-def _nets(program: Program, names: Sequence[str], refused: dict[str, str], *, forced: bool) -> dict[str, Lowered]:
+def _nets(
+    program: Program, names: Sequence[str], refused: dict[str, str], *, forced: bool, rounds: bool
+) -> dict[str, Lowered]:
     """What became of the weights that went into nets; `refused` gets what did not, and why."""
     sizes = {name: fetch(program, name).nbytes for name in names}
     lowered = {}
-    made_nets = lower_nets(program, names, forced=forced)
+    made_nets = lower_nets(program, names, forced=forced, rounds=rounds)
     # What something else reads as well is there twice.
     kept = uses(program)
     for made in made_nets:
@@ -106,6 +111,7 @@ def _choose(
     chooser: Chooser,
     batches: Mapping[sympy.Symbol, tuple[int, ...]],
     chosen: list[Chosen],
+    rounds: bool,
 ) -> Lowered:
     """What becomes of one weight; adds it to `chosen` unless it stays dense."""
     weight = fetch(program, name)
@@ -117,6 +123,9 @@ def _choose(
         return Lowered(name, nodes, choice, size, size)
     tokens = sorted({t for u in weight_uses for t in _tokens(u, batches)})
     activations = {_activation(u.node)[0] for u in weight_uses}
+    if rounds and weight.dtype == torch.float32:
+        # What needs no more bits is stored in fewer.
+        weight = weight.bfloat16().float()
     bias = weight_uses[0].bias
     site = Site(
         name=name,

@@ -58,6 +58,10 @@ def test_what_is_asked_of_each_runtime() -> None:
     assert best_is_torch == [("resnet50, 90%, threads 1: 3.90x of eager, wanted 3.8x", True)]
     few = {**row(eager=0.97, OpenVINO=0.5, fxprune=1.0), "sparsity": 0.3}
     assert cpu.judge([few]) == [("resnet50, 30%, threads 1: 0.97x of eager, wanted 0.98x", False)]
+    half = row(**{"torch bf16": 4.0, "OpenVINO bf16": 3.0, "fxprune": 2.5, "fxprune bf16": 2.0}) | {
+        "model": "minilm-128"
+    }
+    assert cpu.judge([half]) == [("minilm-128 bf16, 90%, threads 1: 1.50x of OpenVINO bf16, wanted 1.5x", True)]
 
 
 def test_what_a_row_reaches_of_the_machine() -> None:

@@ -94,6 +94,19 @@ def test_a_float32_model_of_16_bits_is_right_and_small() -> None:
     torch.testing.assert_close(fast(x), model(x))
 
 
+def test_a_float32_weight_is_rounded_and_stored_in_16_bits_where_that_is_asked_for() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(300, 200).eval()
+    torch.nn.utils.prune.random_unstructured(model, "weight", 0.5)
+    options: dict[str, Any] = {"layout": "bitmap", "compile": False, "measure": False, "dtype": "bfloat16"}
+    fast = fxprune.transform(model, None, (torch.randn(1, 300),), options=options, progress=False)
+    (values,) = [value for name, value in fast.state_dict().items() if name.endswith("values")]
+    x = torch.randn(3, 300)
+    assert values.dtype == torch.bfloat16
+    wanted = F.linear(x, model.weight.bfloat16().float(), model.bias)
+    torch.testing.assert_close(fast(x), wanted)
+
+
 def test_rows_packed_in_several_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     w = sparse(50, 70, 0.5, torch.float32, "cpu")
     whole = bitmap.pack(w)

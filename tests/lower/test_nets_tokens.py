@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 import fxprune
 from fxprune import Plan, Rule, Unstructured
+from fxprune.errors import InputError
 from fxprune.kernels import native
 from fxprune.kernels.native import net, tiles
 from fxprune.lower.nets import build, lower
@@ -126,6 +128,24 @@ def test_layers_in_bfloat16_are_one_net_and_no_further_from_the_truth_than_torch
         got, theirs, exact = result(x), wanted(x), truth(x.double())
         assert got.dtype == torch.bfloat16
         assert (got - exact).abs().max() <= 1.5 * (theirs - exact).abs().max()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_a_float32_model_may_be_multiplied_in_bfloat16(dtype: Any) -> None:
+    torch.manual_seed(0)
+    model, x = pruned(nn.Sequential(Block(apart), Block(together)).eval()), torch.randn(2, 10, 24)
+    options = {"compile": False, "measure": False, "dtype": dtype}
+    torch._dynamo.reset()
+    result = fxprune.transform(model, None, (x,), options=options, progress=False)
+    (call,) = nets(result)
+    kinds = [type(step) for step in net.decode(call.args[-1])]
+    assert (kinds.count(net.Product) == 10) == (tiles.isa() == "AMX")
+    error = (result(x) - model(x)).abs().max() / model(x).abs().max()
+    assert result(x).dtype == torch.float32
+    assert (1e-4 if tiles.isa() == "AMX" else 0.0) < error < 5e-2
+    assert any("bfloat16 were asked for" in row.verdict for row in result.report.checks) == (tiles.isa() == "AMX")
+    with pytest.raises(InputError, match="dtype"):
+        fxprune.transform(model, None, (x,), options={"dtype": torch.float16})
 
 
 def test_convolutions_in_bfloat16_are_one_net() -> None:

@@ -44,11 +44,12 @@ class Net:
 class Builder:
     """Writes the steps of one region, packs its weights, and puts the call into the graph."""
 
-    def __init__(self, program: Program, region: Region) -> None:
+    def __init__(self, program: Program, region: Region, *, rounds: bool = False) -> None:
         self.program, self.region = program, region
         self.steps: list[Step] = []
         self.value: dict[Node, int] = {}
         self.dtype = dtype_of(region.outputs[0])
+        self.rounds = rounds or self.dtype == torch.bfloat16
         self.packed: list[segments.Segments] = []
         self.panels: list[net.Panels] = []
         self.starts: list[Tensor] = []
@@ -161,8 +162,7 @@ class Builder:
                 return net.LayerNorm(x, weight, bias, part.epsilon)
             case "attention":
                 heads, (k, v) = cast(Heads, part.heads), others
-                rounds = self.dtype == torch.bfloat16
-                how = (*heads.firsts, self.masks.get(part.mask, -1), heads.causal, rounds, heads.scale)
+                how = (*heads.firsts, self.masks.get(part.mask, -1), heads.causal, self.rounds, heads.scale)
                 return net.Attention(x, k, v, heads.count, heads.size, heads.v_size, *how)
             case "repeat":
                 return net.Repeat(x, part.times, _tile(node))
@@ -204,9 +204,9 @@ class Builder:
         return self._add(net.Shuffle(value, part.times, part.as_plain.cut, _tile(conv)))
 
     def _pays_by_tiles(self, part: Part, weight: Tensor) -> bool:
-        """Whether a weight of bfloat16 is multiplied faster with its zeros, by tiles."""
+        """Whether a weight that may be rounded is multiplied faster with its zeros, by tiles."""
         is_product = part.kind in ("linear", "conv") and part.taps == Taps()
-        if self.dtype != torch.bfloat16 or not is_product or tiles.isa() != "AMX":
+        if not self.rounds or not is_product or tiles.isa() != "AMX":
             return False
         return int(torch.count_nonzero(weight)) >= LEAST_FOR_TILES * weight.numel()
 

@@ -24,10 +24,11 @@ aten = torch.ops.aten
 LEAST_WORK = 4_000_000
 
 
-def lower_nets(program: Program, names: Collection[str], *, forced: bool = False) -> list[Net]:
+def lower_nets(program: Program, names: Collection[str], *, forced: bool = False, rounds: bool = False) -> list[Net]:
     """Puts a call in place of each region where it measures faster, in place; `forced` measures nothing.
 
-    Tried are regions in which weights of `names` have zeros enough.
+    Tried are regions in which weights of `names` have zeros enough. Where it `rounds`, products may be of bfloat16
+    numbers.
     """
     _drop_dropouts(program.graph)
     found: list[Net] = []
@@ -54,7 +55,7 @@ def lower_nets(program: Program, names: Collection[str], *, forced: bool = False
             few = f"{share:.1%} zeros are too few; {LEAST_ZEROS:.0%} is the least that is tried"
             found.append(Net(False, few, weights_in(region), {}))
         elif not is_of_tokens(region) or _is_worth_a_try(region):
-            found.append(Builder(program, region).build(forced=forced))
+            found.append(Builder(program, region, rounds=rounds).build(forced=forced))
     return found
 
 
