@@ -264,6 +264,45 @@ def test_what_lies_between_stays_where_it_is(make: Callable[[], nn.Module], many
         torch.testing.assert_close(result(again.clone()), wanted(again.clone()), rtol=1e-4, atol=1e-5)
 
 
+def lines() -> nn.Module:
+    """Kernels over lines, with all that may lie between."""
+
+    def run(m: Model, x: Tensor) -> Tensor:
+        y = F.relu(m.a(x))
+        z = F.gelu(m.c(F.relu_(m.b(y)))) + y
+        z = torch.cat([F.max_pool1d(z, 3, 2, 1), F.avg_pool1d(z, 2, ceil_mode=False)[..., :20]], 1)
+        return m.d(z * z).mean(2)
+
+    one = nn.Conv1d
+    layers = one(3, 16, 5, padding=2), one(16, 16, 3, padding="same", dilation=2), one(16, 16, 1), one(32, 8, 3, 2)
+    return Model(run, **dict(zip("abcd", layers)))
+
+
+@needs_kernel
+def test_convolutions_over_lines_are_nets() -> None:
+    torch.manual_seed(0)
+    model = lines().eval()
+    result = result_of(model, torch.randn(2, 3, 40))
+    # What is sliced off parts them.
+    assert len(nets(result)) == 2 and not any("conv" in name or "pool" in name for name in left(result)[:-3])
+    with torch.no_grad():
+        for layer in model.children():
+            torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.8)
+    for images in (1, 2, 5, 19):
+        x = torch.randn(images, 3, 40)
+        torch.testing.assert_close(result(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_line_without_a_batch_and_a_weight_that_two_read_stay() -> None:
+    torch.manual_seed(0)
+    alone, shared = nn.Conv1d(8, 8, 3), Model(lambda m, x: m.a(F.relu(m.a(x))), a=nn.Conv1d(8, 8, 3, padding=1))
+    for model, x in ((alone, torch.randn(8, 30)), (shared, torch.randn(2, 8, 30))):
+        result = result_of(model.eval(), x)
+        torch.nn.utils.prune.l1_unstructured(model if model is alone else model.a, "weight", 0.8)
+        assert not nets(result)
+        torch.testing.assert_close(result(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 @needs_kernel
 def test_what_dead_channels_leave_at_the_borders_is_added_in_the_net() -> None:
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ from fxprune.graph.program import Program, arguments, fetch
 from ..layouts.site import LEAST_ZEROS
 from .build import Builder, Net, is_of_tokens, weights_in
 from .gain import places_of, sizes_of
+from .lines import lift_lines
 from .part import WEIGHED, Part
 from .regions import Region, regions
 from .tiles import lanes
@@ -31,6 +32,7 @@ def lower_nets(program: Program, names: Collection[str], *, forced: bool = False
     numbers.
     """
     _drop_dropouts(program.graph)
+    lift_lines(program, names)
     found: list[Net] = []
     tried: set[Node] = set()
     zeros: dict[Node, float] = {}

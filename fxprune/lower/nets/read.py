@@ -249,9 +249,13 @@ _READERS: dict[Any, Callable[[Node], Part | None]] = {
     aten.layer_norm.default: read_layer_norm,
     **dict.fromkeys(VIEWS, read_attention),
 }
+# Ops that a net applies to each number.
+ACTIVATIONS: set[Any] = set()
 for _name, _finish in _FINISHES.items():
     for _op in (_name, f"{_name}_"):
         if hasattr(aten, _op):
-            _READERS[getattr(aten, _op).default] = _activation(_finish)
+            _target = getattr(aten, _op).default
+            ACTIVATIONS.add(_target)
+            _READERS[_target] = _activation(_finish)
             if _op.endswith("_"):
-                _IN_PLACE.add(getattr(aten, _op).default)
+                _IN_PLACE.add(_target)
