@@ -39,8 +39,8 @@ def test_the_report_prints_every_weight_and_every_check() -> None:
 
 
 def test_the_report_says_why_a_layout_was_refused() -> None:
-    model = nn.Sequential(nn.Conv1d(3, 4, 3), nn.Flatten(), nn.Linear(24, 4)).eval()
-    report = quick(model, torch.randn(2, 3, 8)).report
+    model = nn.Sequential(nn.Conv3d(3, 4, 3), nn.Flatten(), nn.Linear(32, 4)).eval()
+    report = quick(model, torch.randn(2, 3, 4, 4, 4)).report
     assert report["0.weight"].layout == "dense"
     assert "conv" in report["0.weight"].refused["nonzeros"]
     assert "conv" in str(report)
