@@ -292,6 +292,18 @@ def test_steps_run_depth_first_compute_the_same(size: tuple[int, int], threads: 
 
 
 @needs_kernel
+@pytest.mark.parametrize(("times", "cut"), [((2, 3), (1, 2)), ((1, 2), (0, 0)), ((3, 1), (0, 0)), ((2, 2), (0, 1))])
+@pytest.mark.parametrize("tile", [1, 4, 7])
+def test_channels_are_shuffled_into_places(times: tuple[int, int], cut: tuple[int, int], tile: int) -> None:
+    made = started(12, 5, 9, tile)
+    shape = (12 // (times[0] * times[1]), 5 * times[0] - cut[0], 9 * times[1] - cut[1])
+    x = made.add(net.Shuffle(0, times, cut, tile), shape)
+    made.steps.append(net.Exit(x))
+    for images in (1, 3):
+        agrees(made, [made.random(images, 12, 5, 9)], large=0)
+
+
+@needs_kernel
 def test_one_image_stands_for_all_only_beside_others() -> None:
     made = started(2, 3, 4)
     made.add(net.Enter(1), (2, 3, 4))
