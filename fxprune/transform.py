@@ -267,7 +267,11 @@ def _lower(job: Job) -> Iterable[str]:
     sizes = batches(job.captured, examples, job.settings.tune_for)
     rounds = job.settings.dtype is not None
     job.program, job.lowered = lower(job.program, job.shrunk[1].mask, chooser, sizes, rounds=rounds)
-    if rounds and job.expected is not None:
+    if rounds and all(w.choice.layout == "dense" for w in job.lowered):
+        job.tell(
+            [Note("products in bfloat16 were asked for, but no weight is packed, so all are in float32", "fallback")]
+        )
+    elif rounds and job.expected is not None:
         job.expected = dataclasses.replace(job.expected, allowed=TOLERANCE[torch.bfloat16])
     return [f"{w.name}: {w.choice.layout}, {w.choice.why}" for w in job.lowered]
 

@@ -146,6 +146,9 @@ def test_a_float32_model_may_be_multiplied_in_bfloat16(dtype: Any) -> None:
     assert any("bfloat16 were asked for" in row.verdict for row in result.report.checks) == (tiles.isa() == "AMX")
     with pytest.raises(InputError, match="dtype"):
         fxprune.transform(model, None, (x,), options={"dtype": torch.float16})
+    dense = fxprune.transform(model, None, (x,), options={**options, "layout": "dense"}, progress=False)
+    assert "no weight is packed, so all are in float32" in str(dense.report)
+    assert max(row.tolerance for row in dense.report.checks) <= 1e-4
 
 
 def test_convolutions_in_bfloat16_are_one_net() -> None:

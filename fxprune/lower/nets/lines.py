@@ -23,10 +23,8 @@ def lift_lines(program: Program, names: Collection[str]) -> None:
     that nothing lies between.
     """
     graph = program.graph
-    weights = [
-        str(node.args[1].target) for target in _CONVS for node in graph.find_nodes(op="call_function", target=target)
-    ]
-    if not any(name in names for name in weights):
+    convs = [node for target in _CONVS for node in graph.find_nodes(op="call_function", target=target)]
+    if not any(str(arguments(node)["weight"].target) in names for node in convs):
         return
     lifted: dict[Node, Node] = {}
     for node in list(graph.nodes):
@@ -100,7 +98,7 @@ def _conv(program: Program, node: Node, lifted: dict[Node, Node]) -> Lift:
 
 def _same(program: Program, node: Node, lifted: dict[Node, Node]) -> Lift:
     """An activation of a lifted line."""
-    return (node.target, node.args, dict(node.kwargs)) if node.args[0] in lifted else None
+    return (node.target, node.args, dict(node.kwargs)) if node.args and node.args[0] in lifted else None
 
 
 def _binary(program: Program, node: Node, lifted: dict[Node, Node]) -> Lift:
