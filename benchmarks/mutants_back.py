@@ -146,8 +146,8 @@ EMIT = (
     ),
     Mutant(
         "fxprune/emit/trial.py",
-        "for rows in (self._expected.result, self._expected.at_other_sizes) if",
-        "for rows in (self._expected.result,) if",
+        "for rows in (expected.result, expected.at_other_sizes) if",
+        "for rows in (expected.result,) if",
         "the result is not looked at at the second size",
         "tests/emit/test_deliver.py::test_a_form_whose_code_is_wrong_at_the_second_size_is_not_emitted",
     ),

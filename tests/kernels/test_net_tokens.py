@@ -17,7 +17,7 @@ from fxprune.kernels import native
 from fxprune.kernels.native import net
 from fxprune.kernels.native.net import Finish, Taps
 
-from .test_net import Made, agrees, op
+from .net_case import Made, agrees, op
 
 pytestmark = pytest.mark.skipif(not native.status().available, reason="needs a C++ compiler")
 
