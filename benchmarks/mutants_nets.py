@@ -8,6 +8,7 @@ _TOKENS = "tests/lower/test_nets_tokens.py"
 _NETS = "tests/lower/test_nets.py"
 _KERNEL = "tests/kernels/test_net.py"
 _KERNEL_TOKENS = "tests/kernels/test_net_tokens.py"
+_CACHE = "tests/lower/test_attention.py"
 
 NETS = (
     Mutant(
@@ -170,5 +171,40 @@ NETS = (
         "return 2 * wins >= len(self.warm)",
         "a form is taken for faster that was in every other round",
         "tests/measure/test_measure.py::test_who_beats_another_was_faster_in_three_of_four_rounds",
+    ),
+    Mutant(
+        "fxprune/lower/attention.py",
+        "since.get(x) != since[reader] or not",
+        "not",
+        "a cache is read where it lies after it was written to",
+        f"{_CACHE}::test_what_is_written_to_after_it_was_joined_is_read_as_it_was",
+    ),
+    Mutant(
+        "fxprune/lower/attention.py",
+        "if found is not None and torch.equal(found, wanted) else 0",
+        "if found is not None else 0",
+        "heads that alternate are taken for heads that share keys",
+        f"{_CACHE}::test_heads_that_alternate_are_not_taken_for_heads_that_share",
+    ),
+    Mutant(
+        "fxprune/lower/attention.py",
+        "if lengths[0] == lengths[1]:",
+        "if True:",
+        "keys in two tensors go with values in one",
+        f"{_CACHE}::test_keys_alone_returned",
+    ),
+    Mutant(
+        "fxprune/kernels/native/attention.cpp",
+        "if (greatest == kNever) greatest = 0.0f;",
+        "",
+        "a query that sees no key is nan",
+        "tests/kernels/test_attention.py",
+    ),
+    Mutant(
+        "fxprune/kernels/native/attention.cpp",
+        "kv_head * p.group() + (first + n) / p.queries, token",
+        "kv_head * p.group() + (first + n) % p.group(), token",
+        "the queries of heads that share keys are mixed up",
+        "tests/kernels/test_attention.py",
     ),
 )

@@ -28,6 +28,7 @@ from fxprune.graph.environment import hidden
 from fxprune.graph.program import Program, fetch
 from fxprune.graph.weights import uses
 from fxprune.kernels.native.fingerprint import fingerprint
+from fxprune.lower.attention import lower_attention
 from fxprune.lower.fold import fold_masks
 from fxprune.lower.layouts.choose import Chooser
 from fxprune.lower.lower import lower
@@ -243,6 +244,8 @@ def _pack(traced: Traced, inputs: Sequence[Any], settings: Settings, chooser: Ch
         return None
     for w in lowered:
         log.info("backend fxprune: %s -> %s (%s)", w.name, w.choice.layout, w.choice.why)
+    if packed:
+        lower_attention(result)
     unbound = traced.unbind(result, keep_folded=is_fixed)
     if not unbound.tensors:
         return None

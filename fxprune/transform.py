@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ from fxprune.graph.note import Note
 from fxprune.graph.program import Program, copy_program, count_elements, put_values
 from fxprune.graph.trace import Trace
 from fxprune.graph.verify import verify
+from fxprune.lower.attention import lower_attention
 from fxprune.lower.fold import fold
 from fxprune.lower.layouts.choose import Chooser
 from fxprune.lower.lower import Lowered, batches, lower
@@ -267,6 +269,8 @@ def _lower(job: Job) -> Iterable[str]:
     sizes = batches(job.captured, examples, job.settings.tune_for)
     rounds = job.settings.dtype is not None
     job.program, job.lowered = lower(job.program, job.shrunk[1].mask, chooser, sizes, rounds=rounds)
+    if gains := lower_attention(job.program) if any(w.choice.layout != "dense" for w in job.lowered) else []:
+        job.tell([Note(f"{_attentions(len(gains))} keys and values where they lie, {median(gains):.2f}x torch's")])
     if rounds and all(w.choice.layout == "dense" for w in job.lowered):
         job.tell(
             [Note("products in bfloat16 were asked for, but no weight is packed, so all are in float32", "fallback")]
@@ -274,6 +278,10 @@ def _lower(job: Job) -> Iterable[str]:
     elif rounds and job.expected is not None:
         job.expected = dataclasses.replace(job.expected, allowed=TOLERANCE[torch.bfloat16])
     return [f"{w.name}: {w.choice.layout}, {w.choice.why}" for w in job.lowered]
+
+
+def _attentions(count: int) -> str:
+    return "1 attention reads" if count == 1 else f"{count} attentions read"
 
 
 def _emit(job: Job) -> Iterable[str]:

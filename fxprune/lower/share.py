@@ -33,24 +33,24 @@ class Chosen:
 
 def groups(program: Program, chosen: list[Chosen]) -> list[list[Chosen]]:
     """The weights apart by the call that computes them, the members of a call in the order of their linears."""
-    moments = _moments(program.graph)
+    since = moments(program.graph)
     places = {node: place for place, node in enumerate(program.graph.nodes)}
     found: dict[Hashable, list[Chosen]] = {}
     for weight in chosen:
-        found.setdefault(_call(weight, moments), []).append(weight)
+        found.setdefault(_call(weight, since), []).append(weight)
     return [sorted(group, key=lambda weight: places[weight.uses[0].node]) for group in found.values()]
 
 
-def _call(weight: Chosen, moments: dict[Node, int]) -> Hashable:
+def _call(weight: Chosen, since: dict[Node, int]) -> Hashable:
     """What weights must agree on to share a call; the weight's own name if it shares none."""
     linear = weight.uses[0]
     bias = linear.bias
     if len(weight.uses) > 1 or (bias is not None and bias.op != "get_attr"):
         return weight.name
-    return weight.packed.layout, linear.x, moments[linear.node], weight.activation, bias is None
+    return weight.packed.layout, linear.x, since[linear.node], weight.activation, bias is None
 
 
-def _moments(graph: Graph) -> dict[Node, int]:
+def moments(graph: Graph) -> dict[Node, int]:
     """How many ops up to each node write to a tensor: only within one moment does a tensor surely keep its value."""
     result: dict[Node, int] = {}
     moment = 0

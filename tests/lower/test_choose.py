@@ -66,6 +66,33 @@ def test_the_faster_dense_form_is_what_a_layout_must_beat(chosen: Callable[..., 
         assert chosen((*dense, 0.5)).layout == "nonzeros"
 
 
+@pytest.mark.parametrize(("model_bytes", "thrifty"), [(1, False), (1 << 40, True)])
+@pytest.mark.parametrize("worse", [1.04, 1.06])
+def test_of_layouts_alike_in_speed_the_smallest_is_taken_where_weights_come_from_memory(
+    monkeypatch: pytest.MonkeyPatch, model_bytes: int, thrifty: bool, worse: float
+) -> None:
+    small, large = "bitmap", "nonzeros"
+    monkeypatch.setattr(choose, "LAYOUTS", {name: LAYOUTS[name] for name in (large, small)})
+    packed = {name: LAYOUTS[name].pack(site(1)).bytes() for name in (small, large)}
+    assert packed[small] < packed[large]
+    seconds = {large: 1.0, small: worse}
+    monkeypatch.setattr(choose, "best_dense", lambda site, x: [lambda: x])
+    monkeypatch.setattr(choose, "_times", lambda *_: ([3.0, *seconds.values()], True))
+    choice, _ = Chooser(model_bytes=model_bytes).choose(site(1))
+    assert choice.layout == (small if thrifty and worse < 1 / 0.95 else large)
+    # None that is too slow by itself.
+    monkeypatch.setattr(choose, "_times", lambda *_: ([1.06, 1.0, 1.02], True))
+    assert Chooser(model_bytes=model_bytes).choose(site(1))[0].layout == large
+
+
+def test_one_that_wins_at_every_size_is_taken_where_the_fastest_loses_at_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "LAYOUTS", {name: LAYOUTS[name] for name in ("nonzeros", "bitmap")})
+    monkeypatch.setattr(choose, "best_dense", lambda site, x: [lambda: x])
+    taken = iter([[1.0, 0.1, 0.5], [1.0, 1.5, 0.9]])
+    monkeypatch.setattr(choose, "_times", lambda *_: (next(taken), True))
+    assert Chooser().choose(site(1, 2))[0].layout == "bitmap"
+
+
 def test_what_was_measured_at_other_sizes_is_not_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "LAYOUTS", {"nonzeros": LAYOUTS["nonzeros"]})
     monkeypatch.setattr(choose, "_times", lambda functions, *_: ([2.0] * (len(functions) - 1) + [1.0], True))
