@@ -64,6 +64,8 @@ struct Frame {
 struct Plan;
 
 struct Step {
+  double work = 0;  // in vectors multiplied and added
+
   virtual ~Step() = default;
   // Raises where the weights that it reads are not there.
   virtual void check(const Weights& weights) const {}
@@ -98,8 +100,10 @@ struct Plan {
   }
 };
 
-// Tasks of a step for each thread, where there are that many: enough that none waits long for the last.
-constexpr int64_t kTasksPerThread = 4;
+// Tasks of a step for each thread, where there are that many: so many that none waits long for the last. And tiles for
+// each thread below which they are shared in parts.
+constexpr int64_t kTasksPerThread = 16;
+constexpr int64_t kTilesPerThread = 4;
 
 // Channels or tiles, dealt out to tasks.
 struct Share {
@@ -131,7 +135,7 @@ struct TileStep : Step {
   // The parts of a tile, where threads have too few tiles.
   virtual int64_t most_parts(int64_t threads) const { return threads * 2; }
 
-  int64_t parts(int64_t threads) const { return threads == 1 || tiles >= threads * kTasksPerThread ? 1 : most_parts(threads); }
+  int64_t parts(int64_t threads) const { return threads == 1 || tiles >= threads * kTilesPerThread ? 1 : most_parts(threads); }
   int64_t tasks(int64_t threads) const override { return Share(tiles, threads).tasks * parts(threads); }
   void run(const Plan& plan, const Frame& f, int64_t task, int64_t threads, float* scratch) const override {
     const Share share(tiles, threads);

@@ -111,6 +111,18 @@ class Bands {
   int64_t kept_floats() const { return kept_; }  // of rows that several bands have
   int64_t ring_floats() const { return ring_; }  // of one band
   int64_t floats() const { return kept_ + bands_.size() * ring_; }
+  // Work of all threads together while they wait for the one that has most.
+  double idle() const {
+    std::vector<double> work(bands_.size());
+    for (size_t item = 0; item < needs_.size(); ++item) {
+      const TileStep& step = *steps_[step_of(item)];
+      const auto many = std::count_if(in_.begin(), in_.end(), [&](const auto& in) { return in[item]; });
+      for (size_t b = 0; b < bands_.size(); ++b)
+        if (in_[b][item]) work[b] += step.work / plan_.maps[step.value].grid.bh / many;
+    }
+    const double most = *std::max_element(work.begin(), work.end());
+    return most * work.size() - std::accumulate(work.begin(), work.end(), 0.0);
+  }
   // Where the rows of a storage that is inside lie.
   std::vector<int64_t> rows_of(int64_t storage) const {
     std::vector<int64_t> result;

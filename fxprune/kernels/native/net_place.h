@@ -1,6 +1,9 @@
 // Where the maps of a plan lie, and which steps are run depth first.
 #pragma once
 
+#include <cmath>
+#include <optional>
+
 #include "net_depth_first.h"
 #include "net_steps.h"
 
@@ -15,7 +18,12 @@ struct Use {
 struct Limits {
   int64_t large = near_bytes() / 4;     // bytes from which on a map is worth it, for each thread
   int64_t near = near_bytes() * 3 / 4;  // bytes of rings and weights that stay near
+  bool weighs_idle = true;  // whether bytes are saved only where no thread idles for longer than they would have taken
 };
+
+// Vectors that are multiplied in the time that goes by for a byte that leaves a core's cache and comes back while others
+// are multiplied: by running depth first ResNet-50 saves 25 MB and 2% of its time, MobileNetV2 20 MB and 18%.
+constexpr double kWorkPerByte = 1.0 / 16;
 
 // Gives each map its place in the arena, where what is alive at the same time does not overlap. Until then `storage`
 // numbers what lies together.
@@ -72,16 +80,16 @@ class Placer {
     return bytes;
   }
 
-  // Bytes of large maps that do not leave a core's cache where steps [first, end) are run depth first; -1 where their
-  // rows and weights do not fit into it.
-  int64_t saved(int64_t first, int64_t end, const Bands& bands) const {
+  // Bytes of large maps that do not leave a core's cache where steps [first, end) are run depth first, less what could
+  // have passed while threads wait for others; nothing where their rows and weights do not fit into it.
+  std::optional<int64_t> saved(int64_t first, int64_t end, const Bands& bands) const {
     constexpr int64_t kBytes = sizeof(float);
     // Places of a storage are 32-bit numbers.
-    if (bands.floats() >= INT32_MAX || bands.ring_floats() * kBytes + weight_bytes(first, end) > limits_.near) return -1;
+    if (bands.floats() >= INT32_MAX || bands.ring_floats() * kBytes + weight_bytes(first, end) > limits_.near) return {};
     int64_t floats = -bands.kept_floats();
     for (const Storage& s : storages_)
       if (s.first >= first && s.last < end && is_large(s)) floats += s.floats;
-    return floats * kBytes;
+    return floats * kBytes - (limits_.weighs_idle ? std::llround(bands.idle() / kWorkPerByte) : 0);
   }
 
   // Runs of neighbouring steps through which large maps pass, each as long as it gains by it.
@@ -95,9 +103,9 @@ class Placer {
       for (int64_t last = first + 1; last < steps && goes_on(first, last); ++last) {
         const std::vector<bool> own = inside(first, last + 1);
         auto bands = std::make_unique<Bands>(plan_, first, last + 1, bands_, own);
-        const int64_t bytes = saved(first, last + 1, *bands);
-        if (bytes < 0) break;
-        if (bytes > 0 && bytes >= most) most = bytes, best = std::move(bands), end = last + 1;
+        const std::optional<int64_t> bytes = saved(first, last + 1, *bands);
+        if (!bytes) break;
+        if (*bytes > 0 && *bytes >= most) most = *bytes, best = std::move(bands), end = last + 1;
       }
       if (best) use(first, end, std::move(best));
     }

@@ -81,6 +81,7 @@ struct Planner {
   const std::vector<InputSize>& inputs;
   int64_t storages = 0;
   Limits limits;
+  double worked = 0;  // what of the plan's work is some step's
   std::vector<int64_t> value_map;  // the map of each value; -1 for an output
   std::vector<Use> uses;
   std::vector<int64_t> like;  // of each value, the one whose grid it takes over
@@ -134,6 +135,8 @@ struct Planner {
     for (const int64_t map : reads_of)
       if (map >= 0) uses.push_back({now, map});
     if (writes >= 0) uses.push_back({now, writes});
+    step->work = plan.work - worked;
+    worked = plan.work;
     plan.steps.push_back(std::move(step));
   }
 
@@ -206,7 +209,7 @@ struct Planner {
   void read(Reader& r) {
     require_net(r.next() == kVersion, "the program is of another version");
     const int64_t large = r.size(-1), near = r.size(-1);
-    if (large >= 0) limits.large = large;
+    if (large >= 0) limits.large = large, limits.weighs_idle = false;
     if (near >= 0) limits.near = near;
     const int64_t count = r.size(1, 1 << 20);
     for (int64_t s = 0; s < count; ++s) {

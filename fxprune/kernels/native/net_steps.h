@@ -1,6 +1,8 @@
 // The steps of a net: what each does for a task, on maps that the planner has placed.
 #pragma once
 
+#include <numeric>
+
 #include "depthwise.h"
 #include "net.h"
 
@@ -131,8 +133,11 @@ struct Conv : TileStep {
   }
   // Where a step has few tiles its rows are shared as well.
   int64_t most_parts(int64_t threads) const override {
-    const int64_t wanted = std::clamp(ceil_div(rows, kRowsPerTask), threads, threads * kTasksPerThread);
-    return std::min(row_blocks(), wanted);
+    // A block that is filled first is filled anew for each part.
+    const int64_t wanted = direct ? row_blocks() : std::clamp(ceil_div(rows, kRowsPerTask), threads, threads * kTilesPerThread);
+    // As many tasks for each thread as for the others.
+    const int64_t even = threads / std::gcd(threads, tiles);
+    return std::min(row_blocks(), ceil_div(wanted, even) * even);
   }
   void add_reads(const Plan& plan, int64_t y, std::vector<Row>& rows) const override {
     add_rows(plan.maps[x], x, taps, y, rows);
