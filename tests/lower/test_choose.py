@@ -67,7 +67,7 @@ def test_the_faster_dense_form_is_what_a_layout_must_beat(chosen: Callable[..., 
 
 
 @pytest.mark.parametrize(("model_bytes", "thrifty"), [(1, False), (1 << 40, True)])
-@pytest.mark.parametrize("worse", [1.04, 1.06])
+@pytest.mark.parametrize("worse", [1.14, 1.16])
 def test_of_layouts_alike_in_speed_the_smallest_is_taken_where_weights_come_from_memory(
     monkeypatch: pytest.MonkeyPatch, model_bytes: int, thrifty: bool, worse: float
 ) -> None:
@@ -79,7 +79,7 @@ def test_of_layouts_alike_in_speed_the_smallest_is_taken_where_weights_come_from
     monkeypatch.setattr(choose, "best_dense", lambda site, x: [lambda: x])
     monkeypatch.setattr(choose, "_times", lambda *_: ([3.0, *seconds.values()], True))
     choice, _ = Chooser(model_bytes=model_bytes).choose(site(1))
-    assert choice.layout == (small if thrifty and worse < 1 / 0.95 else large)
+    assert choice.layout == (small if thrifty and worse < 1 / 0.87 else large)
     # None that is too slow by itself.
     monkeypatch.setattr(choose, "_times", lambda *_: ([1.06, 1.0, 1.02], True))
     assert Chooser(model_bytes=model_bytes).choose(site(1))[0].layout == large

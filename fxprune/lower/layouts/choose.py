@@ -26,7 +26,7 @@ from .site import LEAST_ZEROS, Choice, Packed, Site, Timing
 MARGIN = 1.05
 SECONDS_PER_SITE = 0.12
 # Gains that differ by less are alike.
-_ALIKE = 0.95
+_ALIKE = 0.87
 _NO_MEMORY = "there is not enough memory on the device to pack it"
 
 
