@@ -358,7 +358,9 @@ def _run(job: Job) -> PrunedModule | TrainableModule:
                 break
     job.selection.values = job.values
     report.fits, report.recovery = job.selection.fits, job.selection.recovery
-    job.tell([*job.selection.notes, *nothing_compared(report.checks)])
+    idle = job.settings.idle(trainable=job.trainable)
+    told = [Note(f"what was asked for by {', '.join(idle)} does nothing for such a result", "warning")] if idle else []
+    job.tell([*job.selection.notes, *nothing_compared(report.checks), *told])
     job.result.meta["report"], job.result.meta["selection"] = report, job.selection
     return job.result
 

@@ -83,6 +83,11 @@ class Settings:
         values.setdefault("measure", variable("FXPRUNE_MEASURE") != "0")
         return Settings(mode=mode, **values)
 
+    def idle(self, *, trainable: bool) -> list[str]:
+        """What was set and does nothing for a result of `transform` that is trainable, or is not."""
+        names = ("mode", "dtype", "layout", "tune_for") if trainable else ("masked_matmul",)
+        return [name for name in (*names, "constant_weights") if getattr(self, name) != getattr(Settings, name)]
+
     def inductor_options(self) -> dict[str, Any] | None:
         """Inductor's options, or None for eager. A mode of torch.compile is so many of these."""
         if not self.compile:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
+import fxprune
 from fxprune.emit.settings import Settings
 from fxprune.errors import InputError
 
@@ -16,6 +19,20 @@ def test_defaults_and_values() -> None:
     assert options is not None and options["max_autotune"] is True
     assert "freezing" not in options and Settings().inductor_options() == {"freezing": True}
     assert Settings.read(None, {"compile": False}).inductor_options() is None
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_what_was_asked_for_in_vain_is_told(trainable: bool) -> None:
+    options = {"dtype": "bfloat16", "tune_for": [1, 2], "masked_matmul": True, "compile": False, "measure": False}
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4).eval()
+    result = fxprune.transform(model, None, (torch.randn(2, 4),), trainable=trainable, options=options)
+    names = "dtype, tune_for" if trainable else "masked_matmul"
+    assert f"what was asked for by {names} does nothing for such a result" in result.report.notes
+    plain = fxprune.transform(
+        model, None, (torch.randn(2, 4),), trainable=trainable, options={"compile": False, "measure": False}
+    )
+    assert not any("asked for by" in note for note in plain.report.notes)
 
 
 def test_a_variable_says_whether_whole_models_are_timed_and_options_have_the_last_word(
