@@ -181,6 +181,13 @@ NETS = (
     ),
     Mutant(
         "fxprune/lower/attention.py",
+        "if _is_heads(source) and since.get(chain[0]) == since[reader]:",
+        "if _is_heads(source):",
+        "heads that were copied are read anew after a write",
+        f"{_CACHE}::test_heads_that_were_copied_before_a_write_are_read_as_they_were",
+    ),
+    Mutant(
+        "fxprune/lower/attention.py",
         "if found is not None and torch.equal(found, wanted) else 0",
         "if found is not None else 0",
         "heads that alternate are taken for heads that share keys",

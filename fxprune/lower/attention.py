@@ -101,7 +101,7 @@ def _read(node: Node, since: dict[Node, int]) -> Attention | None:
     of_keys, of_values = (sizes(given[name].meta["val"].shape) for name in ("key", "value"))
     if of_keys[0] != of_values[0] or of_keys[0] != sizes(query.meta["val"].shape)[0] or of_keys[3] != size:
         return None  # One of them is the same for all images.
-    keys, values = (_shared(given[name], since) for name in ("key", "value"))
+    keys, values = (_shared(given[name], node, since) for name in ("key", "value"))
     if keys.group != values.group:
         keys, values = Cache((given["key"],), 1), Cache((given["value"],), 1)
     joined = [_parts(cache.parts[0], node, since) for cache in (keys, values)]
@@ -124,13 +124,15 @@ def _is_mask(x: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type == "cpu" and value.dim() <= 4
 
 
-def _shared(x: Node, since: dict[Node, int]) -> Cache:
-    """What the heads of x are copies of, each for several heads in a row; x itself where they are not."""
+def _shared(x: Node, reader: Node, since: dict[Node, int]) -> Cache:
+    """What the heads of x are copies of, each for several heads in a row, where nothing is written to since they were
+    copied; else x itself.
+    """
     result, source, chain = Cache((x,), 1), x, []
     while _is_view(source) and isinstance(above := source.args[0], Node):
         chain.insert(0, source)
         source = above
-        if _is_heads(source) and since.get(source) == since.get(x):
+        if _is_heads(source) and since.get(chain[0]) == since[reader]:
             group = _copies(source, chain)
             result = Cache((source,), group) if group else result
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -190,6 +191,17 @@ def test_what_is_written_to_after_it_was_joined_is_read_as_it_was() -> None:
     assert program.graph.find_nodes(op="call_function", target=aten.mul_.Tensor) and parts_of(program) == [1]
 
 
+def test_heads_that_were_copied_before_a_write_are_read_as_they_were() -> None:
+    def attend(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        keys, values = keys + 0, values + 0
+        k, v = repeated(keys, 3), repeated(values, 3)
+        keys.mul_(3)
+        return F.scaled_dot_product_attention(query, k, v) + keys.mean()
+
+    program, _ = lowered(attend, *made(heads=6, kv_heads=2))
+    assert program.graph.find_nodes(op="call_function", target=aten.mul_.Tensor)
+
+
 def test_no_faster_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_gain", lambda found: attention.MARGIN - 0.01)
     program, gains = lowered(decode, *made())
@@ -220,3 +232,16 @@ def test_transform_tells_of_it(compiled: bool) -> None:
     assert any("1 attention reads" in note and "2.00x" in note for note in fast.report.notes)
     with torch.no_grad():
         torch.testing.assert_close(fast(*given), model(*given), rtol=1e-4, atol=1e-5)
+
+
+def test_the_backend_reads_the_cache_where_it_lies(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = Decoder().eval()
+    for layer in (model.qkv, model.out):
+        torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.9)
+        torch.nn.utils.prune.remove(layer, "weight")
+    given = torch.randn(1, 1, 64), torch.randn(1, 4, 30, 16), torch.randn(1, 4, 30, 16)
+    compiled = torch.compile(model, backend="fxprune", options={"compile": False, "layout": "bitmap"})
+    with torch.no_grad(), caplog.at_level(logging.INFO, logger="fxprune"):
+        torch.testing.assert_close(compiled(*given), model(*given), rtol=1e-4, atol=1e-5)
+    assert any("where they lie (2.00x" in record.getMessage() for record in caplog.records)

@@ -80,6 +80,7 @@ def test_of_layouts_alike_in_speed_the_smallest_is_taken_where_weights_come_from
     monkeypatch.setattr(choose, "_times", lambda *_: ([3.0, *seconds.values()], True))
     choice, _ = Chooser(model_bytes=model_bytes).choose(site(1))
     assert choice.layout == (small if thrifty and worse < 1 / 0.87 else large)
+    assert (choice.layout == small) == ("smaller than nonzeros, which is 3.00x" in choice.why)
     # None that is too slow by itself.
     monkeypatch.setattr(choose, "_times", lambda *_: ([1.06, 1.0, 1.02], True))
     assert Chooser(model_bytes=model_bytes).choose(site(1))[0].layout == large

@@ -25,7 +25,7 @@ from .site import LEAST_ZEROS, Choice, Packed, Site, Timing
 # A sparse layout must beat dense by this factor at the geometric mean of the declared sizes, and lose at none.
 MARGIN = 1.05
 SECONDS_PER_SITE = 0.12
-# Gains that differ by less are alike.
+# The part of the greatest gain that is enough for a smaller layout, where a weight is read from memory for every call.
 _ALIKE = 0.87
 _NO_MEMORY = "there is not enough memory on the device to pack it"
 
@@ -151,6 +151,9 @@ def _measure(
     if winners:
         best = _best(winners, packed, thrifty=not warm and site.weight.device.type == "cpu")
         why = f"{means[best]:.2f}x dense at {sizes} tokens{_limit(best, site)}"
+        fastest = max(winners, key=lambda name: winners[name])
+        if best != fastest:
+            why += f"; smaller than {fastest}, which is {means[fastest]:.2f}x"
         choice = Choice(best, why, refused, tuple(timings), steady=steady)
         return choice, packed[best]
     for name in fitting:
@@ -160,7 +163,7 @@ def _measure(
 
 
 def _best(gains: Mapping[str, float], packed: Mapping[str, Packed], *, thrifty: bool) -> str:
-    """The layout that gains most; where `thrifty` the smallest of those that gain as much within what timing tells.
+    """The layout that gains most; where `thrifty` the smallest of those that gain nearly as much.
 
     A weight that is read from memory for every call waits for its bytes, more so in a model than when it is timed.
     """
