@@ -30,16 +30,17 @@ Row = dict[str, Any]
 
 
 class Worker:
-    """A process that runs cases, started when it is needed and anew when it is gone or old."""
+    """A process that runs cases, started by `command` when it is needed and anew when it is gone or old."""
 
-    def __init__(self) -> None:
+    def __init__(self, command: Sequence[str] = COMMAND, most: int = CASES_A_WORKER) -> None:
+        self._command, self._most = command, most
         self._process: subprocess.Popen[bytes] | None = None
         self._count = 0
         self._read = b""
 
     def run(self, seed: int, seconds: float) -> Row:
         """The row of one seed. "died" and "time limit" are outcomes; what torch does alone is no case of ours."""
-        if self._process is None or self._count >= CASES_A_WORKER:
+        if self._process is None or self._count >= self._most:
             self._start()
         process, at = self._process, "start"
         assert process is not None and process.stdin is not None
@@ -74,12 +75,17 @@ class Worker:
         }
         environment["PYTHONHASHSEED"] = "0"
         self._process = subprocess.Popen(
-            COMMAND, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            self._command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
         )
         self._count, self._read = 0, b""
         if self._line(time.monotonic() + START_SECONDS) is None:
             self.stop()
-            raise RuntimeError(f"a worker does not start: {' '.join(COMMAND)}")
+            raise RuntimeError(f"a worker does not start: {' '.join(self._command)}")
 
     def _line(self, end: float) -> bytes | None:
         """The next line that the process writes; None once it is gone or the time is up."""
@@ -105,7 +111,13 @@ class Worker:
             self._process = None
 
 
-def run_seeds(seeds: Sequence[int], jobs: int, seconds: float) -> Iterator[Row]:
+def run_seeds(
+    seeds: Sequence[int],
+    jobs: int,
+    seconds: float,
+    command: Sequence[str] = COMMAND,
+    most: int = CASES_A_WORKER,
+) -> Iterator[Row]:
     """The rows of all seeds as they come."""
     waiting: queue.Queue[int] = queue.Queue()
     for seed in seeds:
@@ -114,7 +126,7 @@ def run_seeds(seeds: Sequence[int], jobs: int, seconds: float) -> Iterator[Row]:
     stopped = threading.Event()
 
     def work() -> None:
-        worker = Worker()
+        worker = Worker(command, most)
         try:
             while not stopped.is_set():
                 rows.put(worker.run(waiting.get_nowait(), seconds))

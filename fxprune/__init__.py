@@ -5,7 +5,11 @@ from __future__ import annotations
 from fxprune.calibration.calibrate import calibrate
 from fxprune.calibration.recover.recover import recover
 from fxprune.emit.report import Report
+from fxprune.files.load import load
+from fxprune.files.save import save
+from fxprune.graph.environment import VERSION
 from fxprune.measure.benchmark import benchmark
+from fxprune.own_class.write_back import write_back
 from fxprune.plan.patterns import Blocks, Channels, Existing, SemiStructured, Unstructured
 from fxprune.plan.plan import Drop, Plan, Rule
 
@@ -14,7 +18,7 @@ from .analyze import analyze
 from .errors import FxPruneError, FxPruneWarning
 from .transform import transform
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "Blocks",
     "Channels",
@@ -31,7 +35,10 @@ __all__ = [
     "benchmark",
     "calibrate",
     "gradient_score",
+    "load",
     "prune",
     "recover",
+    "save",
     "transform",
+    "write_back",
 ]

@@ -52,6 +52,10 @@ class BuildError(FxPruneError, RuntimeError):
     """The native kernels could not be compiled or loaded on this machine."""
 
 
+class FileError(FxPruneError, ValueError):
+    """A file that cannot be written, read or trusted."""
+
+
 class FxPruneWarning(UserWarning):
     """Something is slower than it need be, or not as it looks, on this machine or in this process."""
 

@@ -38,7 +38,7 @@ from fxprune.lower.attention import lower_attention
 from fxprune.lower.fold import fold
 from fxprune.lower.layouts.choose import Chooser
 from fxprune.lower.lower import Lowered, batches, lower
-from fxprune.plan.plan import Plan
+from fxprune.plan.plan import Plan, plan_text
 from fxprune.select.decide import check_values, choose_selection, couple_if_needed, existing_masks, names_asked_for
 from fxprune.select.selection import Selection
 from fxprune.shrink.computed import compute_proved
@@ -118,6 +118,7 @@ def transform(
         dynamic_shapes=dynamic_shapes,
         calibration=calibration,
         plan=plan,
+        asked=None if plan is None else plan_text(plan),
         replay=selection,
         settings=settings,
         trainable=trainable,
@@ -133,6 +134,7 @@ class Job:
     """One transform on its way: what was asked, and what the stages have made of it so far.
 
     plan, replay  what decides the selection; calibration turns a plan into a selection to replay
+    asked         the plan as it was given, in words
     program       as the last stage left it
     selection     the decision; `left` is what of it is still to be applied to `program`
     blocks        paths of the residual blocks that left
@@ -147,6 +149,7 @@ class Job:
     dynamic_shapes: Any
     calibration: Any
     plan: Plan | None
+    asked: str | None
     replay: Selection | None
     settings: Settings
     trainable: bool
@@ -361,7 +364,8 @@ def _run(job: Job) -> PrunedModule | TrainableModule:
     idle = job.settings.idle(trainable=job.trainable)
     told = [Note(f"what was asked for by {', '.join(idle)} does nothing for such a result", "warning")] if idle else []
     job.tell([*job.selection.notes, *nothing_compared(report.checks), *told])
-    job.result.meta["report"], job.result.meta["selection"] = report, job.selection
+    job.result.meta |= {"report": report, "selection": job.selection, "settings": job.settings, "plan": job.asked}
+    job.result.meta["sizes"] = dynamic_sizes(job.captured, job.example)
     return job.result
 
 

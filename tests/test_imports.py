@@ -18,16 +18,18 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "fxprune"
 KERNELS = "triton_kernels"
 TOP = "__init__"
-MOST_NAMES = 20
+MOST_NAMES = 22
 MOST_FLOORS = 9
 
 # room -> what it imports, from the highest floor down.
 BENEATH = {
     "cli": "transform select measure plan errors",
+    "files": "transform emit shrink check lower select capture kernels measure graph plan errors",
     "backend": "emit lower select capture kernels graph errors",
     "transform": "calibration emit shrink check lower select capture couple kernels graph plan errors",
     "calibration": "shrink check select capture couple graph plan errors",
     "emit": "shrink check lower select capture couple kernels measure graph plan errors",
+    "own_class": "shrink check select capture couple graph errors",
     "analyze": "check capture couple graph errors",
     "shrink": "check select couple graph plan errors",
     "check": "select capture couple graph errors",

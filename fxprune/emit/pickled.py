@@ -7,12 +7,17 @@ tuples become plain ones, and what hangs on attributes of the module (such as `t
 from __future__ import annotations
 
 import dataclasses
+import sys
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate, map_arg
+
+from fxprune.errors import FileError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +45,42 @@ def parts_of(module: torch.fx.GraphModule) -> Parts:
     for code in ("_compiled_call_impl", "_run"):
         state.pop(code, None)
     return state, graph_data(graph), graph._codegen
+
+
+def reduced(rebuild: Callable[..., nn.Module], module: torch.fx.GraphModule) -> tuple[Any, ...]:
+    """What `__reduce__` of a result returns: first of all what refuses a torch.load that takes tensors alone."""
+    return _remade, (_TensorsAlone(), rebuild, *parts_of(module))
+
+
+def _remade(_: None, rebuild: Callable[..., nn.Module], *parts: Any) -> nn.Module:
+    _refuse_in(sys._getframe(1))
+    return rebuild(*parts)
+
+
+class _TensorsAlone:
+    """Pickles as a call of `refuse_tensors_alone`."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return refuse_tensors_alone, ()
+
+
+def refuse_tensors_alone() -> None:
+    """Nothing, but where torch.load(weights_only=True), its default, reads a pickled result: raises FileError there."""
+    _refuse_in(sys._getframe(1))
+
+
+def _refuse_in(caller: types.FrameType) -> None:
+    if caller.f_globals.get("__name__") == "torch._weights_only_unpickler":
+        raise FileError(
+            "cannot load a result of transform by torch.load as it is by default",
+            why="that takes tensors alone, and a result is a graph as well",
+            do="Save it by fxprune.save(result, path) and load it by fxprune.load(path), without pickle; or say "
+            "torch.load(path, weights_only=False) if you trust the file, for unpickling it can run any code.",
+        )
+
+
+# This torch.load may call; what is behind it, it may not.
+torch.serialization.add_safe_globals([refuse_tensors_alone, _remade])
 
 
 def rooted(state: dict[str, Any], nodes: list[tuple[Any, ...]], codegen: Any) -> tuple[nn.Module, Graph]:

@@ -20,7 +20,7 @@ from fxprune.measure.ways import compiled
 from fxprune.select.selection import Selection
 
 from .compiled import Compiled, can_compile, returned
-from .pickled import parts_of, rooted
+from .pickled import reduced, rooted
 from .report import Report
 
 
@@ -161,7 +161,7 @@ class PrunedModule(Result):
                 vars(self)["_run"] = run
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, parts_of(self)
+        return reduced(_rebuild, self)
 
 
 _NO_GUARDS = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
@@ -238,11 +238,15 @@ def _without_autocast() -> contextlib.AbstractContextManager[object]:
 
 
 def _rebuild(state: dict[str, Any], nodes: list[tuple[Any, ...]], codegen: Any) -> PrunedModule:
-    root, graph = rooted(state, nodes, codegen)
+    return pruned_over(*rooted(state, nodes, codegen))
+
+
+def pruned_over(root: nn.Module, graph: torch.fx.Graph) -> PrunedModule:
+    """A PrunedModule of a graph and the module that holds its tensors and `meta`."""
     result = PrunedModule(root, graph, class_name="PrunedModule")
     result.graph._tracer_cls = None
     result._tracer_cls = None
-    result.meta = state["meta"]
+    result.meta = vars(root)["meta"]
     return result.eval()
 
 

@@ -21,6 +21,8 @@ from fxprune.measure.model_timing import ModelTiming
 from fxprune.select.selection import Fit, Recovery, Selection
 from fxprune.shrink.dead.dead import ROUTES, Dead
 
+from .runtimes import Runtimes, runtimes_of
+
 
 @dataclasses.dataclass
 class WeightReport:
@@ -118,6 +120,12 @@ class Report:
     def bytes(self) -> int:
         """Bytes of the reported weights in their layouts."""
         return sum(w.lowered.bytes for w in self.weights)
+
+    @property
+    def runtimes(self) -> Runtimes:
+        """Which runtimes load a result of this form, whether it is faster there, and why not; prints as a table."""
+        smaller = any(group.kept < group.size for group in self.groups) or bool(self.dropped)
+        return runtimes_of(shrunk=smaller, layouts={weight.layout for weight in self.weights})
 
     def __str__(self) -> str:
         if self.pending:

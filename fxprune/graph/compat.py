@@ -9,10 +9,11 @@ import logging
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import _pytree as fx_pytree
 from torch.overrides import TorchFunctionMode
@@ -204,3 +205,23 @@ _LOCK = threading.RLock()
 def children_of(spec: Any) -> list[Any]:
     """The specs of a tree's branches: a method in newer versions of torch, an attribute in older ones."""
     return list(spec.children()) if hasattr(spec, "children") else list(spec.children_specs)
+
+
+@contextlib.contextmanager
+def read_tensors(path: Any) -> Iterator[tuple[dict[str, str], list[str], Callable[[str], Tensor]]]:
+    """The header's texts, the names of the tensors, and what reads one of them, of a safetensors file.
+
+    Each tensor has memory of its own: what is mapped would change with the file, and end the process where it shrinks.
+    """
+    import safetensors
+
+    try:
+        file, is_mapped = safetensors.safe_open(path, "pt", backend="pread"), False
+    except TypeError:  # Before safetensors 0.8.
+        file, is_mapped = safetensors.safe_open(path, "pt"), True
+    with file:
+        yield (
+            file.metadata() or {},
+            list(file.keys()),
+            lambda key: file.get_tensor(key).clone() if is_mapped else file.get_tensor(key),
+        )

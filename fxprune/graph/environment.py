@@ -8,6 +8,8 @@ import torch
 
 from fxprune.errors import warn_once
 
+# pyproject.toml has it as well.
+VERSION = "0.1.0"
 # README has this table for users.
 VARIABLES = {
     "FXPRUNE_TRACE": "a folder: every stage writes the program as it left it, and what it changed",

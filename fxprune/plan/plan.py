@@ -228,6 +228,14 @@ class Plan:
             raise _unreadable(f"{type(error).__name__}: {error}") from error
 
 
+def plan_text(plan: Plan) -> str:
+    """A plan as JSON, or in words where JSON has none for its scores."""
+    try:
+        return plan.to_json()
+    except PlanError:
+        return str(plan)
+
+
 def _check_pattern(
     pattern: object, where: str, names: str = "parameter's name", example: str = "encoder.*.weight"
 ) -> None:

@@ -19,7 +19,7 @@ from fxprune.capture.capture import Capture
 from fxprune.capture.entry import EntryCheck
 from fxprune.capture.hooks import mask_hooks, pruned_names
 from fxprune.capture.own_masks import Held
-from fxprune.emit.pickled import parts_of, rooted
+from fxprune.emit.pickled import reduced, rooted
 from fxprune.emit.pruned import Result
 from fxprune.graph.program import (
     Program,
@@ -64,16 +64,19 @@ class TrainableModule(Result):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, parts_of(self)
+        return reduced(_rebuild, self)
 
 
 def _rebuild(state: dict[str, Any], nodes: list[tuple[Any, ...]], codegen: Any) -> TrainableModule:
-    root, graph = rooted(state, nodes, codegen)
-    return _holding(_module(root, graph, codegen), state)
+    return trainable_over(*rooted(state, nodes, codegen))
 
 
-def _module(root: nn.Module, graph: Graph, codegen: Any) -> TrainableModule:
-    graph._codegen = codegen
+def trainable_over(root: nn.Module, graph: Graph) -> TrainableModule:
+    """A TrainableModule of a graph and the module that holds its parts, tensors, hooks and `meta`."""
+    return _holding(_module(root, graph), vars(root))
+
+
+def _module(root: nn.Module, graph: Graph) -> TrainableModule:
     result = TrainableModule(root, graph, class_name="TrainableModule")
     result.graph._tracer_cls = None
     result._tracer_cls = None
@@ -209,7 +212,7 @@ def emit_trainable(
         node.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
     draft.meta = {"entry": entry}
     make_layers(draft)
-    result = _module(draft, draft.graph, draft.graph._codegen)
+    result = _module(draft, draft.graph)
     for path, module in result.named_modules():
         prefix = f"{path}." if path else ""
         module._non_persistent_buffers_set = {n for n in module._buffers if prefix + n not in origin.saved | masked}

@@ -1,0 +1,1 @@
+"""Files: results saved and loaded whole, and packed results that leave Python."""
