@@ -19,12 +19,12 @@ PACKAGE = "fxprune"
 KERNELS = "triton_kernels"
 TOP = "__init__"
 MOST_NAMES = 22
-MOST_FLOORS = 9
+MOST_FLOORS = 10
 
 # room -> what it imports, from the highest floor down.
 BENEATH = {
     "cli": "transform select measure plan errors",
-    "files": "transform emit shrink check lower select capture kernels measure graph plan errors",
+    "files": "transform emit shrink check lower select capture kernels measure graph errors",
     "backend": "emit lower select capture kernels graph errors",
     "transform": "calibration emit shrink check lower select capture couple kernels graph plan errors",
     "calibration": "shrink check select capture couple graph plan errors",
