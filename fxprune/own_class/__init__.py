@@ -1,0 +1,1 @@
+"""A smaller model of the user's own class, held against the same oracle as any other result."""
