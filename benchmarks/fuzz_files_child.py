@@ -53,6 +53,7 @@ def one(original: Path, target: Path, seed: int, call: dict[str, Any], at: Any) 
     import fxprune
     from benchmarks.fuzz_files_change import changed
     from fxprune.errors import FileError
+    from fxprune.select.selection import Selection
 
     at("changing")
     kind, is_told = changed(original, target, seed)
@@ -64,7 +65,7 @@ def one(original: Path, target: Path, seed: int, call: dict[str, Any], at: Any) 
     # Whatever else comes out is a fault.
     except Exception as error:
         return {"change": kind, "outcome": "wrong error", "why": f"{type(error).__name__}: {str(error)[:300]}"}
-    if isinstance(result, fxprune.select.selection.Selection):
+    if isinstance(result, Selection):
         return {"change": kind, "outcome": "wrong answer" if is_told else "loaded", "why": ""}
     at("calling")
     try:

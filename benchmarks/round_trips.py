@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
@@ -64,7 +65,7 @@ def _vision(name: str, silenced: bool = False) -> nn.Module:
     if silenced:
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
-                torch.nn.utils.prune.ln_structured(module, "weight", 0.5, 2, 0)
+                prune.ln_structured(module, "weight", 0.5, 2, 0)
     return model
 
 
@@ -96,7 +97,7 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Maps of images [n, 3, h, w] at strides 4, 8, 16 and 32."""
-        body = self.body
+        body: Any = self.body
         x = body.maxpool(body.relu(body.bn1(body.conv1(images))))
         maps = {}
         for name in ("layer1", "layer2", "layer3", "layer4"):

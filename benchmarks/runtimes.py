@@ -51,7 +51,7 @@ def _vit() -> nn.Module:
 
 
 def _of_cpu(name: str) -> tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]]]:
-    model = next(model for model in cpu_models() if model.name == name)
+    model = cpu_models()[name]
     return model.build, model.inputs
 
 

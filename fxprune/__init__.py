@@ -5,6 +5,7 @@ from __future__ import annotations
 from fxprune.calibration.calibrate import calibrate
 from fxprune.calibration.recover.recover import recover
 from fxprune.emit.report import Report
+from fxprune.files.export import export
 from fxprune.files.load import load
 from fxprune.files.save import save
 from fxprune.graph.environment import VERSION
@@ -34,6 +35,7 @@ __all__ = [
     "analyze",
     "benchmark",
     "calibrate",
+    "export",
     "gradient_score",
     "load",
     "prune",

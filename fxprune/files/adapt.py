@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -75,7 +76,7 @@ def _chosen_anew(result: PrunedModule, told: str, progress: bool) -> PrunedModul
         for field in dataclasses.fields(settings)
         if field.name not in ("mode", "layout") and getattr(settings, field.name) != getattr(type(settings), field.name)
     }
-    made = transform(model, None, call.args, call.kwargs, mode=settings.mode, options=options, progress=progress)
+    made: Any = transform(model, None, call.args, call.kwargs, mode=settings.mode, options=options, progress=progress)
     old, new = result.report, made.report
     note = Note(f"layouts were chosen anew when it was loaded on this machine{f': {told}' if told else ''}", "info")
     kept = Report(**{field.name: getattr(old, field.name) for field in dataclasses.fields(old)})

@@ -71,8 +71,12 @@ def is_arithmetic(condition: str) -> bool:
 
 def _may_stand(node: ast.AST) -> bool:
     match node:
-        case ast.Constant(value=value):
-            return value is None or (type(value) in _NUMBERS and abs(value) <= _NUMBERS[type(value)])
+        case ast.Constant(value=None):
+            return True
+        case ast.Constant(value=bool() | int() | float() as value):
+            return abs(value) <= _NUMBERS[type(value)]
+        case ast.Constant():
+            return False
         case ast.Pow():
             return True
         case ast.BinOp(op=ast.Pow(), right=right):

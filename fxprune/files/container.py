@@ -164,7 +164,7 @@ def _restored(
 
 def _sum(value: Tensor) -> str:
     data = value.reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(memoryview(data)).hexdigest()[:32]
+    return hashlib.sha256(data.data).hexdigest()[:32]
 
 
 def _broken(path: str | os.PathLike[str], why: str) -> FileError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,15 +33,21 @@ def made_call(entry: EntryCheck, wanted: Mapping[str, int] | None = None) -> Cal
     for sizes in itertools.chain(first, _assignments(symbols)):
         if all(_is_met(condition, entry, sizes) for condition, _ in entry.guards):
             values = [_value(want, sizes, index) for index, want in enumerate(entry.inputs)]
-            args, kwargs = pytree.tree_unflatten(values, entry.spec) if entry.spec is not None else (tuple(values), {})
+            args, kwargs = structured(entry, values)
             if entry.takes(args, kwargs):
-                return Call("made call", tuple(args), dict(kwargs))
+                return Call("made call", args, kwargs)
     conditions = "; ".join(readable for _, readable in entry.guards)
     raise InputError(
         "cannot make inputs that the result takes",
         why=f"no sizes were found that meet its conditions ({conditions or 'none'})",
         do="Pass example_inputs=, as to transform.",
     )
+
+
+def structured(entry: EntryCheck, flat: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Flat inputs as the arguments of a call."""
+    args, kwargs = pytree.tree_unflatten(flat, entry.spec) if entry.spec is not None else (flat, {})
+    return tuple(args), dict(kwargs)
 
 
 def _symbols(entry: EntryCheck) -> list[str]:
@@ -101,10 +107,8 @@ def _value(want: TensorInput | tuple[str, Any] | None, sizes: Mapping[str, int],
 
 
 def _tensor(want: TensorInput, shape: tuple[int, ...], seed: int) -> Tensor:
-    laid_out = shape
     turned = want.contiguous is False and len(shape) > 1
-    if turned:
-        laid_out = (*shape[:-2], shape[-1], shape[-2])
+    laid_out = [*shape[:-2], *reversed(shape[-2:])] if turned else shape
     if want.dtype.is_floating_point or want.dtype.is_complex:
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(laid_out, generator=generator).to(want.dtype)

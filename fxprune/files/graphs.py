@@ -27,7 +27,8 @@ def graph_data(graph: Graph, writer: Writer) -> dict[str, Any]:
     places = {node: place for place, node in enumerate(graph.nodes)}
 
     def plain(argument: Any, node: Node) -> Any:
-        return writer.encode(map_arg(argument, lambda n: Read(places[n])), f"node {node.name}")
+        read = map_arg(argument, lambda n: Read(places[n]))  # pyright: ignore[reportArgumentType]
+        return writer.encode(read, f"node {node.name}")
 
     nodes = []
     for node in graph.nodes:

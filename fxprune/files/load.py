@@ -23,6 +23,7 @@ from .container import read
 from .graphs import graph_from
 from .kinds import conforms
 from .modules import modules_from
+from .packaged import run_package
 from .plain import Reader
 from .portable import restore
 from .trees import tree_from
@@ -36,13 +37,16 @@ def load(
     outputs: Literal["own", "plain"] = "own",
     operators: Collection[str] = (),
     retune: bool = False,
+    compiled: bool = False,
     progress: bool = True,
-) -> PrunedModule | TrainableModule | Selection:
-    """What `save` wrote to `path`: a result with the same weights, bit for bit, the same report and selection.
+) -> Any:
+    """What `save` wrote to `path`: a selection, or a result with the same weights, bit for bit, report and selection.
 
-    It compiles at its first call, as any result does. Nothing in the file is run, nor looked up by name outside of
-    tables: operators are ATen's, fxprune's and those of the namespaces in `operators`; every tensor is held against its
-    checksum and packed weights against their format, so that no kernel leaves their memory.
+    It compiles at its first call, as any result does; with `compiled` it runs the package that `save(compiled=True)`
+    wrote beside it, if it was made for such a processor and torch. That is code: say so for files that you trust alone.
+    Otherwise nothing in the file is run, nor looked up by name outside of tables: operators are ATen's, fxprune's and
+    those of the namespaces in `operators`; every tensor is held against its checksum and packed weights against their
+    format, so that no kernel leaves their memory.
 
     It is on the devices where it was, or all of it on `device`. Weights in a layout that has no kernel here are packed
     anew into one that has, and the report says so; with `retune` layouts are chosen, and timed, anew for all weights.
@@ -64,11 +68,17 @@ def load(
             return _record(reader, document["selection"], Selection)
         if kind not in ("pruned", "trainable"):
             raise FileError("cannot read the file", why=f"it holds a {str(kind)[:40]!r}, and no result or selection")
+        made = document.get("package")
+        if not conforms(made, dict[str, str] | None):
+            raise FileError("cannot read the file", why="what it says of a package is broken")
         result = _result(document, reader, kind, operators, plain=outputs == "plain")
     if isinstance(result, TrainableModule):
         return result
     restore(result)
-    return adapted(result, retune=retune, progress=progress)
+    result = adapted(result, retune=retune, progress=progress)
+    if compiled:
+        run_package(result, path, None if retune else made)
+    return result
 
 
 def _placed(device: str | torch.device | None) -> Callable[[torch.device], torch.device]:

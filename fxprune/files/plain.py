@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import TreeSpec
 
 from fxprune.errors import FileError
 from fxprune.graph.note import Note
@@ -91,7 +92,7 @@ class Writer:
                 return {kind.__name__: str(value).removeprefix("torch.")}
         if isinstance(value, type) and _TYPES.get(value.__name__) is value:
             return {"type": value.__name__}
-        if isinstance(value, torch.utils._pytree.TreeSpec):
+        if isinstance(value, TreeSpec):
             return {"tree": self._trees(value, self)}
         raise FileError(
             f"cannot save {path}",

@@ -19,6 +19,7 @@ from fxprune.select.selection import Selection
 from .container import write
 from .graphs import graph_data
 from .modules import module_data
+from .packaged import write_package
 from .plain import Writer
 from .portable import portable
 from .trees import tree_data
@@ -27,13 +28,22 @@ from .trees import tree_data
 _ASIDE = "selection:"
 
 
-def save(result: PrunedModule | TrainableModule | Selection, path: str | os.PathLike[str]) -> Path:
+def save(
+    result: PrunedModule | TrainableModule | Selection,
+    path: str | os.PathLike[str],
+    *,
+    compiled: bool = False,
+    progress: bool = True,
+) -> Path:
     """Writes what `transform`, `calibrate` or `recover` made to a safetensors file; returns its path.
 
     It holds the graph, what a call must be like, the selection, the plan, the report and the versions as JSON in the
     header, and weights as they are packed, under their own names: no pickle, no code. `load` needs neither the model's
     class nor example inputs. A selection alone is what to replay on a fresh copy of the model. The file at `path` is
     replaced when all is written.
+
+    With `compiled` a package of AOTInductor, `<path>.aoti.pt2`, is written beside it: `load(path, compiled=True)` runs
+    that and has nothing to compile, on a machine with the same processor and torch.
 
     Raises FileError for a result that has not been called yet, one that holds modules or hooks of the user's own, and
     for a place that cannot be written to.
@@ -49,6 +59,8 @@ def save(result: PrunedModule | TrainableModule | Selection, path: str | os.Path
         )
     elif isinstance(result, (PrunedModule, TrainableModule)):
         document = _result(result, writer)
+        if compiled:
+            document["package"] = write_package(result, path, progress)
     else:
         raise FileError(
             f"cannot save a {type(result).__name__}",

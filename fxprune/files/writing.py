@@ -16,8 +16,8 @@ from fxprune.errors import FileError
 def written(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a path to write to, of the same name, in a hidden folder beside `path`, and moves the file from there.
 
-    Where the body raises, the file that was at `path` stays as it was. Raises FileError for a folder, and for a place
-    that cannot be written to.
+    What else the body writes into that folder moves first, and lies beside `path` then. Where the body raises, the file
+    that was at `path` stays as it was. Raises FileError for a folder, and for a place that cannot be written to.
     """
     # Through a link its target is written, as open() does it.
     target = Path(os.path.realpath(path))
@@ -34,6 +34,8 @@ def written(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         if target.exists():
             temporary.chmod(target.stat().st_mode & 0o777)
+        for other in sorted({*Path(folder).iterdir()} - {temporary}):
+            os.replace(other, target.parent / other.name)
         os.replace(temporary, target)
     except OSError as error:
         why = error.strerror or str(error)

@@ -57,7 +57,8 @@ def _given(node: Node) -> tuple[dict[str, Any], dict[str, Any], _Faults] | None:
         if name in _FREE:
             return None
         raise _refused(node, f"fxprune::{name} is not called so by a saved result")
-    arguments = dict(zip((argument.name for argument in node.target._schema.arguments), node.args))
+    names = [argument.name for argument in node.target._schema.arguments]
+    arguments: dict[str, Any] = dict(zip(names, node.args))
     if name == "packed_linear":
         layout = LAYOUTS.get(str(arguments["layout"]))
         if not isinstance(layout, GpuLayout) or len(arguments["packed"]) != len(layout.tensors):
@@ -86,7 +87,7 @@ def _fault_of_packed(tensors: Mapping[str, Tensor], others: Mapping[str, Any]) -
     layout, shape = others["of"], others["shape"]
     if layout.name == "cusparselt":
         return "its format is the library's alone, and no file holds it"
-    if len(shape) != 2 or min(shape) < 1 or layout.join is None:
+    if len(shape) != 2 or min(shape) < 1:
         return "it has no shape"
     weight = layout.join(list(tensors.values()), (shape[0], shape[1]))
     again = layout.split(weight)

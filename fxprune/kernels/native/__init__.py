@@ -7,9 +7,11 @@ The ops exist as soon as this module is imported. Their C++ kernels are compiled
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +44,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 ACTIVATIONS = tuple(_ACTIVATIONS)
 
 _library = torch.library.Library("fxprune", "FRAGMENT")
+# The schema of every op, for those who define them where fxprune is not imported.
+SCHEMAS: dict[str, str] = {}
 _PACKED = "Tensor values, Tensor columns, Tensor order, Tensor counts, Tensor blocks, Tensor? bias"
 _lock = threading.Lock()
 _status: Status | None = None
@@ -72,8 +76,7 @@ def _load() -> Status:
         return Status(False, "switched off by FXPRUNE_NATIVE=0")
     try:
         path = build.build()
-        torch.ops.load_library(path)
-        _object = ctypes.CDLL(str(path))
+        _object = _loaded(path)
         name = _object.fxprune_isa
         name.restype = ctypes.c_char_p
         isa = name().decode()
@@ -85,6 +88,16 @@ def _load() -> Status:
         )
         return Status(False, why)
     return Status(True, f"C++ kernels with {isa}", isa, path.name)
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    """The object, which registers its kernels when it is loaded: once, also where a package brought it with itself."""
+    try:
+        return ctypes.CDLL(build.soname(path), mode=os.RTLD_NOLOAD)
+    # It is not in the process, or this system cannot tell.
+    except (OSError, AttributeError):
+        torch.ops.load_library(path)
+        return ctypes.CDLL(str(path))
 
 
 def activated(y: Tensor, activation: str) -> Tensor:
@@ -138,8 +151,21 @@ def register(
     shape: Callable[..., Any],
     runs: Callable[[], bool] = runs,
 ) -> None:
-    """Define the op fxprune::`name`: by the C++ kernel where that `runs`, else by `reference`; `shape` is its fake."""
-    _library.define(f"{name}({arguments}) -> {results}", tags=(torch.Tag.needs_fixed_stride_order,))
+    """Define the op fxprune::`name`: by the C++ kernel where that `runs`, else by `reference`; `shape` is its fake.
+
+    A library that was made for processes without fxprune may have defined it (`op_library`). Raises BuildError where
+    that library is of another version.
+    """
+    SCHEMAS[name] = f"{name}({arguments}) -> {results}"
+    known = torch._C._jit_get_schemas_for_operator(f"fxprune::{name}")
+    if not known:
+        _library.define(SCHEMAS[name], tags=(torch.Tag.needs_fixed_stride_order,))
+    elif known != [torch._C.parse_schema(f"fxprune::{SCHEMAS[name]}")]:
+        raise BuildError(
+            f"cannot define the op fxprune::{name}",
+            why=f"something that this process has loaded defines it as {known[0]}",
+            do="Load what another version of fxprune exported in a process of its own, or export it anew.",
+        )
 
     def first_call(*given: Any) -> Any:
         # Registered below the CPU key: once the C++ kernel is loaded, the dispatcher never comes here again.

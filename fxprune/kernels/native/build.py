@@ -66,7 +66,7 @@ def key(command: list[str]) -> str:
     digest = hashlib.sha256()
     for source in sorted([*SOURCES, *HERE.glob("*.h")]):
         digest.update(source.read_bytes())
-    commands = [part for source in SOURCES for part in compiling(command, source, "")] + linking(command, [], "")
+    commands = [part for source in SOURCES for part in compiling(command, source, "")] + linking(command, [], "", "")
     for part in (*commands, version.stdout, torch.__version__, cpu()):
         digest.update(b"\0" + part.encode())
     return digest.hexdigest()[:24]
@@ -87,7 +87,7 @@ def build() -> Path:
         why, do = str(error), "Set FXPRUNE_CACHE_DIR to a writable directory."
         raise BuildError("cannot write the compiled kernels", where=name, why=why, do=do) from error
     try:
-        compile_to(command, temporary)
+        compile_to(command, temporary, soname(target))
         os.replace(temporary, target)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -100,22 +100,32 @@ def compiling(command: list[str], source: Path, target: str) -> list[str]:
     return [*command, *flags(), include, "-c", "-o", target, str(source)]
 
 
-def linking(command: list[str], parts: list[str], target: str) -> list[str]:
-    """The whole command that makes one object of what was compiled."""
+def soname(target: Path) -> str:
+    """The name by which the dynamic linker knows an object: one that is in the process is not loaded a second time."""
+    return f"libfxprune-{target.stem}.so.1"
+
+
+def linking(command: list[str], parts: list[str], target: str, name: str) -> list[str]:
+    """The whole command that makes one object of what was compiled, known by `name`."""
     lib = f"-L{Path(torch.__file__).parent / 'lib'}"
+    named = [f"-Wl,-soname,{name}"] if platform.system() == "Linux" else []
     # No rpath: by the time the object is loaded, torch's library is in the process and is found by its name.
-    return [*command, *flags(), "-o", target, *parts, lib, "-ltorch_cpu"]
+    return [*command, *flags(), "-o", target, *parts, lib, "-ltorch_cpu", *named]
 
 
-def compile_to(command: list[str], target: str) -> None:
+def compile_to(command: list[str], target: str, name: str) -> None:
     """Run the compiler on SOURCES, side by side; its first error line becomes the BuildError's reason."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = [str(Path(folder) / f"{number}.o") for number in range(len(SOURCES))]
         commands = [compiling(command, *each) for each in zip(SOURCES, parts, strict=True)]
         for asked, done in zip(commands, pool.map(run, commands), strict=True):
             _require_success(asked, done)
-        last = linking(command, parts, target)
-        _require_success(last, run(last))
+        require_success(linking(command, parts, target, name))
+
+
+def require_success(command: list[str]) -> None:
+    """Runs a command of the compiler. Raises BuildError with its first error line where it fails."""
+    _require_success(command, run(command))
 
 
 def _require_success(command: list[str], done: subprocess.CompletedProcess[str]) -> None:
