@@ -66,7 +66,8 @@ def one(original: Path, target: Path, seed: int, call: dict[str, Any], at: Any) 
     except Exception as error:
         return {"change": kind, "outcome": "wrong error", "why": f"{type(error).__name__}: {str(error)[:300]}"}
     if isinstance(result, Selection):
-        return {"change": kind, "outcome": "wrong answer" if is_told else "loaded", "why": ""}
+        same = _same(result, fxprune.load(original, progress=False))
+        return {"change": kind, "outcome": _outcome(same, is_told), "why": ""}
     at("calling")
     try:
         str(result.report)
@@ -77,10 +78,29 @@ def one(original: Path, target: Path, seed: int, call: dict[str, Any], at: Any) 
         outcome = "wrong error" if is_told else "refused at the call"
         return {"change": kind, "outcome": outcome, "why": f"{type(error).__name__}: {str(error)[:300]}"}
     leaves, wanted = pytree.tree_leaves(got), call["outputs"]
-    same = len(leaves) == len(wanted) and all(torch.equal(a, b) for a, b in zip(leaves, wanted))
+    same = len(leaves) == len(wanted) and all(
+        isinstance(a, torch.Tensor) and torch.equal(a, b) for a, b in zip(leaves, wanted)
+    )
+    return {"change": kind, "outcome": _outcome(same, is_told), "why": ""}
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two selections say the same."""
+    import torch
+
+    from fxprune.files.plain import Writer
+    from fxprune.files.trees import tree_data
+
+    ours, theirs = Writer(tree_data), Writer(tree_data)
+    if ours.encode(a, "") != theirs.encode(b, "") or ours.tensors.keys() != theirs.tensors.keys():
+        return False
+    return all(torch.equal(tensor, theirs.tensors[name]) for name, tensor in ours.tensors.items())
+
+
+def _outcome(same: bool, is_told: bool) -> str:
     if same:
-        return {"change": kind, "outcome": "loaded, same answer", "why": ""}
-    return {"change": kind, "outcome": "wrong answer" if is_told else "loaded, another answer", "why": ""}
+        return "loaded, same answer"
+    return "wrong answer" if is_told else "loaded, another answer"
 
 
 if __name__ == "__main__":

@@ -50,11 +50,11 @@ def row_file(work: Path, model: ZooModel) -> Path:
     return work / f"{model.source}--{model.name}.json"
 
 
-def run_child(model: ZooModel, work: Path, seconds: float) -> Row:
-    """Run one model in a process of its own and return its row; a crash or a timeout is a row as well."""
+def run_child(model: ZooModel, work: Path, seconds: float, module: str = "benchmarks.zoo_child") -> Row:
+    """Run one model in a process of its own, `module`, and return its row; a crash or a timeout is a row as well."""
     file = row_file(work, model)
     file.unlink(missing_ok=True)
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.zoo_child", model.label, str(file)]
+    command = [sys.executable, "-W", "ignore", "-m", module, model.label, str(file)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
         ended = subprocess.run(

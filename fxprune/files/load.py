@@ -152,6 +152,15 @@ def _about(path: str | os.PathLike[str]) -> Any:
         do = error.do or "Save the result again with this version of fxprune."
         where = f"{error.what}" + (f" at {error.where}" if error.where else "")
         raise FileError(f'cannot load "{path}"', where="", why=f"{where}: {error.why}", do=do) from error
-    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError, SyntaxError) as error:
+    except (
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        SyntaxError,
+        MemoryError,
+        ArithmeticError,
+    ) as error:
         why = f"its description is broken ({type(error).__name__}: {str(error)[:100]})"
         raise FileError(f'cannot load "{path}"', why=why, do="Save the result again.") from error
