@@ -56,7 +56,7 @@ def _tensors(program: Program, node: Node) -> list[Tensor]:
 
 
 def _repack(program: Program, node: Node, name: str) -> None:
-    x, _, bias, old, shape, activation = node.args
+    x, before_reads, bias, old, shape, activation = node.args
     before, after = LAYOUTS[str(old)], LAYOUTS[name]
     assert isinstance(before, GpuLayout) and isinstance(after, GpuLayout)
     weight_name = _name(node)
@@ -70,3 +70,6 @@ def _repack(program: Program, node: Node, name: str) -> None:
     with program.graph.inserting_before(node):
         reads = [program.graph.get_attr(f"{weight_name}.{key}") for key in after.tensors]
     node.args = (x, reads, bias, name, shape, activation)
+    for read in before_reads:  # pyright: ignore
+        if not read.users:  # pyright: ignore
+            program.graph.erase_node(read)  # pyright: ignore

@@ -14,6 +14,7 @@ from fxprune.graph.program import fetch_any
 from fxprune.kernels.masked_linear import masked_linear
 from fxprune.kernels.native.segments import Segments
 from fxprune.lower.layouts import LAYOUTS
+from fxprune.lower.layouts.bitmap import Bitmap
 from fxprune.lower.layouts.gpu import GpuLayout
 
 from .bits import fault_of_bitmap, fault_of_tiles
@@ -61,6 +62,7 @@ def _given(node: Node) -> tuple[dict[str, Any], dict[str, Any], _Faults] | None:
     arguments: dict[str, Any] = dict(zip(names, node.args))
     if name == "packed_linear":
         layout = LAYOUTS.get(str(arguments["layout"]))
+        layout = layout.cuda if isinstance(layout, Bitmap) else layout
         if not isinstance(layout, GpuLayout) or len(arguments["packed"]) != len(layout.tensors):
             raise _refused(node, "there is no such layout")
         return dict(zip(layout.tensors, arguments["packed"])), {**arguments, "of": layout}, _fault_of_packed
