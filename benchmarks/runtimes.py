@@ -72,10 +72,10 @@ def prepare(name: str, amount: float, folder: Path) -> Row:
     build, inputs = cases()[name]
     model, call = build().eval(), inputs()
     failed: dict[str, str] = {}
-    options = {"measure": False}
+    half = Plan([Rule("*", Channels(amount))])
     results = {
-        "dense": fxprune.transform(model, None, call, options=options, progress=False),
-        "half": fxprune.transform(model, Plan([Rule("*", Channels(amount))]), call, options=options, progress=False),
+        "dense": fxprune.transform(model, None, call, progress=False),
+        "half": fxprune.transform(model, half, call, progress=False),
     }
     answers: dict[str, Any] = {"inputs": call}
     for side, result in results.items():
