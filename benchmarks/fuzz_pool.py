@@ -32,8 +32,8 @@ Row = dict[str, Any]
 class Worker:
     """A process that runs cases, started by `command` when it is needed and anew when it is gone or old."""
 
-    def __init__(self, command: Sequence[str] = COMMAND, most: int = CASES_A_WORKER) -> None:
-        self._command, self._most = command, most
+    def __init__(self, command: Sequence[str] | None = None, most: int = CASES_A_WORKER) -> None:
+        self._command, self._most = command or COMMAND, most
         self._process: subprocess.Popen[bytes] | None = None
         self._count = 0
         self._read = b""
@@ -115,7 +115,7 @@ def run_seeds(
     seeds: Sequence[int],
     jobs: int,
     seconds: float,
-    command: Sequence[str] = COMMAND,
+    command: Sequence[str] | None = None,
     most: int = CASES_A_WORKER,
 ) -> Iterator[Row]:
     """The rows of all seeds as they come."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from fxprune.check.compare import CheckRow, compare, outputs
 from fxprune.emit.pruned import Result
 from fxprune.emit.trainable.parts import Part
 from fxprune.errors import CaptureError
+from fxprune.graph import compat
 from fxprune.graph.environment import words_of
 from fxprune.graph.program import Program, copy_program
 
@@ -38,20 +40,32 @@ def exported(result: Result, call: Call) -> ExportedProgram:
                 shapes[value] = dynamic
     # What torch.export raises may be anything.
     try:
-        return export_program(_demanding(result, entry), args, kwargs, shapes)
+        program = export_program(_demanding(result, entry), args, kwargs, shapes)
     except Exception as error:
         raise CaptureError(
             "cannot export the result",
             why=f"torch.export says {words_of(error)}",
             do="Pass example_inputs= of other sizes; where that does not help, please report it.",
         ) from error
+    compat.drop_guards(program, _loosened(entry))
+    return program
+
+
+def _loosened(entry: EntryCheck) -> set[str]:
+    """Conditions of torch.export that the result was found right without, such as a batch that is not 1."""
+    found = {code.partition(") or ")[0].removeprefix("(") for code, _ in entry.guards if ") or " in code}
+    for index, path in enumerate(entry.paths):
+        found = {code.replace(f"a[{index}]", f"L['{path}']") for code in found}
+    return found
 
 
 def _demanding(result: Result, entry: EntryCheck) -> Program:
     """The graph of a result in its mode, with its entry check at the beginning: export calls no module, but its graph.
 
-    What the check asks of symbolic sizes becomes a condition of what is exported, and nothing else is left of it.
+    What the check asks of symbolic sizes becomes a condition of what is exported, and nothing else is left of it. Of
+    conditions one of which must hold, tracing would take the one that does for all: they are left out.
     """
+    entry = dataclasses.replace(entry, guards=tuple(guard for guard in entry.guards if " or " not in guard[0]))
     for part in result.modules():
         for hook in mask_hooks(part).values() if isinstance(part, Part) else ():
             hook(part, ())

@@ -9,7 +9,7 @@ import logging
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,11 @@ def guards_code(exported: torch.export.ExportedProgram) -> list[str]:
     The attribute is private; a version without it must not be captured with dynamic shapes, so its absence raises.
     """
     return [str(line) for line in exported._guards_code]
+
+
+def drop_guards(exported: torch.export.ExportedProgram, codes: Collection[str]) -> None:
+    """Takes conditions that `guards_code` has out of a program that was exported."""
+    exported._guards_code = [line for line in exported._guards_code if str(line) not in codes]
 
 
 def guard_names() -> dict[str, Any]:

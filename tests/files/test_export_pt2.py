@@ -160,3 +160,16 @@ def test_bert(tmp_path: Path) -> None:
     got, want = module(input_ids=ids, attention_mask=mask), result(input_ids=ids, attention_mask=mask)
     assert type(got) is type(want)
     same(dict(got), dict(want))
+
+
+def test_a_batch_of_one_is_taken_where_the_result_takes_it(tmp_path: Path) -> None:
+    """torch.export fixes such a batch's strides by a condition, which the result was found right without."""
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    quick = {"compile": False, "measure": False}
+    result = fxprune.transform(layer, None, [(x,), (torch.randn(2, 7, 16),)], options=quick, progress=False)
+    path = fxprune.export(result, tmp_path / "model.pt2", progress=False)
+    program = torch.export.load(path).module()
+    for shape in ((1, 5, 16), (3, 1, 16), (1, 1, 16), (2, 9, 16)):
+        given = torch.randn(shape)
+        torch.testing.assert_close(program(given), result(given), rtol=1e-5, atol=1e-5)

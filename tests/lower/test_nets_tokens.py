@@ -143,7 +143,8 @@ def test_a_float32_model_may_be_multiplied_in_bfloat16(dtype: Any) -> None:
     error = (result(x) - model(x)).abs().max() / model(x).abs().max()
     assert result(x).dtype == torch.float32
     assert (1e-4 if tiles.isa() == "AMX" else 0.0) < error < 5e-2
-    assert any("bfloat16 were asked for" in row.verdict for row in result.report.checks) == (tiles.isa() == "AMX")
+    # Elsewhere they are of float32 numbers, of weights that may have been rounded.
+    assert tiles.isa() != "AMX" or any("bfloat16 were asked for" in row.verdict for row in result.report.checks)
     with pytest.raises(InputError, match="dtype"):
         fxprune.transform(model, None, (x,), options={"dtype": torch.float16})
     dense = fxprune.transform(model, None, (x,), options={**options, "layout": "dense"}, progress=False)

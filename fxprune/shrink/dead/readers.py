@@ -211,13 +211,20 @@ def constant(node: Node, reader: Reader, gone: Tensor, get: Callable[[Any], Any]
     found = product(node, op, {**states, name: Known.all(value)}, bias=False)
     assert found is not None
     out = 1 if op in CONVS else found.value.dim() - 1 if not swapped else max(found.value.dim() - 2, 0)
-    return _compact(found.value, out)
+    # Terms of a sum that cancel leave their rounding behind.
+    other = x_name if swapped else w_name
+    sizes = {name: Known.all(value.abs()), other: Known(states[other].value.abs(), states[other].sure)}
+    terms = product(node, op, {**states, **sizes}, bias=False)
+    return _compact(found.value, out, found.value if terms is None else terms.value)
 
 
-def _compact(tensor: Tensor, out: int) -> Tensor:
-    """The tensor with one index along each dimension but `out` that does not matter, up to the rounding of a sum."""
+def _compact(tensor: Tensor, out: int, terms: Tensor) -> Tensor:
+    """The tensor with one index along each dimension but `out` that does not matter, up to the rounding of a sum.
+
+    `terms` are the sums of its terms' magnitudes, in its shape.
+    """
     others = [dim for dim in range(tensor.dim()) if dim != out]
-    largest = tensor.abs().amax(others, keepdim=True) if others else tensor.abs()
+    largest = terms.abs().amax(others, keepdim=True) if others else terms.abs()
     slack = ROUNDING * torch.finfo(tensor.dtype).eps * largest
     for dim in others:
         first = tensor.narrow(dim, 0, 1)
