@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxprune.emit.pruned import PrunedModule
+from fxprune.graph.note import Note, some
 from fxprune.graph.program import Program, copy_program, drop_unused, fetch, owner
 from fxprune.lower.layouts import LAYOUTS
 from fxprune.lower.layouts.gpu import GpuLayout, op
@@ -30,9 +31,17 @@ def portable(result: GraphModule) -> Program:
 def restore(result: PrunedModule) -> None:
     """Puts weights that its report says were in cuSPARSELt's format into it again, in place, where it is to be had."""
     stored = {weight.name for weight in result.report.weights if weight.layout == _OWN}
-    if stored and torch.cuda.is_available() and torch.backends.cusparselt.is_available():
-        nodes = [node for node in result.graph.nodes if _is_in(node, _OPEN) and _name(node) in stored]
+    nodes = [node for node in result.graph.nodes if _is_in(node, _OPEN) and _name(node) in stored]
+    if not nodes:
+        return
+    if torch.cuda.is_available() and torch.backends.cusparselt.is_available():
         _change(result, [node for node in nodes if _tensors(result, node)[0].is_cuda], _OWN)
+    else:
+        names = some(sorted(map(_name, nodes)))
+        note = Note(
+            f"there is no cuSPARSELt here, so that these weights are in the layout {_OPEN}: {names}", "fallback"
+        )
+        result.meta["report"].notes.append(note)
 
 
 def _change(program: Program, nodes: Sequence[Node], layout: str) -> None:

@@ -96,6 +96,8 @@ def write_back(
         bar.set_postfix_str("configs")
         sizes, lost = Sizes(target.before, target.after), _lost(model, selection.drop)
         notes = [*target.notes, *follow_configs(own, model, sizes, lost, target.expected)]
+        if target is not targets[0]:
+            notes.append("channels that masks left dead stay, for the class has no place for what stands in for them")
         bar.update()
     for note in [*notes, *_unreached(model, target, selection.drop)]:
         warn_once(f"write_back, {type(model).__name__}: {note}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,10 @@ def test_it_is_put_back() -> None:
     assert "0.weight.meta" in result.state_dict() and torch.equal(result(x), wanted)
     portable.restore(result)  # Without a GPU nothing is done.
     assert "0.weight.meta" in result.state_dict()
+    row = result.report.weights[0]
+    row.lowered = dataclasses.replace(row.lowered, choice=dataclasses.replace(row.lowered.choice, layout="cusparselt"))
+    portable.restore(result)
+    assert torch.cuda.is_available() or "there is no cuSPARSELt here" in str(result.report)
     portable._change(result, nodes, "cusparselt")
     assert torch.equal(result.get_buffer("0.weight.compressed"), compressed) and torch.equal(result(x), wanted)
 

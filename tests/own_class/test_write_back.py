@@ -274,6 +274,21 @@ def test_dead_channels_leave_where_the_class_has_a_place_for_their_constants() -
     torch.testing.assert_close(own(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+def test_dead_channels_that_stay_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fxprune.errors, "_warned", set())
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8, bias=False)).eval()
+    with torch.no_grad():
+        model[0].bias.fill_(1.0)  # What the next layer reads of a dead channel is no zero, and it has no bias.
+    prune.ln_structured(model[0], "weight", 0.5, n=2, dim=0)
+    x = torch.randn(3, 8)
+    fast = pruned(model, (x,), Plan([]))
+    assert fast.selection.dead
+    with pytest.warns(fxprune.FxPruneWarning, match="left dead stay"):
+        own = written(model, fast.selection, x)
+    assert own[0].out_features == 32
+    torch.testing.assert_close(own(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_modules_that_the_example_does_not_reach_are_told() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
