@@ -3,8 +3,9 @@
     python -m benchmarks.write_back [--only timm/*vit*] [--sources transformers] [--jobs 2] [--again]
 
 Each model runs in a process of its own; a run that is cut off goes on where it stopped. What is written back must equal
-the result of transform within 1e-4 on two calls and have as many parameters. Ends with a table of the sources, the
-reasons of those that cannot follow, and writes results/write_back.json. It needs the zoo's packages (.venv-zoo).
+the result of transform within 1e-4 on two calls, with no more parameters (but for norms, which a result folds). Ends
+with a table of the sources, the reasons of those that cannot follow, and writes results/write_back.json. It needs the
+zoo's packages (.venv-zoo).
 """
 
 from __future__ import annotations

@@ -103,9 +103,10 @@ class _Walk:
             rule.tie(here, out, **given)
         except Conflict as conflict:
             here.freeze_all([out, *held], str(conflict))
-        if isinstance(out, Dims) and not out.source and held and all(dims.source for dims in held):
-            if not here.produced:
-                out.source = held[0].source
+        if held and all(dims.source for dims in held) and not here.produced:
+            # A piece of a weight makes channels for it, too.
+            for dims in _flat([out]):
+                dims.source = dims.source or held[0].source
         self.ruled.append((node, here, rule, out, given))
 
     def follow_zeros(self) -> None:

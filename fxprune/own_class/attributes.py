@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from .known_modules import known_attributes
-from .sizes import Known, Seen, Sizes
+from .narrow_attention import NarrowAttention
+from .sizes import STEPS, Known, Seen, Sizes
 
 # What every nn.Module has, and tuples longer than any list of sizes.
 _TORCH = frozenset(vars(nn.Module()))
@@ -91,8 +92,10 @@ def kinds_of(modules: Mapping[str, nn.Module], sizes: Sizes) -> list[Kind]:
             continue
         seen.add(id(module))
         known = known_attributes(module)
+        if isinstance(module, NarrowAttention):
+            add(Place(module, "num_heads", None, module.num_heads, module.possible_heads, path))
         for name, item, value in numbers(module):
-            if name not in known:
+            if name not in known and name not in STEPS:
                 if options := _options(sizes.at(path), value):
                     add(Place(module, name, item, value, options, path))
         for holder in held_objects(module):

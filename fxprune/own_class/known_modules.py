@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fxprune.graph.program import Program, arguments
 
+from .narrow_attention import NarrowAttention, settle_attention
 from .sizes import paths_of
 
 
@@ -38,6 +39,7 @@ _KNOWN: dict[type[nn.Module], frozenset[str]] = {
     nn.Embedding: frozenset(("num_embeddings", "embedding_dim")),
     nn.PReLU: frozenset(("num_parameters",)),
     nn.RNNBase: frozenset(("input_size", "hidden_size", "proj_size")),
+    NarrowAttention: frozenset(("embed_dim", "num_heads")),
 }
 
 
@@ -74,6 +76,8 @@ def _settle(module: nn.Module, said: dict[str, Any]) -> None:
         module.num_features = next((len(t) for t in tensors if isinstance(t, Tensor)), module.num_features)
     elif isinstance(module, nn.RNNBase):
         _settle_recurrent(module)
+    elif isinstance(module, nn.MultiheadAttention):
+        settle_attention(module)
     elif isinstance(weight, Tensor):
         _settle_by_weight(module, weight)
 

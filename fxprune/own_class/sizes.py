@@ -17,7 +17,8 @@ _NO_STACK = "_empty_nn_module_stack"
 # Frames of a stack trace that are torch's say nothing of the user's code.
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
-_STEPS = ("padding", "stride", "dilation", "kernel_size", "step", "output_padding")
+# What a kernel does, or a slice, is said in whole numbers that are no sizes.
+STEPS = frozenset(("padding", "stride", "dilation", "kernel_size", "step", "output_padding"))
 
 Known = dict[int, Counter[int]]
 
@@ -150,7 +151,7 @@ def _literals(old: Node, new: Node) -> Iterator[tuple[int, int]]:
         return
     for name, value in a.items():
         # A dimension, or a kernel's step, is a number too, but no size that stays.
-        if "dim" not in name and name not in _STEPS:
+        if "dim" not in name and name not in STEPS:
             yield from _pairs(value, b.get(name))
 
 

@@ -398,3 +398,28 @@ def test_analysis_grows_linearly(kind: Any, width: int, monkeypatch: pytest.Monk
     four, eight, forty = steps(4), steps(8), steps(40)
     # Each block more costs the same.
     assert forty - eight == pytest.approx((eight - four) * 8, rel=0.05)
+
+
+@pytest.mark.parametrize("pieces", ["split", "chunk", "slices", "unbind"])
+def test_a_weight_that_is_read_in_pieces_makes_the_channels_of_each(pieces: str) -> None:
+    class Pieces(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            rows = (2, 16) if pieces == "unbind" else (32,)
+            self.both, self.out = nn.Parameter(torch.randn(*rows, 8)), nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            cut = {
+                "split": lambda: self.both.split((16, 16)),
+                "chunk": lambda: self.both.chunk(2),
+                "slices": lambda: (self.both[:16], self.both[16:]),
+                "unbind": lambda: self.both.unbind(0),
+            }
+            a, b = cut[pieces]()
+            return self.out(nn.functional.linear(x, a) * nn.functional.linear(x, b).sigmoid())
+
+    plan = fxprune.Plan([fxprune.Rule("both", fxprune.Channels(0.5))])
+    options = {"compile": False, "measure": False}
+    fast = fxprune.transform(Pieces().eval(), plan, (torch.randn(3, 8),), options=options, progress=False)
+    assert [len(kept) for kept in fast.selection.keep.values()] == [8]
+    assert sum(p.numel() for p in fast.parameters()) == 8 * 16 + 8 * 4 + 4

@@ -12,7 +12,11 @@ from torch.nn.utils import parametrizations, prune
 
 import fxprune
 from fxprune import Channels, Drop, Plan, Rule, Unstructured
+from fxprune.check.calls import Call
 from fxprune.errors import FxPruneError, InputError
+from fxprune.own_class.attributes import kinds_of
+from fxprune.own_class.sizes import Sizes
+from fxprune.own_class.target import find_targets
 from fxprune.select.selection import Selection
 from tests.own_class.own_models import (
     Attention,
@@ -316,3 +320,14 @@ def test_modules_that_the_example_does_not_reach_are_told() -> None:
 def test_what_is_refused(arguments: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
         fxprune.write_back(*arguments(mlp(), torch.randn(3, 8)), progress=False)
+
+
+def test_the_step_of_a_kernel_is_no_size_that_follows() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, stride=2, padding=1, groups=2), nn.ReLU(), nn.Conv2d(16, 4, 1)
+    ).eval()  # fmt: skip
+    x = torch.randn(2, 3, 9, 9)
+    target = find_targets(model, pruned(model, (x,)).selection, Call("example", (x,), {}), [], None)[0]
+    # Two groups become one, and a step of two stays.
+    assert 2 in Sizes(target.before, target.after).at("1").literals
+    assert kinds_of(dict(model.named_modules()), Sizes(target.before, target.after)) == []
