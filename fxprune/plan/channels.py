@@ -12,7 +12,7 @@ from torch import Tensor
 from fxprune.errors import PlanError
 
 from .scores import UNIT_SCORE_NAMES, Scores, score_name
-from .values import check_score, read_amount, read_norm, read_whole
+from .values import check_score, read_amount, read_norm, read_switch, read_whole
 
 _UNITS = {
     "outer": "the outermost whole thing: a head, a KV group, a conv channel",
@@ -46,6 +46,8 @@ class Channels:
                 "lamp"      the squared L2 norm over the sum of those not smaller, for scope="global"
                 a function  from a parameter to finite non-negative scores of its elements, which add up
                 Scores      of all parameters' elements, computed beforehand, which add up: `fxprune.gradient_score`
+    uniform   whether all groups of one size and one set of shapes keep the same number, as configs that have one width
+              for all layers ask: a pool then decides between shapes, and what it leaves each is spread evenly
 
     `fxprune.select.unit_score` has the formulas and papers. Where groups are pooled, norms and distances are taken
     over their group's mean, since a group's width and scale decide them; all other scores are compared as they are.
@@ -59,6 +61,7 @@ class Channels:
     align: int = 8
     min_keep: int = 1
     score: str | Callable[[Tensor], Tensor] | Scores = "norm"
+    uniform: bool = False
 
     kind: ClassVar[str] = "channels"
 
@@ -99,6 +102,7 @@ class Channels:
                 do="Use one of these.",
             )
         object.__setattr__(self, "align", read_whole(self.align, "Channels(align=...)", "align", 1))
+        read_switch(self.uniform, "Channels(uniform=...)", "uniform")
 
     def count(self, size: int) -> int:
         """How many of `size` units to remove before alignment: fractions round half to even, as in torch.
@@ -136,7 +140,11 @@ class Channels:
         if score == "norm":
             del settings["norm"]
             score = f"L{self.norm:g} norm"
-        words = [f"{name} {value}" for name, (value, default) in settings.items() if value != default]
+        words = [
+            name if value is True else f"{name} {value}"
+            for name, (value, default) in settings.items()
+            if value != default
+        ]
         return ", ".join([f"{amount} by {score}", *words])
 
 

@@ -14,7 +14,7 @@ from fxprune.errors import PlanError
 from .channels import Channels
 from .matrix import matrix_shape
 from .scores import SCORE_NAMES, Scores, score_name
-from .values import check_score, read_amount, read_norm, read_whole
+from .values import check_score, read_amount, read_norm, read_switch, read_whole
 
 # The largest group of an N:M pattern: what kernels and their 4-bit indices hold.
 _LARGEST_GROUP = 16
@@ -49,13 +49,7 @@ class Unstructured:
     def __post_init__(self) -> None:
         object.__setattr__(self, "amount", read_amount(self.amount, "Unstructured", "to 1.0", "elements"))
         check_score(self.score, "Unstructured", SCORE_NAMES)
-        if not isinstance(self.per_row, bool):
-            raise PlanError(
-                f"cannot use per_row {self.per_row!r}",
-                where="Unstructured(per_row=...)",
-                why=f"it is a {type(self.per_row).__name__}, and neither True nor False",
-                do="Give True to take the same share from every row, False to compare the whole weight.",
-            )
+        read_switch(self.per_row, "Unstructured(per_row=...)", "per_row")
 
     def count(self, size: int) -> int:
         """How many of `size` elements to mask: fractions round half to even, as in torch.nn.utils.prune."""

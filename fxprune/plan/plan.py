@@ -191,8 +191,9 @@ class Plan:
             values = {field.name: getattr(rule.sparsity, field.name) for field in fields(rule.sparsity)}
             if values.get("norm") == math.inf:
                 values["norm"] = "inf"  # JSON has no infinity
-            if values.get("per_row") is False:
-                del values["per_row"]  # plans without it stay readable to versions that did not know it
+            for later in ("per_row", "uniform"):
+                if values.get(later) is False:
+                    del values[later]  # plans without it stay readable to versions that did not know it
             if not isinstance(values.get("score", ""), str):
                 kind = "Scores" if isinstance(values["score"], Scores) else "a function"
                 names = UNIT_SCORE_NAMES if isinstance(rule.sparsity, Channels) else SCORE_NAMES

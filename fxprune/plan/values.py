@@ -80,3 +80,11 @@ def read_whole(value: object, where: str, what: str, least: int, most: int | Non
     if most is not None and number > most:
         raise refuse(f"it is more than {most}")
     return number
+
+
+def read_switch(value: object, where: str, what: str) -> bool:
+    """True or False. Raises PlanError for anything else, such as a number."""
+    if not isinstance(value, bool):
+        why = f"it is a {type(value).__name__}, and neither True nor False"
+        raise PlanError(f"cannot use {what} {value!r}", where=where, why=why, do="Give True or False.")
+    return value

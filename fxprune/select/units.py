@@ -15,7 +15,7 @@ from fxprune.couple.rules import Dims
 from fxprune.errors import PlanError
 from fxprune.graph.note import Note, some
 from fxprune.plan.patterns import Channels
-from fxprune.plan.plan import Binding, Plan
+from fxprune.plan.plan import Binding, Plan, Rule
 from fxprune.plan.scores import Scores
 
 from .unit_score import RELATIVE, Slices, has_scales, score_units
@@ -63,12 +63,16 @@ def keep_channels(
         short: list[str] = []
         slices = {g.name: _members(g, coupling, tensors, scaling) for g in groups}
         kept.notes += _scored_otherwise(index, slices, rule.sparsity)
-        for pool in _pools(coupling, tensors, groups, rule.scope):
+        alone = rule.scope == "local"
+        for pool in _pools(tensors, groups, rule):
             scores = {g.name: _scored(g, slices[g.name], rule.sparsity, given or {}) for g in pool}
-            alone = rule.scope == "local"
             relative = not given and _relative([slices[g.name] for g in pool], rule.sparsity)
             exact = _local(pool, rule.sparsity) if alone else _pooled(pool, scores, rule.sparsity, relative)
+            if rule.sparsity.uniform:
+                exact = _evened(_alike(pool, tensors), exact)
             counts = {g.name: _aligned(coupling, g, rule.sparsity, exact[g.name]) for g in pool}
+            if rule.sparsity.uniform:
+                counts = {g.name: max(counts[h.name] for h in like) for like in _alike(pool, tensors) for g in like}
             for group in pool:
                 kept.asked[group.name] = (
                     rule.sparsity.count(group.size) / group.size if alone else _share(pool, rule.sparsity)
@@ -187,16 +191,28 @@ def _frozen_by(axes: Sequence[Axis], unit: str) -> str:
     return "no statistic runs over it, and mixed axes were asked for" if found else "it has one index"
 
 
-def _pools(coupling: Coupling, tensors: Mapping[str, Tensor], groups: list[Group], scope: str) -> Iterable[list[Group]]:
-    if scope == "local":
-        return [[group] for group in groups]
-    if scope == "global":
+def _pools(tensors: Mapping[str, Tensor], groups: list[Group], rule: Rule) -> list[list[Group]]:
+    """The groups of a rule, those together whose numbers are decided together."""
+    if rule.scope == "global":
         return [groups] if groups else []
+    assert isinstance(rule.sparsity, Channels)
+    if rule.scope == "isomorphic" or rule.sparsity.uniform:
+        return _alike(groups, tensors)
+    return [[group] for group in groups]
+
+
+def _alike(groups: Iterable[Group], tensors: Mapping[str, Tensor]) -> list[list[Group]]:
+    """Groups by size and by the shapes of their members."""
     alike: dict[object, list[Group]] = {}
     for group in groups:
         shapes = sorted((tuple(tensors[m.name].shape), m.dim) for m in group.members if m.name in tensors)
         alike.setdefault((group.size, tuple(shapes)), []).append(group)
-    return alike.values()
+    return list(alike.values())
+
+
+def _evened(alike: Iterable[list[Group]], exact: Mapping[str, int]) -> dict[str, int]:
+    """The numbers that stay, spread evenly over the groups of one shape."""
+    return {group.name: round(sum(exact[each.name] for each in like) / len(like)) for like in alike for group in like}
 
 
 def _members(group: Group, coupling: Coupling, tensors: Mapping[str, Tensor], scaling: Collection[str]) -> list[Slices]:

@@ -200,6 +200,7 @@ def test_fractions_count_as_in_torch(amount: float, size: int) -> None:
     ("make", "words"),
     [
         (lambda a: Unstructured(0.5, per_row=a), [1, "yes", None]),
+        (lambda a: Channels(0.5, uniform=a), [1, "yes", None]),
         (lambda a: SemiStructured(a, 4), [0, -1, 4, 5, True, 2.0, "2", None]),
         (lambda a: SemiStructured(1, a), [0, 1, 17, True, 4.0, None]),
         (lambda a: SemiStructured(score=a), ["l7", None]),
@@ -238,6 +239,7 @@ def test_groups_and_tiles_are_values() -> None:
     [
         (Unstructured(0.5, per_row=True), "50% by l1, every row alike"),
         (Unstructured(3, per_row=True), "3 elements by l1, every row alike"),
+        (Channels(0.5, uniform=True), "50% of channels by L2 norm, uniform"),
         (SemiStructured(), "2:4 by l1"),
         (SemiStructured(3, 16, "random"), "3:16 by random"),
         (Blocks(0.9), "90% of 32x32 tiles by L2 norm"),

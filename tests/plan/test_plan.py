@@ -325,6 +325,9 @@ def test_json_errors_of_groups_and_tiles() -> None:
     ]:
         refused(lambda old=old, new=new: Plan.from_json(text.replace(old, new)), word)
     assert "per_row" not in Plan([Rule("a", Unstructured(0.5))]).to_json()
+    assert "uniform" not in Plan([Rule("a", Channels(0.5))]).to_json()
+    uniform = Plan([Rule("a", Channels(0.5, uniform=True))])
+    assert Plan.from_json(uniform.to_json()) == uniform
     assert json.loads(Plan([Rule("a", ROWS)]).to_json())["rules"][0]["sparsity"]["per_row"] is True
 
 

@@ -299,6 +299,21 @@ def test_an_isomorphic_scope_pools_groups_of_one_shape() -> None:
     assert sum(everywhere) == 56 and everywhere[1] > 24
 
 
+def test_uniform_groups_of_one_shape_keep_the_same_number_that_the_pool_left_them() -> None:
+    model = scale(branches(32, 48, 32), 0, 1 / 64, units=20)
+    uneven = left(right(model, X, plan=channels(0.5, "up.*", scope="global"), other=OTHER))
+    first, second, third = left(right(model, X, plan=channels(0.5, "up.*", scope="global", uniform=True), other=OTHER))
+    assert uneven[0] != uneven[2] and first == third == round((uneven[0] + uneven[2]) / 2) and second == uneven[1]
+    aligned = left(right(model, X, plan=channels(0.5, "up.*", scope="global", uniform=True, align=8), other=OTHER))
+    assert aligned[0] == aligned[2] and not any(width % 8 for width in aligned)
+
+
+@pytest.mark.parametrize("scope", ["local", "isomorphic"])
+def test_uniform_is_nothing_new_where_each_shape_has_its_amount(scope: str) -> None:
+    model = branches(32, 48, 32)
+    assert left(shrunk(model, X, plan=channels(0.5, "up.*", scope=scope, uniform=True))) == [16, 24, 16]
+
+
 def test_a_pool_counts_in_units_and_keeps_some_of_each_group() -> None:
     model = scale(branches(32, 32), 0, 1 / 64, units=31)
     assert sum(left(shrunk(model, X, plan=channels(11, "up.*", scope="global")))) == 53
