@@ -91,7 +91,7 @@ $(VENV)/.accuracy: $(VENV)/.demo
 $(ZOO)/.zoo: $(INSTALLED_FROM)
 	$(PYTHON) -m venv $(ZOO)
 	$(ZOO)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable . transformers huggingface_hub pyyaml pillow requests
+		--editable . transformers huggingface_hub pyyaml pillow requests scikit-learn
 	$(ZOO)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps \
 		torchvision timm pytorchcv
 	@touch $@

@@ -7,6 +7,7 @@ from fxprune.calibration.recover.recover import recover
 from fxprune.emit.report import Report
 from fxprune.files.export import export
 from fxprune.files.load import load
+from fxprune.files.pretrained import from_pretrained, save_pretrained
 from fxprune.files.save import save
 from fxprune.graph.environment import VERSION
 from fxprune.measure.benchmark import benchmark
@@ -36,11 +37,13 @@ __all__ = [
     "benchmark",
     "calibrate",
     "export",
+    "from_pretrained",
     "gradient_score",
     "load",
     "prune",
     "recover",
     "save",
+    "save_pretrained",
     "transform",
     "write_back",
 ]

@@ -24,7 +24,7 @@ MOST_FLOORS = 10
 # room -> what it imports, from the highest floor down.
 BENEATH = {
     "cli": "transform select measure plan errors",
-    "files": "transform emit shrink check lower select capture kernels measure graph errors",
+    "files": "transform emit own_class shrink check lower select capture kernels measure graph errors",
     "backend": "emit lower select capture kernels graph errors",
     "transform": "calibration emit shrink check lower select capture couple kernels graph plan errors",
     "calibration": "shrink check select capture couple graph plan errors",

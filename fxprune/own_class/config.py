@@ -6,8 +6,10 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import math
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -43,7 +45,8 @@ def follow_configs(
 ) -> list[str]:
     """Makes the configs of transformers models in `own` say its widths, in place; notes on those that cannot.
 
-    A config is right if its class makes of it a model with the very shapes of `own`, which then answers alike.
+    A config is right if its class makes of it a model with the very shapes of `own`, which then answers alike. Where it
+    has the shapes and answers otherwise, numbers without a shape follow too, as how many heads a width is split in.
     """
     notes = []
     for path in _pretrained(own):
@@ -56,8 +59,8 @@ def follow_configs(
                     _sync(part, search.build(search.changes, "meta"), only_configs=True)
                 notes.append(_cannot_say(path, part, search.misfits))
             else:
-                built = search.build(search.changes, _device(part))
-                if why := _wrong(own, path, part, built, expected):
+                built, why = _built(own, path, part, search, expected)
+                if why:
                     notes.append(_cannot_load(path, part, why))
                 else:
                     _sync(part, built, only_configs=False)
@@ -84,6 +87,16 @@ def _config(module: Any) -> Any:
     return module.config
 
 
+def _built(own: nn.Module, path: str, part: nn.Module, search: _Search, expected: Expected) -> tuple[nn.Module, str]:
+    """A model by the config that was found, and why it is not `part`; "" where it answers alike."""
+    built = search.build(search.changes, _device(part))
+    why = _wrong(own, path, part, built, expected)
+    if why and search.settle():
+        built = search.build(search.changes, _device(part))
+        why = _wrong(own, path, part, built, expected)
+    return built, why
+
+
 class _Search:
     """Looks for the changes of a config that give a model the shapes of `part`, the fewest misfits first."""
 
@@ -101,11 +114,25 @@ class _Search:
 
     def run(self) -> None:
         """Takes changes that leave fewer misfits, again and again; two at once where no single one helps."""
-        moves = [*self._layers(), *self._numbers()]
-        named, unnamed = self._fills()
-        ways = (moves, named, unnamed, list(_two(moves, named)))
-        while self.misfits and any(self._improve(way) for way in ways):
+        while self.misfits and any(self._improve(way) for way in self._ways()):
             pass
+
+    def _ways(self) -> Iterator[Iterable[_Changes]]:
+        agreeing, others = self._numbers()
+        moves = [*self._layers(), *agreeing]
+        named, unnamed = self._fills()
+        yield from (moves, named, unnamed, _two(moves, named), others, _two(others, [*moves, *named]))
+
+    def settle(self) -> bool:
+        """Takes changes that keep the shapes while modules remember more numbers as `part` does; says if any did."""
+        start = best = self._disagreeing(self.changes)
+        for move in itertools.chain(*self._numbers()):
+            if self._built >= _MOST_BUILT:
+                break
+            changes = {**self.changes, **move}
+            if (found := self._disagreeing(changes)) < best:
+                self.changes, best = changes, found
+        return best < start
 
     def build(self, changes: _Changes, device: Any) -> nn.Module:
         """A model of the class of `part` by the config with these changes, as from_pretrained would read it.
@@ -142,6 +169,14 @@ class _Search:
         shapes = {name: tuple(t.shape) for name, t in built.items() if isinstance(t, Tensor)}
         return [name for name in {**self._shapes, **shapes} if self._shapes.get(name) != shapes.get(name)]
 
+    def _disagreeing(self, changes: _Changes) -> float:
+        """How many numbers modules remember otherwise than those of `part`; infinity where a shape differs."""
+        if self._misfits(changes):
+            return math.inf
+        built = dict(self.build(changes, "meta").named_modules())
+        pairs = [(module, built[path]) for path, module in self._part.named_modules() if path in built]
+        return sum(len(set(numbers(mine)) ^ set(numbers(theirs))) for mine, theirs in pairs)
+
     def _improve(self, moves: Iterable[_Changes]) -> bool:
         """Takes the moves that leave fewer misfits than there are, the best first; says whether there was one."""
         found: list[tuple[int, _Changes]] = []
@@ -168,14 +203,28 @@ class _Search:
             yield trail, config
             waiting += [((*trail, name), c) for name, c in vars(config).items() if hasattr(c, "to_json_string")]
 
-    def _numbers(self) -> list[_Changes]:
-        """A number that was a size becomes what that size became."""
-        found: list[_Changes] = []
+    def _numbers(self) -> tuple[list[_Changes], list[_Changes]]:
+        """A number that was a size becomes what that size became; apart, where modules remember another by its name."""
+        agreeing: list[_Changes] = []
+        others: list[_Changes] = []
+        said = self._said()
         for trail, config in self._configs():
             for name, item, value in numbers(config):
                 if not isinstance(getattr(config, name), dict):
-                    found += [{(trail, name, item): new} for new in self._sizes.news_of(value)]
-        return found
+                    for new in self._sizes.news_of(value):
+                        agrees = item is not None or name not in said or new in said[name]
+                        (agreeing if agrees else others).append({(trail, name, item): new})
+        return agreeing, others
+
+    def _said(self) -> dict[str, set[int]]:
+        """Attribute -> the numbers that modules with a config remember by this name."""
+        said: dict[str, set[int]] = {}
+        for module in self._part.modules():
+            has_config = any(hasattr(held, "to_json_string") for held in vars(module).values())
+            for name, item, value in numbers(module):
+                if item is None and has_config:
+                    said.setdefault(name, set()).add(value)
+        return said
 
     def _layers(self) -> list[_Changes]:
         """The number of layers becomes smaller, and lists with a word for each layer become shorter with it."""
@@ -192,16 +241,14 @@ class _Search:
     def _fills(self) -> tuple[list[_Changes], list[_Changes]]:
         """What a config leaves open, and its class computes, is said: the width of a head, that of an FFN.
 
-        First as modules remember it by the same name, then as any size that is new.
+        First as modules remember it by the same name, then as any size of a misfit, or that is new.
         """
-        said: dict[str, set[int]] = {}
-        for module in self._part.modules():
-            has_config = any(hasattr(held, "to_json_string") for held in vars(module).values())
-            for name, item, value in numbers(module):
-                if item is None and has_config:
-                    said.setdefault(name, set()).add(value)
+        said = self._said()
         frequent = sorted(((n, new) for old, c in self._sizes.all().items() for new, n in c.items() if new != old))
-        sizes = list(dict.fromkeys(new for _, new in reversed(frequent)))[:_MOST_FILLED]
+        # A size that stays is said too, where the class computes it from one that does not.
+        misfit = Counter(size for name in self.misfits for size in self._shapes.get(name, ()))
+        likely = [*(size for size, _ in misfit.most_common()), *(new for _, new in reversed(frequent))]
+        sizes = list(dict.fromkeys(likely))[:_MOST_FILLED]
         named: list[_Changes] = []
         unnamed: list[_Changes] = []
         for trail, config in self._configs():
@@ -298,15 +345,17 @@ def _cannot_say(path: str, part: nn.Module, misfits: Sequence[str]) -> str:
     layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in misfits if ": " not in name))
     which = some(layers) or misfits[0]
     said = f"no {type(_config(part)).__name__} gives {path or type(part).__name__} the widths of {which}"
-    return f"{said}: {_CONSEQUENCE}"
+    return f"{said}: {FOLDER}"
 
 
 def _cannot_load(path: str, part: nn.Module, why: str) -> str:
     said = f"what {type(part).__name__} makes of its config computes something else ({why})"
-    return f"{path + ': ' if path else ''}{said}: {_CONSEQUENCE}"
+    return f"{path + ': ' if path else ''}{said}: {FOLDER}"
 
 
-_CONSEQUENCE = (
-    "it runs, trains and generates, but from_pretrained will not load what save_pretrained writes. A plan with the "
-    "same amount for every layer of a kind, of widths that the config has a number for, makes that possible"
+# What notes on configs end with.
+FOLDER = (
+    "it runs, trains and generates, but from_pretrained will not load what its save_pretrained writes; "
+    "fxprune.save_pretrained and fxprune.from_pretrained do. A plan with the same amount for every layer of a kind, "
+    "Channels(..., uniform=True), of widths that the config has a number for, makes the first possible"
 )

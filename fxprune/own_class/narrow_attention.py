@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +17,16 @@ class NarrowAttention(nn.MultiheadAttention):
     """
 
     scale: float
+
+    @staticmethod
+    def take_over(module: nn.MultiheadAttention, scale: float) -> None:
+        """Makes one of torch's own, in place."""
+        own: Any = module
+        del own.head_dim
+        own.scale = scale
+        own.__class__ = NarrowAttention
+        # torch's fused encoder layer takes the widths from `embed_dim`, and passes by modules that say this.
+        module._qkv_same_embed_dim = False
 
     @property
     def head_dim(self) -> int:
@@ -106,11 +118,8 @@ def settle_attention(module: nn.MultiheadAttention) -> None:
         return
     if type(module) is nn.MultiheadAttention:
         # What is left of a head is scaled as the head was.
-        module.scale = vars(module).pop("head_dim") ** -0.5
-        module.__class__ = NarrowAttention
+        NarrowAttention.take_over(module, module.head_dim**-0.5)
     module.embed_dim = module.out_proj.weight.shape[0]
-    # torch's fused encoder layer takes the widths from `embed_dim`, and passes by modules that say this.
-    module._qkv_same_embed_dim = False
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:

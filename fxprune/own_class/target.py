@@ -18,6 +18,7 @@ from fxprune.graph.note import Note
 from fxprune.graph.program import Program, names_of_parameters, put_values
 from fxprune.select.decide import check_values, choose_selection, couple_if_needed, existing_masks
 from fxprune.select.selection import Selection
+from fxprune.shrink.drop.blocks import find_branches, idle_modules
 from fxprune.shrink.proved import Shrunk, drop_proved, shrink_proved
 
 from .sizes import tensors_read
@@ -34,6 +35,8 @@ class Target:
     changed   those of them that are new, or of another shape than before
     cuts      name -> [(dim, indices that stay)], for what shrinks
     expected  what the oracle answers to every call of the proof
+    branches  the dropped modules that are branches of a sum, and no residual blocks
+    idle      other modules with parameters whose ops all left with those
     """
 
     captured: Capture
@@ -44,6 +47,8 @@ class Target:
     cuts: Mapping[str, Cuts]
     expected: Expected
     notes: list[Note]
+    branches: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
 
 
 def find_targets(
@@ -58,6 +63,9 @@ def find_targets(
     captured, proof = checked.captured, checked.proof
     assert proof is not None
     dropped = drop_proved(captured.program, selection.drop, example)
+    branches = find_branches(captured.program, selection.drop)
+    idle = idle_modules(captured.program, dropped.program, selection.drop) if branches else ()
+    idle = tuple(path for path in idle if any(True for _ in model.get_submodule(path).parameters()))
     check_values(dropped.program, selection.values)
     before = put_values(dropped.program, selection.values)
     coupling = couple_if_needed(before, None, selection)
@@ -69,7 +77,8 @@ def find_targets(
         shrunk = shrink_proved(before, coupling, chosen, proof, align)
         # That dead channels stay is told by the result; here they leave with `selection.dead`, or with nothing.
         told = [note for note in shrunk.notes if note.level != "info" and not note.startswith("dead channels")]
-        found.append(_target(captured, before, shrunk, proof, told))
+        target = _target(captured, before, shrunk, proof, told)
+        found.append(dataclasses.replace(target, branches=branches, idle=idle))
     return found
 
 

@@ -19,15 +19,17 @@ from fxprune.graph import compat
 from fxprune.graph.note import some
 from fxprune.select.selection import Selection
 
-from .attributes import Kind, kinds_of
-from .config import LostLayers, follow_configs
+from .attributes import kinds_of
+from .cache import miscounted
+from .config import FOLDER, LostLayers, follow_configs
 from .copying import copy_smaller, names_held
+from .deci import check_format, to_deci
 from .follow import Outcome, follow
 from .known_modules import settle_known
 from .sizes import Literal, Sizes
 from .target import Target, find_targets
 from .trial import try_out
-from .without_blocks import answers, delete_blocks, is_listed, replace_blocks
+from .without_blocks import Answer, WayOut, answers, sizes_kept, take_out, ways_out
 
 _INSTEAD = "transform(..., selection=selection, trainable=True) takes it as a graph that trains."
 
@@ -39,6 +41,7 @@ def write_back(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_shapes: Any = None,
+    format: str | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """A smaller model of the user's own class, by the selection of a result, of `calibrate` or of `recover`.
@@ -47,7 +50,9 @@ def write_back(
     without the blocks that were dropped, and whose attributes that remember sizes follow: which these are is read off
     the graph, not off a list of classes. So it has the model's methods, trains as the model does, and in transformers
     generates, and where one width fits all layers its config says so and `from_pretrained` loads what `save_pretrained`
-    wrote; elsewhere an FxPruneWarning says which layers differ.
+    wrote; elsewhere an FxPruneWarning says which layers differ, and `fxprune.save_pretrained` writes a folder that
+    `fxprune.from_pretrained` loads. With `format="deci"` a decoder is filled up with zeros to the widths that
+    `save_pretrained(..., format="deci")` can say.
 
     It is held against the model with zeros in place of what left, on the example, on a second input and at other
     sizes, and returned only if it is equal. Masks become zeros of plain weights, parametrized weights plain ones. Dead
@@ -58,6 +63,7 @@ def write_back(
     InputError, PlanError, CaptureError or CheckError as `transform` does, and FxPruneError where the class cannot
     follow: where its code has a size written out, or computes one from a width that stayed.
     """
+    check_format(format)
     if not isinstance(selection, Selection):
         raise InputError(
             f"cannot use a {type(selection).__name__} as a selection",
@@ -94,11 +100,16 @@ def write_back(
         own, target = _first_right(model, quiet, targets, selection, example)
         bar.update()
         bar.set_postfix_str("configs")
-        sizes, lost = Sizes(target.before, target.after), _lost(model, selection.drop)
+        blocks = [path for path in selection.drop if path not in target.branches]
+        sizes, lost = Sizes(target.before, target.after), _lost(model, blocks)
         notes = [*target.notes, *follow_configs(own, model, sizes, lost, target.expected)]
         if target is not targets[0]:
             notes.append("channels that masks left dead stay, for the class has no place for what stands in for them")
+        notes += miscounted(own, quiet, example) if selection.drop else []
         bar.update()
+    if format is not None:
+        # This form is for layers that differ.
+        own, notes = to_deci(own), [note for note in notes if FOLDER not in note]
     for note in [*notes, *_unreached(model, target, selection.drop)]:
         warn_once(f"write_back, {type(model).__name__}: {note}")
     return own
@@ -109,13 +120,14 @@ def _first_right(
 ) -> tuple[nn.Module, Target]:
     """The first copy that is right: without dead channels before with them, blocks deleted before they are bypassed."""
     failure: FxPruneError | None = None
+    answered = _answered(quiet, [*selection.drop, *targets[0].idle], example)
     for target in targets:
         held = names_held(fold_existing(model)[0])
         if foreign := [name for name in target.changed if name not in held]:
             failure = _no_place(model, target, foreign)
             continue
-        for delete in _ways(model, selection.drop):
-            own, outcome = _written(model, quiet, target, selection, delete, example)
+        for way in ways_out(model, selection.drop, target.branches, target.idle):
+            own, outcome = _written(model, target, way, answered)
             if outcome.right:
                 return own, target
             failure = _cannot(own, target, outcome)
@@ -123,27 +135,25 @@ def _first_right(
     raise failure
 
 
-def _ways(model: nn.Module, paths: Sequence[str]) -> list[bool]:
-    """Whether to delete the blocks that are in lists, in the order to try it."""
-    return [True, False] if any(is_listed(model, path) for path in paths) else [False]
+def _answered(quiet: nn.Module, paths: Sequence[str], example: Call) -> dict[str, Answer]:
+    """What the modules that leave answer in the example."""
+    if not paths:
+        return {}
+    with admit.untouched(quiet):
+        return answers(quiet, paths, example)
 
 
 def _written(
-    model: nn.Module, quiet: nn.Module, target: Target, selection: Selection, delete: bool, example: Call
+    model: nn.Module, target: Target, way: WayOut, answered: Mapping[str, Answer]
 ) -> tuple[nn.Module, Outcome]:
     """A copy of the model whose attributes follow as well as any were found to, and how it came out."""
     own = copy_smaller(model, target)
     settle_known(own, target.after)
     sizes, modules = Sizes(target.before, target.after), dict(own.named_modules(remove_duplicate=False))
-    kinds: list[Kind] = []
-    deleted = [path for path in selection.drop if delete and is_listed(own, path)]
-    if selection.drop:
-        with admit.untouched(quiet):
-            more = answers(quiet, selection.drop, example)
-        replace_blocks(own, {path: count for path, count in more.items() if path not in deleted})
-        kinds += delete_blocks(own, deleted)
+    kinds = take_out(own, way, answered)
     left = {id(module) for module in own.modules()}
     kinds += kinds_of({path: module for path, module in modules.items() if id(module) in left}, sizes)
+    kinds += sizes_kept(own, way, sizes)
     outcome = follow(kinds, lambda: try_out(own, target.expected, everywhere=False))
     if outcome.right:
         outcome = try_out(own, target.expected, everywhere=True)
@@ -168,7 +178,7 @@ def _unreached(model: nn.Module, target: Target, dropped: Sequence[str]) -> list
     paths = []
     for path, module in folded.named_modules():
         ids = {id(tensor) for tensor in module._parameters.values() if tensor is not None}
-        inside = any(f"{path}.".startswith(f"{block}.") for block in dropped)
+        inside = any(f"{path}.".startswith(f"{gone}.") for gone in (*dropped, *target.idle))
         if ids and not ids & reached and not inside:
             paths.append(path or "the model")
     return [f"the example does not reach these, which keep their sizes: {some(paths)}"] if paths else []

@@ -75,10 +75,13 @@ class Rule:
 
 @dataclass(frozen=True)
 class Drop:
-    """Take whole residual blocks out of the graph.
+    """Take whole residual blocks, or branches of residual sums, out of the graph.
 
     `pattern` is the path of a module as in `model.named_modules()`, or a glob whose `*` crosses dots, such as
-    "encoder.layer.[35]".
+    "encoder.layer.[35]" or "model.layers.[35].self_attn". A residual block adds to its input, and hands its input on
+    once it has left. A branch is a module whose output one sum adds to something else, and nothing else reads: the
+    attention or the feed-forward layer of a transformer, without which the sum is its other addend. What only the
+    module needed leaves with it, such as a norm in front.
     """
 
     pattern: str

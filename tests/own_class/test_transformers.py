@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,135 +11,93 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 import fxprune
-from fxprune import Channels, Drop, FxPruneWarning, Plan, Rule
+from fxprune import Channels, FxPruneWarning, Plan, Rule
 from tests.own_class.own_models import FAST, count, same, snapshot
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 3}
-TOKENS = {"vocab_size": 90, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4, "num_layers": 3, "num_decoder_layers": 2}
-GPT2 = {"n_embd": 64, "n_head": 4, "n_layer": 3, "vocab_size": 90, "n_positions": 32, "bos_token_id": 1}
-
-# model, config, plan, what the config says afterwards
-CASES: dict[str, tuple[str, Any, list[Any], dict[str, Any]]] = {
-    "bert": (
-        "BertModel",
-        SIZES | TOKENS,
-        [Rule("*intermediate*", Channels(0.5)), Drop("encoder.layer.1")],
-        {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-    ),
-    "gpt2": (
-        "GPT2LMHeadModel",
-        GPT2 | {"eos_token_id": 2},
-        [Rule("*mlp*", Channels(0.5)), Drop("transformer.h.0")],
-        {"n_inner": 128, "n_layer": 2, "n_head": 4},
-    ),
-    "llama": (
-        "LlamaForCausalLM",
-        SIZES | TOKENS | {"num_key_value_heads": 2},
-        [Rule("*", Channels(0.5)), Drop("model.layers.2")],
-        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 64},
-    ),
-    "qwen2": (
-        "Qwen2ForCausalLM",
-        SIZES | TOKENS | {"num_key_value_heads": 2, "tie_word_embeddings": True},
-        [Rule("*", Channels(0.5)), Drop("model.layers.0")],
-        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "layer_types": ["full_attention"] * 2},
-    ),
-    "t5": (
-        "T5ForConditionalGeneration",
-        T5 | {"vocab_size": 90, "decoder_start_token_id": 0},
-        [Rule("*", Channels(0.5)), Drop("encoder.block.1")],
-        {"num_heads": 2, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2},
-    ),
-}
+from tests.own_class.named_models import NAMED, close  # noqa: E402
 
 
-def make(name: str) -> tuple[Any, dict[str, Any]]:
-    """A small random model, and a call of it."""
-    kind, sizes, *_ = CASES[name]
-    model_class = getattr(transformers, kind)
-    model = model_class(model_class.config_class(**sizes)).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    call = {"input_ids": torch.randint(3, 90, (2, 9))}
-    if name != "bert":
-        call["use_cache"] = False
-    if name == "t5":
-        call["decoder_input_ids"] = torch.randint(3, 90, (2, 5))
-    return model, call
+def made(name: str) -> tuple[Any, dict[str, Any]]:
+    """A model of the list and a call of it."""
+    return NAMED[name].build(), NAMED[name].call()
 
 
-def leaves(model: Any, call: dict[str, Any]) -> list[torch.Tensor]:
-    """The tensors that a call answers."""
-    with torch.no_grad():
-        return [leaf for leaf in pytree.tree_leaves(model(**call)) if isinstance(leaf, torch.Tensor)]
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model of the list, what transform makes of it, and the smaller model of its own class."""
+
+    name: str
+    model: Any
+    call: dict[str, Any]
+    fast: Any
+    own: Any
 
 
-def close(a: Any, b: Any, call: dict[str, Any]) -> None:
-    """Asserts that two models answer alike."""
-    for x, y in zip(leaves(a, call), leaves(b, call), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
-
-
-@pytest.fixture(scope="module", params=CASES)
-def case(request: pytest.FixtureRequest) -> tuple[str, Any, Any, Any, dict[str, Any]]:
-    """Name, model, result of transform, smaller model, call."""
+@pytest.fixture(scope="module", params=NAMED)
+def case(request: pytest.FixtureRequest) -> Case:
+    """A model of the list, with any number of tokens where it has tokens."""
     torch.manual_seed(0)
-    model, call = make(request.param)
+    named = NAMED[request.param]
+    model, calls = named.build(), [named.call(9), named.call(7)]
     before = snapshot(model)
-    plan = Plan(CASES[request.param][2])
-    fast = fxprune.transform(model, plan, kwargs=call, options=FAST, progress=False)
+    fast = fxprune.transform(model, Plan(named.plan), calls, options=FAST, progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", FxPruneWarning)
-        own = fxprune.write_back(model, fast.selection, kwargs=call, progress=False)
+        own = fxprune.write_back(model, fast.selection, calls, progress=False)
     assert same(snapshot(model), before)
-    return request.param, model, fast, own, call
+    return Case(request.param, model, calls[0], fast, own)
 
 
-def test_it_computes_what_the_shrunk_graph_computes(case: Any) -> None:
-    _, model, fast, own, call = case
-    assert type(own) is type(model) and count(own) == fast.report.parameters[1]
-    longer = {name: value[:, :4] if isinstance(value, torch.Tensor) else value for name, value in call.items()}
-    close(own, fast, call)
-    # Another length: the class goes where the graph, captured at one length, does not.
-    assert all(torch.isfinite(leaf).all() for leaf in leaves(own, longer))
+def test_it_computes_what_the_shrunk_graph_computes(case: Case) -> None:
+    assert type(case.own) is type(case.model) and count(case.own) == case.fast.report.parameters[1] < count(case.model)
+    close(case.own, case.fast, case.call)
+    if NAMED[case.name].kind != "image":
+        close(case.own, case.fast, NAMED[case.name].call(12))
 
 
-def test_the_config_says_its_widths(case: Any) -> None:
-    name, model, _, own, _ = case
-    assert {key: getattr(own.config, key) for key in CASES[name][3]} == CASES[name][3]
-    assert model.config.to_dict() != own.config.to_dict()
+def test_the_config_says_its_widths(case: Case) -> None:
+    after = NAMED[case.name].after
+    assert {key: functools.reduce(getattr, key.split("."), case.own.config) for key in after} == after
+    assert case.model.config.to_dict() != case.own.config.to_dict()
 
 
-def test_from_pretrained_loads_what_save_pretrained_writes(case: Any, tmp_path: Path) -> None:
-    _, _, _, own, call = case
-    own.save_pretrained(tmp_path)
-    again = type(own).from_pretrained(tmp_path).eval()
-    close(again, own, call)
-    assert [p.shape for p in again.parameters()] == [p.shape for p in own.parameters()]
+def test_from_pretrained_loads_what_save_pretrained_writes(case: Case, tmp_path: Path) -> None:
+    case.own.save_pretrained(tmp_path)
+    again = type(case.own).from_pretrained(tmp_path).eval()
+    close(again, case.own, case.call)
+    assert [p.shape for p in again.parameters()] == [p.shape for p in case.own.parameters()]
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is type(case.own.config)
+    # Nothing but the config is needed, nor anything beside it.
+    fxprune.save_pretrained(case.own, tmp_path / "again")
+    assert not (tmp_path / "again" / "fxprune.json").exists()
 
 
-def test_generate_is_greedy_step_by_step(case: Any) -> None:
-    name, _, _, own, call = case
-    if name == "bert":
-        pytest.skip("an encoder generates nothing")
-    ids, step = call["input_ids"], 5
-    found = own.generate(ids, max_new_tokens=step, do_sample=False, eos_token_id=None, pad_token_id=0)
-    expected = torch.zeros(2, 1, dtype=torch.long) if name == "t5" else ids
+@pytest.mark.parametrize("case", [name for name, named in NAMED.items() if named.generates], indirect=True)
+def test_generate_is_greedy_by_the_logits_of_the_shrunk_graph(case: Case) -> None:
+    """The graph, which is proved against the model with zeros, computes all anew for each token, without a cache."""
+    kind, step = NAMED[case.name].kind, 8
+    given = {name: value for name, value in case.call.items() if name not in ("use_cache", "decoder_input_ids")}
+    found = case.own.generate(**given, max_new_tokens=step, do_sample=False, eos_token_id=None, pad_token_id=0)
+    start = case.own.config.decoder_start_token_id if kind != "decoder" else None
+    tokens = given["input_ids"] if kind == "decoder" else torch.full((2, 1), start)
     with torch.no_grad():
         for _ in range(step):
-            given = {"input_ids": ids, "decoder_input_ids": expected} if name == "t5" else {"input_ids": expected}
-            expected = torch.cat([expected, own(**given, use_cache=False).logits[:, -1:].argmax(-1)], 1)
-    assert torch.equal(found, expected)
+            now = {"input_ids": tokens} if kind == "decoder" else {**given, "decoder_input_ids": tokens}
+            tokens = torch.cat([tokens, _logits(case, now)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(found[:, -step:], tokens[:, -step:])
+
+
+def _logits(case: Case, given: dict[str, Any]) -> torch.Tensor:
+    return case.fast(**given, use_cache=False).logits
 
 
 def test_what_a_config_cannot_say_is_told_and_runs() -> None:
-    model, call = make("bert")
+    model, call = made("bert")
     plan = Plan([Rule("*.0.intermediate*", Channels(0.5)), Rule("*.1.intermediate*", Channels(0.25))])
     fast = fxprune.transform(model, plan, kwargs=call, options=FAST, progress=False)
     with pytest.warns(FxPruneWarning, match=r"no BertConfig gives BertModel the widths of encoder\.layer\.0") as told:
@@ -147,7 +107,7 @@ def test_what_a_config_cannot_say_is_told_and_runs() -> None:
 
 
 def test_heads_of_bert_leave_its_class_and_not_its_config() -> None:
-    model, call = make("bert")
+    model, call = made("bert")
     plan = Plan([Rule("*attention*", Channels(0.5)), Rule("*intermediate*", Channels(0.5))])
     fast = fxprune.transform(model, plan, kwargs=call, options=FAST, progress=False)
     with pytest.warns(FxPruneWarning, match="the widths of encoder.layer.0.attention"):
@@ -168,7 +128,7 @@ def test_a_model_inside_ones_own_module() -> None:
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
             return self.head(self.bert(input_ids).last_hidden_state[:, 0])
 
-    bert, call = make("bert")
+    bert, call = made("bert")
     model = Classifier(bert).eval()
     plan = Plan([Rule("*intermediate*", Channels(0.5))])
     fast = fxprune.transform(model, plan, kwargs=call, options=FAST, progress=False)
@@ -177,8 +137,19 @@ def test_a_model_inside_ones_own_module() -> None:
     close(own, fast, call)
 
 
+def test_a_pool_with_uniform_widths_is_one_that_a_config_can_say(tmp_path: Path) -> None:
+    model, call = made("llama of narrow heads")
+    plan = Plan([Rule("*", Channels(0.5, uniform=True), scope="global")])
+    fast = fxprune.transform(model, plan, kwargs=call, options=FAST, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FxPruneWarning)
+        own: Any = fxprune.write_back(model, fast.selection, kwargs=call, progress=False)
+    own.save_pretrained(tmp_path)
+    close(type(own).from_pretrained(tmp_path).eval(), fast, call)
+
+
 def test_it_trains() -> None:
-    model, call = make("llama")
+    model, call = made("llama")
     fast = fxprune.transform(model, Plan([Rule("*", Channels(0.5))]), kwargs=call, options=FAST, progress=False)
     own: Any = fxprune.write_back(model, fast.selection, kwargs=call, progress=False).train()
     optimiser = torch.optim.SGD(own.parameters(), lr=0.01)

@@ -58,6 +58,50 @@ def test_writes_in_place(name: str) -> None:
     assert_close(run(result, x), run(replaced(model, ["block"], torch.clone), x))
 
 
+# The block is a linear, or writes to its input first.
+BRANCHES: dict[str, Callable[..., Any]] = {
+    "added to the stream in place": lambda block, x: x.add_(block(x.tanh())),
+    "the stream added to it": lambda block, x: block(x.tanh()).add_(x),
+    "twice": lambda block, x: (lambda y: y.add_(block(y.tanh())))(x.add_(block(x.tanh()))),
+    "scaled in place": lambda block, x: x + block(x.tanh()).mul_(0.5).div_(3),
+    "stream read before": lambda block, x: (lambda y: (x.add_(block(x.tanh())), y))(x.tanh()),
+    # What the rest writes must reach what it reached before.
+    "sum written later": lambda block, x: ((x + block(x.tanh())).mul_(3), x.add(0)),
+    "stream written later": lambda block, x: (x + block(x.tanh()), x.mul_(3)),
+    "stream written before": lambda block, x: (lambda y: fill(x) + y)(block(x.tanh())),
+    "sum in place, written later": lambda block, x: x.add_(block(x.tanh())).mul_(3),
+    "sum in the branch's memory, written later": lambda block, x: (block(x.tanh()).add_(x).mul_(3), x.add(0)),
+    "view of the sum written": lambda block, x: (F.relu_((x + block(x.tanh())).transpose(0, 1)), x.tanh()),
+}
+
+
+@pytest.mark.parametrize("writes", [False, True], ids=["", "writes to its input"])
+@pytest.mark.parametrize("name", BRANCHES)
+def test_branches_and_writes_in_place(name: str, writes: bool) -> None:
+    block = Apply((lambda linear, x: linear(x.relu_())) if writes else (lambda linear, x: linear(x)))
+    model, x = Between(block, BRANCHES[name]), torch.randn(3, 4, D)
+    result = dropped(model, ["block"], x)
+    assert {name.split(".")[0] for name, _ in result.named_parameters()} == {"before", "after"}
+    assert_close(run(result, x), run(replaced(model, ["block"], torch.zeros_like), x))
+
+
+def test_a_sum_into_a_graph_input_leaves_with_its_branch() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.after = nn.Linear(D, D), nn.Linear(D, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x += self.block(x.tanh())
+            return self.after(x)
+
+    model, x = Model(), torch.randn(3, D)
+    result, kept = dropped(model, ["block"], x), x.clone()
+    assert_close(result(x), model.after(kept))
+    assert torch.equal(x, kept)
+    assert find_block(program_of(model, x), "block").parameters == D * D + D
+
+
 def test_only_a_written_output_is_copied() -> None:
     x = torch.randn(3, 4, D)
     for name in ("output written later", "adds to its input"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fxprune.graph import memory
 from fxprune.graph.program import Program
-from fxprune.shrink.drop import blocks, drop
+from fxprune.shrink.drop import blocks, branch, drop, facts
 from fxprune.shrink.drop.blocks import find_blocks
 from fxprune.shrink.drop.drop import drop_blocks
 from tests.shrink.drop_models import Apply, D, program_of
@@ -38,18 +38,21 @@ class Chain(nn.Module):
 CHAINS: dict[str, Callable[..., Tensor]] = {
     "sums": lambda linear, x: x + linear(x).relu(),
     "sums in place": lambda linear, x: x.add_(linear(x).relu()),
+    "branches": lambda linear, x: x + 2 * linear(x),
+    "branches in place": lambda linear, x: x.add_(linear(x).mul_(2)),
 }
 
 
 def chain_of(depth: int, name: str) -> tuple[Program, list[str]]:
-    """A chain's program and every second block of it."""
+    """A chain's program and every second block of it, or the branch in that."""
     program = program_of(Chain(depth, CHAINS[name]), torch.randn(2, D))
-    return program, [f"blocks.{index}" for index in range(0, depth, 2)]
+    inner = ".linear" if name.startswith("branches") else ""
+    return program, [f"blocks.{index}{inner}" for index in range(0, depth, 2)]
 
 
 def lines_run(act: Callable[[], Any]) -> int:
     """How many lines of the modules that drop blocks, loops over one line included, `act` runs."""
-    count, files = 0, {module.__file__ for module in (blocks, drop, memory)}
+    count, files = 0, {module.__file__ for module in (blocks, branch, drop, facts, memory)}
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal count
@@ -65,18 +68,19 @@ def lines_run(act: Callable[[], Any]) -> int:
     return count
 
 
-def test_what_belongs_to_the_program_is_found_once_for_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    program, paths = chain_of(8, "sums")
+@pytest.mark.parametrize("name", ["sums", "branches"])
+def test_what_belongs_to_the_program_is_found_once_for_all_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, paths = chain_of(8, name)
     calls: Counter[str] = Counter()
-    once = [(blocks, name) for name in ("varying_tensors", "names_of_parameters", "calls_by_module")]
-    for module, name in [*once, *((memory, name) for name in ("aliased", "written", "checks_inputs"))]:
-        original = getattr(module, name)
+    once = [(facts, each) for each in ("varying_tensors", "names_of_parameters", "calls_by_module")]
+    for module, each in [*once, *((memory, each) for each in ("aliased", "written", "checks_inputs"))]:
+        original = getattr(module, each)
 
-        def counted(*args: Any, name: str = name, original: Callable[..., Any] = original) -> Any:
+        def counted(*args: Any, name: str = each, original: Callable[..., Any] = original) -> Any:
             calls[name] += 1
             return original(*args)
 
-        monkeypatch.setattr(module, name, counted)
+        monkeypatch.setattr(module, each, counted)
     assert len(find_blocks(program, paths)) == 4
     assert calls["varying_tensors"] == calls["names_of_parameters"] == calls["calls_by_module"] == 1
     nodes = len(program.graph.nodes)

@@ -195,7 +195,7 @@ def test_coupled_weights_asked_for_equal_amounts() -> None:
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("plain", ("adds to its input",)),
+        ("plain.0", ("adds to its input",)),
         ("hidden", ("shape changes", "adds to its input")),
         ("head", ("shape changes", "adds to its input")),
         ("plane", ("plain",)),
@@ -207,4 +207,4 @@ def test_blocks_that_cannot_go(path: str, words: tuple[str, ...]) -> None:
 
 
 def test_a_block_that_cannot_go_beside_a_rule_that_can() -> None:
-    refused_plan(Rule("left.weight", Channels(0.5)), Drop("plain"), where="plain")
+    refused_plan(Rule("left.weight", Channels(0.5)), Drop("plain.0"), where="plain.0")

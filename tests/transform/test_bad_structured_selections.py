@@ -69,7 +69,7 @@ def test_a_selection_of_a_frozen_group() -> None:
 
 def test_a_selection_that_drops_what_is_no_block() -> None:
     model = net()
-    refused(FxPruneError, model, lambda: shrunk(model, X, plan=None, selection=Selection(drop=("plain",))), "plain")
+    refused(FxPruneError, model, lambda: shrunk(model, X, plan=None, selection=Selection(drop=("plain.0",))), "plain.0")
 
 
 def replay(model: nn.Module, selection: Any, *words: str, where: str) -> None:

@@ -1,1 +1,1 @@
-"""Residual blocks that leave."""
+"""Residual blocks, and branches of residual sums, that leave."""

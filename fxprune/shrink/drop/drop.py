@@ -1,4 +1,4 @@
-"""drop: whole residual blocks leave the graph, and what read a block's output reads its input."""
+"""drop: residual blocks and branches leave the graph: what read a block's output reads its input, or its stream."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from fxprune.errors import PlanError
 from fxprune.graph.memory import Memory, Needs, base
 from fxprune.graph.program import Program, copy_program, drop_unused, sizes
 
-from .blocks import Block, Bypass, calls_by_module, find_blocks
+from .blocks import Block, Bypass, find_blocks
+from .facts import calls_by_module
 
 aten = torch.ops.aten
 
@@ -34,7 +35,7 @@ def drop_blocks(program: Program, blocks: Sequence[Block]) -> Program:
     result = copy_program(program)
     graph = result.graph
     nodes = {old.name: new for old, new in zip(program.graph.nodes, graph.nodes, strict=True)}
-    gone = _inside(graph, [block.path for block in blocks])
+    gone = _leaving(graph, blocks, nodes)
     memory = Memory(graph)
     place = memory.place
     written_at: defaultdict[Node, list[int]] = defaultdict(list)
@@ -104,9 +105,11 @@ def _last_calls(blocks: Iterable[Block]) -> list[tuple[Block, Bypass]]:
     return list({call.exit: (block, call) for block in outer_last for call in block.calls}.values())
 
 
-def _inside(graph: Graph, paths: Iterable[str]) -> set[Node]:
+def _leaving(graph: Graph, blocks: Iterable[Block], named: dict[str, Node]) -> set[Node]:
+    """The nodes of the blocks' modules, and those that lead from a branch to its sum."""
     calls = calls_by_module(graph)
-    return {node for path in paths for nodes in calls[path] for node in nodes}
+    inside = {node for block in blocks for nodes in calls[block.path] for node in nodes}
+    return inside | {named[name] for block in blocks for call in block.calls for name in call.tail}
 
 
 def _follow_strides(graph: Graph, readers: dict[Node, str]) -> None:

@@ -23,9 +23,9 @@ from fxprune.graph.program import same_shape, sizes
 
 aten = torch.ops.aten
 
-_DIVISIONS = {aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar, aten.div_.Scalar}
+DIVISIONS = {aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar, aten.div_.Scalar}
 _SCALES = {
-    *_DIVISIONS,
+    *DIVISIONS,
     aten.mul.Tensor,
     aten.mul_.Tensor,
     aten.mul.Scalar,
@@ -68,7 +68,7 @@ _ACTIVATIONS = {
     aten.prelu.default,
     aten._prelu_kernel.default,
 }
-_CASTS = {
+CASTS = {
     aten.to.dtype,
     aten.to.device,
     aten.to.dtype_layout,
@@ -83,7 +83,7 @@ _CASTS = {
     aten.lift_fresh_copy.default,
 }
 # Elements stay in their order in memory as long as the whole way is such views.
-_VIEWS = {
+VIEWS = {
     aten.view.default,
     aten.reshape.default,
     aten._unsafe_view.default,
@@ -96,7 +96,7 @@ _VIEWS = {
     aten.squeeze.dims,
     aten.unsqueeze.default,
 }
-_PERMUTES = {
+PERMUTES = {
     aten.permute.default,
     aten.transpose.int,
     aten.t.default,
@@ -108,7 +108,7 @@ _PERMUTES = {
     aten.mT.default,
 }
 # They hand a tensor on whole where its shape stays the same.
-_PARTS = {aten.slice.Tensor, aten.expand.default, aten.expand_as.default}
+PARTS = {aten.slice.Tensor, aten.expand.default, aten.expand_as.default}
 
 
 @dataclasses.dataclass
@@ -196,7 +196,7 @@ def source(node: Node, written: set[Node]) -> Node:
 
     Nodes in `written` hold other values later, so they are their own source.
     """
-    while node.target in _CASTS | DROPOUTS | _VIEWS | _PARTS and node not in written:
+    while node.target in CASTS | DROPOUTS | VIEWS | PARTS and node not in written:
         previous = node.args[0]
         if not isinstance(previous, Node) or previous in written or not same_kind(previous, node):
             return node
@@ -230,7 +230,7 @@ def _steps(node: Node, fed: set[Node], varying: set[Node]) -> Iterator[_Step]:
                 branch = other is not None and other is not operand and source(other, set()) in fed
                 yield _Step(operand, sum=branch)
     elif target in _SCALES:
-        pairs = ((first, second),) if target in _DIVISIONS else ((first, second), (second, first))
+        pairs = ((first, second),) if target in DIVISIONS else ((first, second), (second, first))
         for operand, other in pairs:
             if operand is not None and same_shape(operand, node) and other not in varying:
                 yield _Step(operand)
@@ -241,13 +241,13 @@ def _steps(node: Node, fed: set[Node], varying: set[Node]) -> Iterator[_Step]:
             yield _Step(first)
     elif target in NORMS:
         yield _Step(first, norms=1)
-    elif target in _ACTIVATIONS | DROPOUTS | _CASTS:
+    elif target in _ACTIVATIONS | DROPOUTS | CASTS:
         yield _Step(first)
-    elif target in _VIEWS:
+    elif target in VIEWS:
         yield _Step(first, moves="view")
-    elif target in _PERMUTES:
+    elif target in PERMUTES:
         yield _Step(first, moves="permute")
-    elif target in _PARTS and same_shape(first, node):
+    elif target in PARTS and same_shape(first, node):
         yield _Step(first)
 
 
