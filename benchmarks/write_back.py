@@ -50,7 +50,12 @@ def run_all(models: list[ZooModel], given: argparse.Namespace) -> list[Row]:
             rows[futures[future].label] = future.result()
             bar.update()
     bar.close()
-    return [rows[model.label] | {"source": model.source} for model in models]
+    return [_shorter(rows[model.label]) | {"source": model.source} for model in models]
+
+
+def _shorter(row: Row) -> Row:
+    """A row whose error names files of libraries from their folder on."""
+    return {**row, "error": re.sub(r"[^\s(]*site-packages/", "", row["error"])} if "error" in row else row
 
 
 def share(rows: list[Row]) -> float:
@@ -75,8 +80,9 @@ def reasons(rows: list[Row]) -> str:
     found: dict[str, list[str]] = {}
     for row in rows:
         if row["verdict"] not in ("ok", "not taken"):
-            place = re.search(r"\(([^()]*\.py:\d+)\)", row.get("error", ""))
-            found.setdefault(place[1] if place else row.get("error", "")[:70], []).append(row["label"])
+            said = row.get("error", "")
+            place = re.search(r"\(([^()]*\.py:\d+)\)", said)
+            found.setdefault(place[1] if place else said.partition(" class at ")[2][:90], []).append(row["label"])
     body = [(len(labels), why, ", ".join(labels[:4])) for why, labels in found.items()]
     return tabulate(sorted(body, reverse=True), headers=("models", "where", "such as"), maxcolwidths=[6, 60, 60])
 
