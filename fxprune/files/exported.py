@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from fxprune.capture.capture import Capture, apart, export_program
 from fxprune.capture.entry import EntryCheck, TensorInput
 from fxprune.capture.hooks import mask_hooks
-from fxprune.check.calls import Call, resized_call
+from fxprune.check.calls import Call, dynamic_sizes, resized_call, sized_call
 from fxprune.check.compare import CheckRow, compare, outputs
 from fxprune.emit.pruned import Result
 from fxprune.emit.trainable.parts import Part
@@ -31,6 +31,7 @@ def exported(result: Result, call: Call) -> ExportedProgram:
     Raises CaptureError, with torch's own error as its cause.
     """
     entry: EntryCheck = result.meta["entry"]
+    call = _without_ones(result, call)
     args, kwargs = apart(*entry.bound(call.args, call.kwargs))
     shapes = ShapesCollection()
     for want, value in zip(entry.inputs, entry.flatten(args, kwargs), strict=True):
@@ -49,6 +50,21 @@ def exported(result: Result, call: Call) -> ExportedProgram:
         ) from error
     compat.drop_guards(program, _loosened(entry))
     return program
+
+
+def _without_ones(result: Result, call: Call) -> Call:
+    """The call with two where a dynamic size is one, if the result takes that.
+
+    Of a size that is one while it traces, torch.export makes ones of what some ops answer.
+    """
+    captured = _as_captured(result)
+    ones = {symbol: 2 for symbol, size in dynamic_sizes(captured, call).items() if size == 1}
+    larger = sized_call(captured, call, ones, "call") if ones else None
+    return call if larger is None else larger
+
+
+def _as_captured(result: Result) -> Capture:
+    return Capture(copy_program(result), result.meta["entry"], {}, [])
 
 
 def _loosened(entry: EntryCheck) -> set[str]:
@@ -84,8 +100,7 @@ def _demanding(result: Result, entry: EntryCheck) -> Program:
 
 def calls_to_hold(result: Result, call: Call) -> list[Call]:
     """The call, and one of other sizes where the result takes any."""
-    captured = Capture(copy_program(result), result.meta["entry"], {}, [])
-    resized = resized_call(captured, call)
+    resized = resized_call(_as_captured(result), call)
     return [call] if resized is None else [call, resized]
 
 

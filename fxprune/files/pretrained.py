@@ -88,12 +88,12 @@ def from_pretrained(folder: str | os.PathLike[str], *, device: Any = "cpu") -> A
     modules = own.get("modules", {})
     if why := malformed(modules):
         raise _unreadable(path, f"{OWN}: {why}")
-    config = own.get("config", said)
-    if not isinstance(config, dict):
-        raise _unreadable(path, f"{OWN} has a config that is no table")
+    config, absent = own.get("config", said), own.get("left out", [])
+    if not isinstance(config, dict) or not isinstance(absent, list):
+        raise _unreadable(path, f"{OWN} has a config that is no table, or names of tensors that are no list")
     model = _build(_class(path, config), config, device)
     apply(model, modules)
-    _put_tensors(path, model, own.get("left out", []), device)
+    _put_tensors(path, model, absent, device)
     return model.eval()
 
 
@@ -156,7 +156,7 @@ def _build(kind: Any, config: Any, device: Any) -> nn.Module:
         ) from error
 
 
-def _put_tensors(path: Path, model: nn.Module, left_out: Any, device: Any) -> None:
+def _put_tensors(path: Path, model: nn.Module, absent: list[Any], device: Any) -> None:
     """Puts the tensors of the files in place of the model's, in whatever shape they have."""
     found = _tensors(path, device)
     known = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
@@ -175,7 +175,7 @@ def _put_tensors(path: Path, model: nn.Module, left_out: Any, device: Any) -> No
     tie.tie_weights()
     # A tied parameter is there under one of its names.
     named = list(model.named_parameters(remove_duplicate=False))
-    there = {id(parameter) for name, parameter in named if name in found or name in left_out}
+    there = {id(parameter) for name, parameter in named if name in found or name in absent}
     if missing := [name for name, parameter in named if id(parameter) not in there]:
         raise _unreadable(path, f'it has no tensor "{missing[0]}"')
 

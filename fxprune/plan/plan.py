@@ -117,7 +117,7 @@ class Plan:
 
     def __str__(self) -> str:
         rows = [(i, r.pattern, r.sparsity.kind, r.sparsity.describe(), r.scope) for i, r in enumerate(self.rules)]
-        rows += [("", drop.pattern, "drop", "whole residual blocks", "") for drop in self.drops]
+        rows += [("", drop.pattern, "drop", "residual blocks and branches", "") for drop in self.drops]
         rows += [("", pattern, "excluded from wildcards", "", "") for pattern in self.exclude]
         if not rows:
             return "empty plan: no rules"

@@ -55,7 +55,7 @@ class Selection:
     mask    weight -> one bit for each element, 1 = kept
     values  parameter -> the tensor that takes its place, where calibration changed it
     asked   weight or group -> fraction its rule asked for; None where no amount was asked
-    drop    module paths of the residual blocks that leave
+    drop    module paths of the residual blocks, and of branches of residual sums, that leave
     dead    group -> indices that stay, where masks left others without any effect; found anew at every transform
     fits    weight -> how calibration fitted it
     recovery    what `recover` did; None where it did not run

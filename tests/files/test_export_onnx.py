@@ -60,6 +60,29 @@ def test_names_are_the_models_own(onnx: Any, tmp_path: Path) -> None:
     assert axes(graph.output) == {"logits": ["batch", 9, 7], "pooled": ["batch", 48]}
 
 
+class Curved(nn.Module):
+    """What torch answers for a GELU of one row is one row, whatever the size stands for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_batch_of_one_stays_dynamic_through_every_op(given: bool, onnx: Any, tmp_path: Path) -> None:
+    model, x = Curved().eval(), torch.randn(1, 5, 8)
+    result: Any = fxprune.transform(model, None, (x,), options=QUICK, progress=False)
+    path = export(result, tmp_path / "model.onnx", example_inputs=(x,) if given else None, progress=False)
+    sizes = axes(onnx.load(path).graph.value_info)
+    assert sizes and all(size[0] == "batch" for size in sizes.values() if len(size) == 3), sizes
+    for batch in (1, 3):
+        y = torch.randn(batch, 5, 8)
+        torch.testing.assert_close(run(path, (y,), {})[0], model(y), rtol=1e-5, atol=1e-5)
+
+
 class Two(nn.Module):
     """Two sizes that vary, one argument that is fixed, and outputs in a tuple."""
 

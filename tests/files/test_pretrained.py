@@ -293,6 +293,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a list": (lambda f: (f / "fxprune.json").write_text("[]"), "no table"),
     "a newer version": (_change("fxprune.json", lambda d: d.update(version=2)), "of version 2"),
     "modules no table": (_change("fxprune.json", lambda d: d.update(modules=[1])), "it is no table"),
+    "names no list": (_change("fxprune.json", lambda d: d.update({"left out": 3})), "no list"),
     "a class of none": (_change("config.json", lambda d: d.update(architectures=["os"])), "names the class 'os'"),
     "no class": (_change("config.json", lambda d: d.pop("architectures")), "names the class None"),
     "a path of none": (_values(lambda v: v.update({"no.where": {"size": 1}})), '"no.where"'),
