@@ -46,16 +46,14 @@ def differences(own: nn.Module, built: nn.Module) -> Document:
     mine = dict(own.named_modules())
     if strange := [p for p in {**mine, **theirs} if type(mine.get(p)) is not type(theirs.get(p))]:
         kinds = " and ".join(type(each.get(strange[0])).__name__ for each in (mine, theirs))
-        raise FileError(
-            f"cannot save this {type(own).__name__} as a folder",
-            where=f'"{strange[0]}"',
-            why=f"its config makes another module there ({kinds})",
-            do="Save its state_dict, and the selection that made it: fxprune.save(selection, path).",
-        )
+        raise _cannot_save(own, strange[0], f"its config makes another module there ({kinds})")
     for path, module in mine.items():
-        found = _values(module)
-        held = _values(theirs[path])
-        changed = {name: value for name, value in found.items() if name in held and held[name] != value}
+        held = vars(theirs[path])
+        changed = {name: value for name, value in _values(module).items() if name in held and held[name] != value}
+        if other := [name for name, value in changed.items() if type(held[name]) is not type(value)]:
+            raise _cannot_save(
+                own, f"{path}.{other[0]}", f"its config makes {held[other[0]]!r} of {changed[other[0]]!r}"
+            )
         if changed:
             document["values"][path] = changed
     return {name: part for name, part in document.items() if part}
@@ -117,6 +115,15 @@ def _are(values: list[Any], *kinds: type) -> bool:
     """Whether values are of these kinds; a whole number may be missing."""
     return len(values) == len(kinds) and all(
         type(value) is kind or (value is None and kind is int) for value, kind in zip(values, kinds)
+    )
+
+
+def _cannot_save(own: nn.Module, where: str, why: str) -> FileError:
+    return FileError(
+        f"cannot save this {type(own).__name__} as a folder",
+        where=f'"{where}"',
+        why=why,
+        do="Save its state_dict, and the selection that made it: fxprune.save(selection, path).",
     )
 
 

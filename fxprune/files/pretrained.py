@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ from .writing import written
 OWN = "fxprune.json"
 _VERSION = 1
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
 def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, format: str | None = None) -> Path:
@@ -65,7 +67,8 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, format:
             config.write_text(json.dumps(deci_config(own), indent=2) + "\n", encoding="utf-8")
         if format is not None or document["modules"]:
             (config.parent / OWN).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        _replace_all(target, {file.name for file in config.parent.iterdir()})
+        new = {file.name for file in config.parent.iterdir()}
+    _remove_stale(target, new)
     return target
 
 
@@ -228,11 +231,10 @@ def _made(folder: Path) -> Iterator[None]:
         raise
 
 
-def _replace_all(folder: Path, new: set[str]) -> None:
-    """Takes files of an earlier model away that the new one has not, so that none is taken for its own."""
+def _remove_stale(folder: Path, new: set[str]) -> None:
+    """Takes away what an earlier model left of itself, so that none of it is taken for the new one's."""
     for file in folder.iterdir():
-        own = file.name in (OWN, _INDEX) or file.suffix == ".safetensors"
-        if own and file.name not in new:
+        if file.name not in new and (file.name in (OWN, _INDEX, _WEIGHTS) or _SHARD.fullmatch(file.name)):
             file.unlink()
 
 

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.errors import FxPruneError, InputError
+from fxprune.check.calls import Call
+from fxprune.check.compare import compare
+from fxprune.errors import FxPruneError, InputError, warn_once
 
 from .trial import evaluating
 from .without_blocks import NoBranch
@@ -55,6 +57,13 @@ def to_deci(model: nn.Module) -> nn.Module:
             if not isinstance(layer.mlp, NoBranch):
                 _fill_ffn(layer.mlp)
         _compare(model, own)
+    before, after = (sum(p.numel() for p in each.parameters()) for each in (model, own))
+    if after > before:
+        warn_once(
+            f"deci, {type(model).__name__}: widths are filled up with zeros to what the format can say, from "
+            f"{before:,} to {after:,} parameters. Feed-forward widths of multiples of {FFN_MULTIPLE} need none: "
+            f"Channels(..., align={FFN_MULTIPLE})"
+        )
     return own
 
 
@@ -189,11 +198,12 @@ def _parameter(old: nn.Parameter, value: Tensor) -> nn.Parameter:
 def _compare(model: Any, own: Any) -> None:
     """Raises FxPruneError unless both answer alike to a few tokens."""
     ids = torch.arange(2 * 7, device=own.device).reshape(2, 7) % own.config.vocab_size
+    call = Call("a few tokens", (), {"input_ids": ids, "use_cache": False})
     with evaluating(model), evaluating(own):
-        wanted, found = (each(input_ids=ids, use_cache=False).logits.double() for each in (model, own))
-    tolerance = 64 * torch.finfo(own.dtype).eps * float(wanted.abs().max())
-    if not bool((found - wanted).abs().max() <= tolerance):
-        raise _cannot(model, "filled up with zeros it computes something else")
+        wanted, found = ([each(**call.kwargs).logits] for each in (model, own))
+    row = compare("filled up = model", call, wanted, found)
+    if not row.ok:
+        raise _cannot(model, f"filled up with zeros its logits are off by {row.off}")
 
 
 def _check(model: Any) -> None:
@@ -225,6 +235,8 @@ def _unsayable(model: Any) -> str:
     if slides is not None and slides < config.max_position_embeddings:
         return f"its attention slides over {slides} of {config.max_position_embeddings} positions"
     layers = list(_layers(model))
+    if bypassed := [index for index, layer in enumerate(layers) if not hasattr(layer, "self_attn")]:
+        return f"layer {bypassed[0]} is a {type(layers[bypassed[0]]).__name__}"
     if not layers or isinstance(layers[0].self_attn, NoBranch):
         return "the attention of its first layer left, and engines begin with it"
     width = layers[0].self_attn.head_dim

@@ -16,8 +16,10 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune import Channels, Drop, Plan, Rule
+from fxprune import Channels, Drop, Plan, Rule, errors
 from fxprune.errors import FileError, FxPruneError, InputError
+from fxprune.own_class.deci import to_deci
+from fxprune.own_class.without_blocks import Bypass
 from tests.files.deci_reader import logits_of
 
 transformers = pytest.importorskip("transformers")
@@ -136,8 +138,10 @@ def test_half_precision_and_sharded_files(tmp_path: Path) -> None:
     own.save_pretrained(shards, max_shard_size="100KB")
     (shards / "model.safetensors").unlink(missing_ok=True)
     assert torch.equal(answers(fxprune.from_pretrained(shards)), answers(own))
-    # What an earlier model left is not taken for this one's.
+    # What an earlier model left is not taken for this one's, and what is not of it stays.
+    (shards / "pruning.safetensors").write_bytes(b"another's")
     fxprune.save_pretrained(own, shards)
+    assert (shards / "pruning.safetensors").read_bytes() == b"another's"
     assert not list(shards.glob("*-of-*")) and not (shards / "model.safetensors.index.json").exists()
 
 
@@ -261,6 +265,22 @@ def test_a_module_that_the_config_would_not_make_is_an_error(tmp_path: Path) -> 
     with pytest.raises(FileError):
         fxprune.save_pretrained(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_number_of_another_kind_is_refused_when_it_is_saved(tmp_path: Path) -> None:
+    model = make("LlamaForCausalLM", **LLAMA, **TOKENS)
+    model.model.layers[0].self_attn.head_dim = 8.5
+    with pytest.raises(FileError, match=r'"model\.layers\.0\.self_attn\.head_dim": its config makes 8 of 8\.5'):
+        fxprune.save_pretrained(model, tmp_path)
+    model.model.layers[0] = Bypass(None)
+    with pytest.raises(FxPruneError, match="layer 0 is a Bypass"):
+        fxprune.save_pretrained(model, tmp_path, format="deci")
+
+
+def test_what_is_filled_up_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "_warned", set())
+    with pytest.warns(fxprune.FxPruneWarning, match=r"filled up with zeros .* align=256"):
+        to_deci(decoder("Qwen2"))
 
 
 def test_the_folder_stays_as_it_was_where_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
