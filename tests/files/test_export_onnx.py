@@ -68,6 +68,9 @@ class Curved(nn.Module):
         self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
 
     def forward(self, x: Tensor) -> Tensor:
+        # As multi-head attention lays out what it answers.
+        x = x.transpose(0, 1)
+        x = x.reshape(-1, 8).view(x.shape[0], -1, 8).transpose(0, 1)
         return x + self.down(nn.functional.gelu(self.up(x)))
 
 
@@ -77,7 +80,7 @@ def test_a_batch_of_one_stays_dynamic_through_every_op(given: bool, onnx: Any, t
     result: Any = fxprune.transform(model, None, (x,), options=QUICK, progress=False)
     path = export(result, tmp_path / "model.onnx", example_inputs=(x,) if given else None, progress=False)
     sizes = axes(onnx.load(path).graph.value_info)
-    assert sizes and all(size[0] == "batch" for size in sizes.values() if len(size) == 3), sizes
+    assert sizes and all("batch" in size for size in sizes.values() if len(size) == 3), sizes
     for batch in (1, 3):
         y = torch.randn(batch, 5, 8)
         torch.testing.assert_close(run(path, (y,), {})[0], model(y), rtol=1e-5, atol=1e-5)

@@ -18,7 +18,7 @@ from torch import nn
 import fxprune
 from fxprune import Channels, Drop, Plan, Rule, errors
 from fxprune.errors import FileError, FxPruneError, InputError
-from fxprune.own_class.deci import to_deci
+from fxprune.own_class.deci import _groups, to_deci
 from fxprune.own_class.without_blocks import Bypass
 from tests.files.deci_reader import logits_of
 
@@ -192,6 +192,11 @@ def test_heads_in_groups_of_different_sizes_are_filled_up(tmp_path: Path) -> Non
     assert [block["attention"]["n_heads_in_group"] for block in config["block_configs"]] == [2, 8, 2]
     found = logits_of(tmp_path, torch.arange(3, 25).reshape(2, 11))
     torch.testing.assert_close(found, answers(own), rtol=1e-4, atol=1e-4 * float(found.abs().max()))
+
+
+def test_a_group_has_room_for_its_heads() -> None:
+    # Three groups of two do not fit into seven heads, which one or seven groups have.
+    assert [_groups(6, 3, heads) for heads in (6, 7, 8, 9)] == [3, None, 4, 3]
 
 
 def test_write_back_says_at_once_what_the_format_cannot() -> None:
